@@ -1,0 +1,172 @@
+"""The front door: `transform` is the pipeline, top to bottom."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from perexfx.analyze import Analysis, Inputs, analyze
+from perexfx.capture import capture
+from perexfx.ir.errors import ArgumentError
+from perexfx.ir.machine import BUILT_IN
+from perexfx.ir.site import Site
+from perexfx.layers import RULES
+from perexfx.match import confirm, match
+from perexfx.plan import Plan, check_forced, make_plan, sizes_of
+from perexfx.rewrite import rewrite, twin_of
+from perexfx.runtime import PerExample, Settings
+from perexfx.strategies import STRATEGIES
+
+ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+def transform(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    clip_norm: float | None = 1.0,
+    clipping: str | Callable[[Tensor], Tensor] = "flat",
+    loss_reduction: str = "mean",
+    strategy: str | Mapping[str, str] = "auto",
+    memory_budget: int | None = None,
+    batch_dim: int = 0,
+) -> fx.GraphModule:
+    """A GraphModule whose ordinary `loss.backward()` fills `.grad` with clipped per-example gradients.
+
+    It holds the model's own Parameter objects under the same names and takes the model's arguments, so that a training
+    loop and an optimizer built on the model work unchanged. `gm.perexfx` has `norms`, `clip_factors`, `plan` and
+    `sites`. After `backward()` every trainable parameter's `.grad` has grown by `sum_i c_i g_i`
+    (`loss_reduction="sum"`) or `1/B sum_i c_i g_i` (`"mean"`), where `g_i` is the gradient of example i's own loss over
+    all trainable parameters together.
+
+    Args:
+        model: Any module that torch.fx can trace.
+        example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs. With them the plan is made
+            at once, from their shapes alone; without, at the first batch. Other batch sizes may follow.
+        clip_norm: C > 0, the largest gradient norm of an example; None: measure the norms, clip nothing.
+        clipping: "flat": `c_i = min(1, C / ||g_i||)`. "automatic": `c_i = C / (||g_i|| + 0.01)`. "per_layer": every
+            group of sites that share parameters is clipped on its own, to `C / sqrt(number of groups)`. Or a function
+            from norms `[B]` to factors `[B]`.
+        loss_reduction: How the loss joins the examples: "mean" or "sum". It must be what the loss does.
+        strategy: "auto", one strategy's name for every site it applies to, or {site name: strategy name}.
+        memory_budget: Bytes that the rewrite may add to an ordinary step; None: no bound.
+        batch_dim: The example axis of the inputs.
+
+    Returns:
+        The transformed module.
+
+    Raises:
+        ArgumentError: An argument is not what it should be.
+        CaptureError: The model cannot be traced.
+        MixingError: The model combines different examples.
+        CoverageError: A use of a trainable parameter is not covered by any layer rule.
+        StrategyError: A strategy asked for does not exist or does not apply.
+        BudgetError: No plan fits the memory budget.
+    """
+    settings = Settings(clip_norm, clipping, loss_reduction, strategy, memory_budget, batch_dim)
+    _check_arguments(model, settings)
+    inputs = None if example_inputs is None else _bind_inputs(model, example_inputs)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    captured = capture(model, None if inputs is None else frozenset(inputs))
+    twin = twin_of(model, captured.constants)
+    known = None if inputs is None else _analyze_for(captured.graph, twin, inputs, batch_dim)
+    sites = match(captured.graph, twin, trainable, RULES, batch_dim, None if known is None else known.analysis)
+    _check_reached(sites, trainable)
+    check_forced(sites, STRATEGIES, strategy)
+    state = PerExample(sites, settings, captured, trainable, _plan_for)
+    transformed = rewrite(twin, captured.graph, sites, state)
+    if known is not None:
+        state.remember(known.kind, known.analysis)
+        state.prepare(known.kind, known.n)
+    return transformed
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What example inputs tell: their kind, their batch size, and where every value carries examples."""
+
+    kind: Inputs
+    n: int
+    analysis: Analysis
+
+
+def _analyze_for(graph: fx.Graph, twin: nn.Module, inputs: Mapping[str, Any], batch_dim: int) -> _Known:
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    arguments = {node.target: inputs.get(node.target, node.args[0] if node.args else None) for node in placeholders}
+    kind, n = Inputs.of(arguments, batch_dim)
+    return _Known(kind, n, analyze(graph, twin, kind, batch_dim))
+
+
+def _plan_for(state: PerExample, module: nn.Module, kind: Inputs, n: int) -> Plan:
+    """The plan for one kind of input and batch size; analyzed once per kind, planned once per batch size."""
+    settings, graph = state.settings, state.captured.graph
+    analysis = state.known(kind)
+    if analysis is None:
+        analysis = analyze(graph, module, kind, settings.batch_dim)
+        confirm(state.sites, match(graph, module, state.trainable, RULES, settings.batch_dim, analysis))
+        state.remember(kind, analysis)
+    geometries, signatures = sizes_of(state.sites, graph, analysis, n)
+    return make_plan(
+        state.sites,
+        geometries,
+        signatures,
+        STRATEGIES,
+        BUILT_IN,
+        itemsize=module.get_parameter(state.trainable[0]).element_size(),
+        forced=settings.strategy,
+        memory_budget=settings.memory_budget,
+    )
+
+
+def _bind_inputs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Any]:
+    """Example inputs by argument name."""
+    signature = inspect.signature(model.forward)
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
+    if isinstance(example_inputs, Mapping):
+        kwargs = example_inputs
+    else:
+        args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    try:
+        return dict(signature.bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise ArgumentError(
+            f"`example_inputs` does not fit `{type(model).__name__}.forward{signature}`: {error}. "
+            "Pass a tensor, a tuple of positional inputs, or a dict of keyword inputs."
+        ) from None
+
+
+def _check_arguments(model: nn.Module, settings: Settings) -> None:
+    """Raises: ArgumentError, naming the first argument that is not what it should be."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"`model` should be a torch.nn.Module. Found {type(model).__name__}.")
+    if any(isinstance(module, PerExample) for module in model.modules()):
+        raise ArgumentError("`model` was transformed already. Transform the original model instead.")
+    C = settings.clip_norm
+    if C is not None and (isinstance(C, bool) or not isinstance(C, int | float) or not C > 0):
+        raise ArgumentError(f"`clip_norm` should be a positive number, or None to clip nothing. Found {C!r}.")
+    if not callable(settings.clipping) and settings.clipping not in ("flat", "automatic", "per_layer"):
+        raise ArgumentError(
+            '`clipping` should be "flat", "automatic", "per_layer" or a function from norms to factors. '
+            f"Found {settings.clipping!r}."
+        )
+    if settings.loss_reduction not in ("mean", "sum"):
+        raise ArgumentError(f'`loss_reduction` should be "mean" or "sum". Found {settings.loss_reduction!r}.')
+    budget = settings.memory_budget
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 0):
+        raise ArgumentError(f"`memory_budget` should be a number of bytes, or None. Found {budget!r}.")
+    if isinstance(settings.batch_dim, bool) or not isinstance(settings.batch_dim, int) or settings.batch_dim < 0:
+        raise ArgumentError(f"`batch_dim` should be an axis counted from the front. Found {settings.batch_dim!r}.")
+
+
+def _check_reached(sites: Sequence[Site], trainable: Sequence[str]) -> None:
+    if not sites:
+        raise ArgumentError(
+            "No trainable parameter meets the inputs, so there is nothing to clip. "
+            + (f"Trainable are {', '.join(trainable)}." if trainable else "All parameters are frozen.")
+        )

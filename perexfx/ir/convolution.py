@@ -1,0 +1,215 @@
+"""The factors of a convolution: its input and the gradient of its output, never unfolded unless asked to be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perexfx.ir.factors import Product, drop_examples, scale_examples
+
+
+@dataclass(frozen=True)
+class ConvolutionGeometry:
+    """How a kernel slides: one number per spatial axis, in torch's order of arguments."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+@dataclass(frozen=True)
+class ConvolutionSignature:
+    """Sizes of a `Convolution`.
+
+    Attributes:
+        n: Examples.
+        frames: Images per example (more than one where a batch axis was merged into the examples).
+        in_size: Spatial sizes of the input.
+        out_size: Spatial sizes of the output.
+        shape: `[out channels, in channels / groups, *kernel]`.
+        geometry: Stride, padding, dilation, groups.
+    """
+
+    n: int
+    frames: int
+    in_size: tuple[int, ...]
+    out_size: tuple[int, ...]
+    shape: tuple[int, ...]
+    geometry: ConvolutionGeometry
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input."""
+        return self.shape[1] * self.geometry.groups
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.shape[0]
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Sizes of the kernel."""
+        return self.shape[2:]
+
+    @property
+    def padded_size(self) -> tuple[int, ...]:
+        """Spatial sizes of the padded input."""
+        return tuple(s + 2 * p for s, p in zip(self.in_size, self.geometry.padding, strict=True))
+
+    @property
+    def positions(self) -> int:
+        """Output positions of one image."""
+        return math.prod(self.out_size)
+
+    @property
+    def weight_gradient_flops(self) -> int:
+        """Of the gradient of the kernel over all examples."""
+        return 2 * self.n * self.frames * self.positions * math.prod(self.shape)
+
+    @property
+    def input_elements(self) -> int:
+        """Elements of the layer input."""
+        return self.n * self.frames * self.in_channels * math.prod(self.in_size)
+
+    @property
+    def output_elements(self) -> int:
+        """Elements of the layer output."""
+        return self.n * self.frames * self.out_channels * self.positions
+
+    @property
+    def held_elements(self) -> int:
+        """Elements of both factors."""
+        return self.input_elements + self.output_elements
+
+    def describe(self) -> str:
+        """The sizes in words."""
+        kernel = "x".join(map(str, self.kernel))
+        size = "x".join(map(str, self.in_size))
+        stride = f" /{self.geometry.stride[0]}" if max(self.geometry.stride) > 1 else ""
+        groups = f" g{self.geometry.groups}" if self.geometry.groups > 1 else ""
+        return f"{self.in_channels} -> {self.out_channels}, {kernel}{stride}{groups} on {size}"
+
+
+def kernel_gradient(
+    layer_input: Tensor, grad_output: Tensor, shape: tuple[int, ...], geometry: ConvolutionGeometry
+) -> Tensor:
+    """The gradient of a convolution's kernel, by torch's own kernel for it.
+
+    Args:
+        layer_input: Shape `[N, C, *size]`.
+        grad_output: Shape `[N, O, *out size]`.
+        shape: Shape of the kernel, `[O, C / groups, *kernel]`.
+        geometry: Stride, padding, dilation, groups.
+    """
+    stand_in = layer_input.new_zeros(()).expand(shape)  # only its shape is read
+    return torch.ops.aten.convolution_backward(
+        grad_output,
+        layer_input,
+        stand_in,
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        False,
+        [0] * len(geometry.stride),
+        geometry.groups,
+        [False, True, False],
+    )[1]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The gradient of a convolution's kernel.
+
+    Attributes:
+        layer_input: Shape `[n, frames, C, *size]`.
+        grad_output: Shape `[n, frames, O, *out size]`.
+        shape: Shape of the kernel, `[O, C / groups, *kernel]`.
+        geometry: Stride, padding (symmetric), dilation, groups.
+    """
+
+    layer_input: Tensor
+    grad_output: Tensor
+    shape: tuple[int, ...]
+    geometry: ConvolutionGeometry
+
+    @property
+    def signature(self) -> ConvolutionSignature:
+        """The sizes."""
+        n, frames, _, *size = self.layer_input.shape
+        out_size = tuple(self.grad_output.shape[3:])
+        return ConvolutionSignature(n, frames, tuple(size), out_size, self.shape, self.geometry)
+
+    def gradients(self) -> Tensor:
+        """The batch as groups: one call of the kernel for grouped convolutions gives every example's gradient."""
+        n, frames, channels, *size = self.layer_input.shape
+        if n == 0:
+            return self.layer_input.new_zeros(0, *self.shape)
+        out_channels, *out_size = self.grad_output.shape[2:]
+        stacked = kernel_gradient(
+            self.layer_input.transpose(0, 1).reshape(frames, n * channels, *size),
+            self.grad_output.transpose(0, 1).reshape(frames, n * out_channels, *out_size),
+            (n * out_channels, *self.shape[1:]),
+            replace(self.geometry, groups=n * self.geometry.groups),
+        )
+        return stacked.reshape(n, *self.shape)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """One ordinary kernel gradient, with the smaller of the two factors scaled."""
+        layer_input, grad_output = self.layer_input, self.grad_output
+        if layer_input.shape[0] == 0:
+            return layer_input.new_zeros(self.shape)
+        if layer_input.numel() < grad_output.numel():
+            layer_input = scale_examples(layer_input, weights)
+        else:
+            grad_output = scale_examples(grad_output, weights)
+        return kernel_gradient(layer_input.flatten(0, 1), grad_output.flatten(0, 1), self.shape, self.geometry)
+
+    def without(self, dropped: Tensor) -> Convolution:
+        """Zeros in the dropped rows of both factors."""
+        return replace(
+            self,
+            layer_input=drop_examples(self.layer_input, dropped),
+            grad_output=drop_examples(self.grad_output, dropped),
+        )
+
+    def unfolded(self) -> Product:
+        """The same gradient as a sum of outer products over output positions, by unfolding the input.
+
+        Returns: `left` of shape `[n, g, t, (C / groups) * kernel]` and `right` of shape `[n, g, t, O / groups]`,
+        where t runs over frames and output positions.
+        """
+        n, frames, channels = self.layer_input.shape[:3]
+        groups, rank = self.geometry.groups, len(self.geometry.stride)
+        out_size = self.grad_output.shape[3:]
+        windows = self._windows().reshape(n, frames, groups, channels // groups, *self.shape[2:], *out_size)
+        spatial = list(range(4 + rank, 4 + 2 * rank))
+        left = windows.permute(0, 2, 1, *spatial, *range(3, 4 + rank))
+        right = self.grad_output.reshape(n, frames, groups, -1, math.prod(out_size))
+        t = frames * math.prod(out_size)
+        return Product(
+            left.reshape(n, groups, t, math.prod(self.shape[1:])),
+            right.permute(0, 2, 1, 4, 3).reshape(n, groups, t, self.shape[0] // groups),
+            self.shape,
+        )
+
+    def padded_input(self) -> Tensor:
+        """The layer input with its zeros around it. Shape `[n, frames, C, *padded size]`."""
+        if not any(self.geometry.padding):
+            return self.layer_input
+        return F.pad(self.layer_input, [p for padding in reversed(self.geometry.padding) for p in (padding, padding)])
+
+    def _windows(self) -> Tensor:
+        """A view of the padded input, `[n, frames, C, *kernel, *out size]`."""
+        padded = self.padded_input().contiguous()
+        lead, steps = padded.stride()[:3], padded.stride()[3:]
+        within = [step * d for step, d in zip(steps, self.geometry.dilation, strict=True)]
+        between = [step * s for step, s in zip(steps, self.geometry.stride, strict=True)]
+        sizes = (*padded.shape[:3], *self.shape[2:], *self.grad_output.shape[3:])
+        return padded.as_strided(sizes, (*lead, *within, *between))

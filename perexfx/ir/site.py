@@ -1,0 +1,78 @@
+"""Sites: the places where parameters first meet examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from perexfx.ir.refusal import Place
+from perexfx.ir.rule import Rule, Target
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A value that depends on parameters and constants alone.
+
+    Attributes:
+        parameters: Names of the parameters it depends on.
+        constants: Names of the graph nodes it reads besides (sizes, position ids).
+        function: `(*parameters, *constants) -> value`; None where the value is the parameter itself.
+        reindexes: Whether it only moves elements, each to one place, so that norms are unchanged.
+    """
+
+    parameters: tuple[str, ...]
+    constants: tuple[str, ...] = ()
+    function: fx.GraphModule | None = None
+    reindexes: bool = True
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A trainable argument of a site.
+
+    Attributes:
+        name: Its name in the rule.
+        node: The graph node of its value.
+        expression: What it is made of.
+    """
+
+    name: str
+    node: str
+    expression: Expression
+
+
+@dataclass(frozen=True)
+class Site:
+    """One use of parameters on examples.
+
+    Attributes:
+        name: What reports call it, and the key of `strategy={...}`: the module's path, or the parameter's name.
+        rule: Its mathematics.
+        target: The function or method called.
+        operands: Its trainable arguments; the first has a choice of strategies.
+        place: Where it is in the user's model.
+        group: The sites that share parameters with it, itself included, have the same group.
+    """
+
+    name: str
+    rule: Rule
+    target: Target
+    operands: tuple[Operand, ...]
+    place: Place
+    group: str
+
+    @property
+    def node(self) -> str:
+        """Name of its graph node."""
+        return self.place.node
+
+    @property
+    def kind(self) -> str:
+        """The rule's kind."""
+        return self.rule.kind
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of all parameters that meet examples here."""
+        return tuple(dict.fromkeys(name for operand in self.operands for name in operand.expression.parameters))

@@ -1,0 +1,39 @@
+"""What a strategy is: one exact way from factors to squared norms."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from perexfx.ir.cost import Cost
+from perexfx.ir.factors import Factors, Signature
+
+
+class Strategy(Protocol):
+    """One exact way to get a site's squared norms, and the factors its clipped sum is made of.
+
+    Strategies are frozen and stateless: `refuses` and `cost` read sizes alone, so a plan needs no tensors.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name users force it by."""
+        ...
+
+    def refuses(self, signature: Signature) -> str | None:
+        """Why it does not apply to factors of this kind and size; None where it does."""
+        ...
+
+    def cost(self, signature: Signature, itemsize: int) -> Cost:
+        """Its cost at a size it does not refuse.
+
+        Args:
+            signature: Sizes of the factors.
+            itemsize: Bytes per element.
+        """
+        ...
+
+    def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
+        """The squared gradient norm of each example, `[n]`, and what to hold for the weighted sum."""
+        ...

@@ -1,0 +1,163 @@
+"""`conv1d`, `conv2d`, `conv3d`: any stride, padding, dilation and groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perexfx.ir.convolution import Convolution, ConvolutionGeometry, ConvolutionSignature
+from perexfx.ir.factors import Factors, Gradient, GradientSignature, Signature
+from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, Target, sum_positions
+
+
+def _per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    """One number per spatial axis; torch takes one number, or a list of one, for all of them."""
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    return numbers * rank if len(numbers) == 1 else numbers
+
+
+@dataclass(frozen=True)
+class _Padding:
+    """Padding as (symmetric part, what the end of each axis gets on top of it)."""
+
+    symmetric: tuple[int, ...]
+    extra_at_end: tuple[int, ...]
+
+    @classmethod
+    def of(cls, arguments: Arguments, kernel: Sequence[int]) -> _Padding:
+        """From numbers, "valid" or "same" (which pads one more at the end where it cannot pad evenly)."""
+        rank = len(kernel)
+        padding = arguments["padding"]
+        if padding == "valid":
+            padding = 0
+        if padding == "same":
+            totals = [d * (k - 1) for d, k in zip(_per_axis(arguments["dilation"], rank), kernel, strict=True)]
+            return cls(tuple(total // 2 for total in totals), tuple(total % 2 for total in totals))
+        return cls(_per_axis(padding, rank), (0,) * rank)
+
+    def extend(self, layer_input: Tensor) -> Tensor:
+        """The input with its extra positions."""
+        if not any(self.extra_at_end):
+            return layer_input
+        return F.pad(layer_input, [amount for extra in reversed(self.extra_at_end) for amount in (0, extra)])
+
+    def crop(self, grad_input: Tensor) -> Tensor:
+        """The gradient of `extend`."""
+        for axis, extra in enumerate(self.extra_at_end, start=2):
+            grad_input = grad_input.narrow(axis, 0, grad_input.shape[axis] - extra)
+        return grad_input
+
+
+@dataclass(frozen=True)
+class ConvolutionRule(Rule):
+    """A convolution: `n g p t, n g o t -> n (g o) p` over unfolded inputs, which its strategies avoid to form.
+
+    Attributes:
+        rank: Number of spatial axes.
+    """
+
+    rank: int
+    operands = ("weight", "bias")
+    inputs = ("input",)
+
+    @property
+    def kind(self) -> str:
+        """conv1d, conv2d or conv3d."""
+        return f"conv{self.rank}d"
+
+    @property
+    def targets(self) -> Sequence[Target]:
+        """The function of this rank."""
+        return (getattr(torch, self.kind),)
+
+    @staticmethod
+    def named(
+        input: Any,  # noqa: A002
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: Any = 1,
+    ) -> dict[str, Any]:
+        """As `torch.nn.functional.conv2d`."""
+        return dict(locals())
+
+    def refuses(self, arguments: Arguments) -> str | None:
+        """Strides and the like that are computed in the graph."""
+        names = ("stride", "padding", "dilation", "groups")
+        computed = [name for name in names if isinstance(arguments[name], torch.fx.Node)]
+        return f"its {' and '.join(computed)} must be constant" if computed else None
+
+    def misfits(self, geometry: Geometry) -> str | None:
+        """Inputs without a batch axis."""
+        if len(geometry.shapes["input"]) != self.rank + 2 or geometry.layouts["input"].axis != 0:
+            return f"its input must be [examples, channels, {self.rank} spatial axes]"
+        return None
+
+    def _slide(self, arguments: Arguments, kernel: Sequence[int]) -> tuple[ConvolutionGeometry, _Padding]:
+        padding = _Padding.of(arguments, kernel)
+        stride, dilation = (_per_axis(arguments[name], self.rank) for name in ("stride", "dilation"))
+        return ConvolutionGeometry(stride, padding.symmetric, dilation, arguments["groups"]), padding
+
+    def signatures(self, arguments: Arguments, geometry: Geometry) -> dict[str, Signature]:
+        """A convolution for the weight; the bias' gradients at hand."""
+        shape = geometry.shapes["weight"]
+        slide, padding = self._slide(arguments, shape[2:])
+        size = geometry.shapes["input"][2:]
+        in_size = tuple(s + extra for s, extra in zip(size, padding.extra_at_end, strict=True))
+        frames, out_size = geometry.layouts["input"].repeats, geometry.output_shape[2:]
+        return {
+            "weight": ConvolutionSignature(geometry.n, frames, in_size, out_size, shape, slide),
+            "bias": GradientSignature(geometry.n, (shape[0],)),
+        }
+
+    def forward(self, arguments: Arguments, geometry: Geometry) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The ordinary layer."""
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        return getattr(torch, self.kind)(*(arguments[name] for name in names)), ()
+
+    def backward(self, call: Backward) -> tuple[dict[str, Tensor], dict[str, Factors]]:
+        """torch's own kernel for the input's gradient."""
+        weight = call.arguments["weight"]
+        slide, padding = self._slide(call.arguments, weight.shape[2:])
+        layer_input = padding.extend(call.arguments["input"])
+        gradients: dict[str, Tensor] = {}
+        if "input" in call.inputs:
+            gradients["input"] = padding.crop(_input_gradient(call.grad_output, layer_input, weight, slide))
+        factors: dict[str, Factors] = {}
+        layout = call.geometry.layouts["input"]
+        right = call.grad_output_examples_first
+        if "weight" in call.operands:
+            left = layout.examples_first(layer_input)
+            factors["weight"] = Convolution(left, right, tuple(weight.shape), slide)
+        if "bias" in call.operands:
+            n, frames, channels, *size = right.shape
+            per_position = right.reshape(n, frames, channels, math.prod(size))
+            factors["bias"] = Gradient(sum_positions(per_position.sum(3)))
+        return gradients, factors
+
+
+def _input_gradient(grad_output: Tensor, layer_input: Tensor, weight: Tensor, slide: ConvolutionGeometry) -> Tensor:
+    return torch.ops.aten.convolution_backward(
+        grad_output,
+        layer_input,
+        weight,
+        None,
+        slide.stride,
+        slide.padding,
+        slide.dilation,
+        False,
+        [0] * len(slide.stride),
+        slide.groups,
+        [True, False, False],
+    )[0]
+
+
+CONVOLUTIONS = tuple(ConvolutionRule(rank) for rank in (1, 2, 3))

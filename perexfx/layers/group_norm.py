@@ -1,0 +1,124 @@
+"""`group_norm` and `instance_norm`: normalised over an example's own channels and positions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perexfx.ir.factors import Factors, Gradient, GradientSignature, Signature
+from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, sum_positions
+
+
+@dataclass(frozen=True)
+class GroupNorm(Rule):
+    """`y = w * (x - mean) / std + b` per group of channels: `n t c (normalised input), n t c -> n c`.
+
+    Every example's gradient comes from ONE call of torch's own backward, over a batch viewed as one image of n times
+    the channels and groups: at the cost of the ordinary backward.
+    """
+
+    kind = "group_norm"
+    targets = (F.group_norm, torch.group_norm)
+    operands = ("weight", "bias")
+    inputs = ("input",)
+
+    @staticmethod
+    def named(
+        input: Any,  # noqa: A002
+        num_groups: Any,
+        weight: Any = None,
+        bias: Any = None,
+        eps: Any = 1e-5,
+        cudnn_enabled: Any = True,
+    ) -> dict[str, Any]:
+        """As `torch.nn.functional.group_norm`."""
+        return dict(locals())
+
+    def misfits(self, geometry: Geometry) -> str | None:
+        """Inputs without a batch axis."""
+        if geometry.layouts["input"].axis != 0:
+            return "its input must be [examples, channels, ...]"
+        return None
+
+    def signatures(self, arguments: Arguments, geometry: Geometry) -> dict[str, Signature]:
+        """Gradients at hand."""
+        channels = geometry.shapes["input"][1]
+        return {name: GradientSignature(geometry.n, (channels,)) for name in self.operands}
+
+    def _groups(self, arguments: Arguments) -> int:
+        return arguments["num_groups"]
+
+    def forward(self, arguments: Arguments, geometry: Geometry) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The ordinary layer; mean and inverse deviation are kept."""
+        x, weight, bias, eps = (arguments[name] for name in ("input", "weight", "bias", "eps"))
+        rows, channels, *size = x.shape
+        output, mean, rstd = torch.native_group_norm(
+            x.contiguous(), weight, bias, rows, channels, math.prod(size), self._groups(arguments), eps
+        )
+        return output, (mean, rstd)
+
+    def backward(self, call: Backward) -> tuple[dict[str, Tensor], dict[str, Factors]]:
+        """One kernel for the input's gradient and every example's weight and bias gradients."""
+        x, weight = call.arguments["input"], call.arguments["weight"]
+        mean, rstd = call.residuals
+        rows, channels, *size = x.shape
+        if rows == 0:
+            empty = Gradient(x.new_zeros(0, channels))
+            return {name: torch.zeros_like(x) for name in call.inputs}, dict.fromkeys(call.operands, empty)
+        grad_input, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
+            call.grad_output.contiguous(),
+            x.contiguous(),
+            mean.reshape(1, -1),
+            rstd.reshape(1, -1),
+            None if weight is None else weight.repeat(rows),
+            1,
+            rows * channels,
+            math.prod(size),
+            rows * self._groups(call.arguments),
+            [bool(call.inputs), "weight" in call.operands, "bias" in call.operands],
+        )
+        layout = call.geometry.layouts["input"]
+        found = {"weight": grad_weight, "bias": grad_bias}
+        return (
+            {name: grad_input.reshape(x.shape) for name in call.inputs},
+            {
+                name: Gradient(sum_positions(layout.examples_first(found[name].reshape(rows, channels))))
+                for name in call.operands
+            },
+        )
+
+
+@dataclass(frozen=True)
+class InstanceNorm(GroupNorm):
+    """A group norm with one channel per group."""
+
+    kind = "instance_norm"
+    targets = (F.instance_norm,)
+
+    @staticmethod
+    def named(
+        input: Any,  # noqa: A002
+        running_mean: Any = None,
+        running_var: Any = None,
+        weight: Any = None,
+        bias: Any = None,
+        use_input_stats: Any = True,
+        momentum: Any = 0.1,
+        eps: Any = 1e-5,
+    ) -> dict[str, Any]:
+        """As `torch.nn.functional.instance_norm`."""
+        return dict(locals())
+
+    def refuses(self, arguments: Arguments) -> str | None:
+        """Running statistics, which average over the batch."""
+        if arguments["running_mean"] is not None or not arguments["use_input_stats"]:
+            return "its running statistics average over the examples of a batch; set track_running_stats=False"
+        return None
+
+    def _groups(self, arguments: Arguments) -> int:
+        return arguments["input"].shape[1]

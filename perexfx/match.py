@@ -1,0 +1,340 @@
+"""Matching: graph and layer rules to sites.
+
+Promises: every use of every trainable parameter belongs to exactly one site, or the model is refused with an error that
+names parameter, node, module and line. All refusals are collected before one is raised.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from enum import Enum, auto
+from typing import Any
+
+import networkx as nx
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from perexfx.analyze import Analysis
+from perexfx.capture import stop_gradient
+from perexfx.ir.errors import CoverageError, MixingError
+from perexfx.ir.node import info_of, place_of
+from perexfx.ir.refusal import Refusal
+from perexfx.ir.rule import Rule, Target
+from perexfx.ir.site import Expression, Operand, Site
+
+
+class State(Enum):
+    """What a node's value depends on."""
+
+    CONSTANT = auto()
+    PARAMETER = auto()  # trainable parameters and constants
+    EXAMPLE = auto()
+
+
+def match(
+    graph: fx.Graph,
+    module: nn.Module,
+    trainable: Collection[str],
+    rules: Sequence[Rule],
+    batch_dim: int,
+    analysis: Analysis | None = None,
+) -> tuple[Site, ...]:
+    """The sites of a graph, in graph order.
+
+    Args:
+        graph: In functional form.
+        module: Holds what the graph names.
+        trainable: Names of the parameters that are trained; all others are constants.
+        rules: The layer rules to match with; the first that covers a function wins.
+        batch_dim: The example axis of the inputs.
+        analysis: What is known about the values. Without it, `x.shape[batch_dim]` is taken to be the batch size and
+            every other size to be constant; `confirm` checks that once shapes are known.
+
+    Raises:
+        CoverageError: A use that no rule covers.
+        MixingError: Batch statistics in training.
+    """
+    _refuse_batch_statistics(graph)
+    states = _states(graph, trainable, batch_dim, analysis)
+    matcher = _Matcher(graph, module, states, rules)
+    for node in graph.nodes:
+        if node.op == "output" or states[node] is State.EXAMPLE:
+            matcher.visit(node)
+    if matcher.refusals:
+        raise CoverageError(matcher.refusals)
+    return _with_groups(matcher.sites)
+
+
+def confirm(assumed: Sequence[Site], found: Sequence[Site]) -> None:
+    """That sites matched without shapes are those that the shapes give.
+
+    Raises:
+        CoverageError: They are not.
+    """
+
+    def parts(sites: Sequence[Site]) -> dict[str, tuple[tuple[str, str], ...]]:
+        return {site.node: tuple((operand.name, operand.node) for operand in site.operands) for site in sites}
+
+    before, after = parts(assumed), parts(found)
+    places = {site.node: site.place for site in (*assumed, *found)}
+    differing = [places[node] for node in places if before.get(node) != after.get(node)]
+    if differing:
+        raise CoverageError(
+            [
+                Refusal(
+                    what=f"{place} reads a size that turned out to be the batch size, or not to be.",
+                    why="Without example inputs, `x.shape[batch_dim]` is taken to be the batch size, and no other.",
+                    remedy="Pass `example_inputs` to `transform`.",
+                    place=place,
+                )
+                for place in differing
+            ]
+        )
+
+
+def _refuse_batch_statistics(graph: fx.Graph) -> None:
+    """Layers that normalise by batch statistics, which need no shapes to be recognised."""
+    refusals = []
+    for node in graph.nodes:
+        training = (
+            (node.target is F.batch_norm and node.args[5])
+            or (node.target is F.instance_norm and node.args[5] and node.args[1] is not None)
+        )
+        if not training:
+            continue
+        place = place_of(node)
+        layer = "BatchNorm" if node.target is F.batch_norm else "InstanceNorm with running statistics"
+        refusals.append(
+            Refusal(
+                what=f"{place} is {layer} in training mode: its statistics are those of the whole batch.",
+                why="Every example's output then depends on all others, and no example has a gradient of its own.",
+                remedy=f"Replace module `{place.module}` by GroupNorm, or freeze its statistics with "
+                f"`model.get_submodule({place.module!r}).eval()` before the transform.",
+                place=place,
+            )
+        )
+    if refusals:
+        raise MixingError(refusals)
+
+
+_ATTRIBUTES_OF_SHAPE = ("shape", "device", "dtype", "ndim", "requires_grad", "is_cuda", "layout", "itemsize")
+_METHODS_OF_SHAPE = ("size", "dim", "numel", "ndimension", "is_floating_point", "get_device", "element_size")
+
+
+def _reads_shape_only(node: fx.Node) -> bool:
+    if node.op == "call_function":
+        return node.target is getattr and node.args[1] in _ATTRIBUTES_OF_SHAPE
+    return node.op == "call_method" and node.target in _METHODS_OF_SHAPE
+
+
+def _states(
+    graph: fx.Graph, trainable: Collection[str], batch_dim: int, analysis: Analysis | None
+) -> dict[fx.Node, State]:
+    states: dict[fx.Node, State] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            states[node] = State.PARAMETER if node.target in trainable else State.CONSTANT
+            continue
+        if analysis is not None:
+            carries = analysis.carries_examples(node)
+        else:
+            carries = _carries_examples(node, states, batch_dim)
+        if carries:
+            states[node] = State.EXAMPLE
+        elif _is_constant(node) or not any(states[n] is State.PARAMETER for n in node.all_input_nodes):
+            states[node] = State.CONSTANT
+        else:
+            states[node] = State.PARAMETER
+    return states
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether no gradient passes through a node, whatever it reads."""
+    detaches = node.target in ("detach", stop_gradient, torch.detach) or (
+        node.target is getattr and node.args[1] == "data"
+    )
+    return _reads_shape_only(node) or detaches or node.op == "placeholder"
+
+
+def _carries_examples(node: fx.Node, states: Mapping[fx.Node, State], batch_dim: int) -> bool:
+    """Without an analysis: whatever examples flow into, except sizes of other axes than `batch_dim`."""
+    if node.op == "placeholder":
+        return not node.args or node.args[0] is not None
+    if _reads_shape_only(node):
+        value = node.args[0]
+        whole_shape = node.target is getattr or (node.target == "size" and len(node.args) == 1)
+        axis = None if whole_shape else (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim"))
+        reads_batch = node.target == "numel" or axis == batch_dim or (whole_shape and _is_shape(node))
+        return isinstance(value, fx.Node) and states[value] is State.EXAMPLE and reads_batch
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and _is_shape(node.args[0]):
+        index = node.args[1]
+        if isinstance(index, int):
+            takes_batch = index == batch_dim
+        else:
+            takes_batch = not isinstance(index, slice) or batch_dim in range(8)[index]
+        return states[node.args[0]] is State.EXAMPLE and takes_batch
+    return any(states[n] is State.EXAMPLE for n in node.all_input_nodes)
+
+
+def _is_shape(node: fx.Node) -> bool:
+    """Whether a node is `x.shape` or `x.size()`."""
+    if node.target is getattr:
+        return node.args[1] == "shape"
+    return node.op == "call_method" and node.target == "size" and len(node.args) == 1 and not node.kwargs
+
+
+class _Matcher:
+    """Collects sites and refusals, node by node."""
+
+    def __init__(
+        self, graph: fx.Graph, module: nn.Module, states: Mapping[fx.Node, State], rules: Sequence[Rule]
+    ) -> None:
+        self.graph, self.module, self.states = graph, module, states
+        self.rules: dict[Target, Rule] = {}
+        for rule in rules:
+            for target in rule.targets:
+                self.rules.setdefault(target, rule)
+        self.sites: list[Site] = []
+        self.refusals: list[Refusal] = []
+        self.names: set[str] = set()
+        self.paths = {id(p): n for n, p in reversed(list(module.named_parameters()))}
+
+    def visit(self, node: fx.Node) -> None:
+        """Adds a site, or a refusal, where a node reads a parameter expression."""
+        read = [n for n in node.all_input_nodes if self.states[n] is State.PARAMETER]
+        if not read:
+            return
+        if node.op == "output":
+            self._refuse(node, read, "it is returned by the forward, and a loss outside could then use it past clipping")
+            return
+        rule = self.rules.get(node.target) if node.op in ("call_function", "call_method") else None
+        if rule is None:
+            self._refuse(node, read, "no layer rule covers that operation")
+            return
+        try:
+            arguments = rule.bind(node.target, node.args, node.kwargs)
+        except TypeError as error:
+            self._refuse(node, read, f"the call does not fit the layer rule `{rule.kind}`: {error}")
+            return
+        operands = {name: arguments[name] for name in rule.operands if self._is(arguments.get(name), State.PARAMETER)}
+        elsewhere = [n for n in read if n not in operands.values()]
+        if elsewhere:
+            self._refuse(node, elsewhere, f"the layer rule `{rule.kind}` takes no parameter in that place")
+            return
+        if reason := rule.refuses(arguments):
+            self._refuse(node, read, reason)
+            return
+        self.sites.append(
+            Site(
+                name=self._name(node, list(operands.values())),
+                rule=rule,
+                target=node.target,
+                operands=tuple(Operand(name, value.name, self._expression(value)) for name, value in operands.items()),
+                place=place_of(node),
+                group="",
+            )
+        )
+
+    def _is(self, value: Any, state: State) -> bool:
+        return isinstance(value, fx.Node) and self.states[value] is state
+
+    def _refuse(self, node: fx.Node, read: Iterable[fx.Node], why: str) -> None:
+        place = place_of(node)
+        names = [name for value in read for name in self._expression(value).parameters]
+        listed = ", ".join(f"`{name}`" for name in dict.fromkeys(names))
+        many = len(dict.fromkeys(names)) > 1
+        self.refusals.append(
+            Refusal(
+                what=f"{'Parameters' if many else 'Parameter'} {listed} {'are' if many else 'is'} used by {place}: {why}.",
+                why="Every use of a trainable parameter must be covered.",
+                remedy=f"Freeze {'them' if many else 'it'} (`requires_grad_(False)`), or rewrite that line.",
+                place=place,
+            )
+        )
+
+    def _name(self, node: fx.Node, operands: Sequence[fx.Node]) -> str:
+        path = info_of(node).module
+        owner = self.module.get_submodule(path) if path else None
+        if owner is not None and type(owner).__module__.startswith("torch.nn"):
+            name = path
+        else:
+            name = self._expression(operands[0]).parameters[0]
+        unique, count = name, 1
+        while unique in self.names:
+            count += 1
+            unique = f"{name}#{count}"
+        self.names.add(unique)
+        return unique
+
+    def _expression(self, value: fx.Node) -> Expression:
+        """What a parameter expression is made of: everything between its parameters and it."""
+        if value.op == "get_attr":
+            return Expression((str(value.target),))
+        inside: set[fx.Node] = set()
+        stack = [value]
+        while stack:
+            node = stack.pop()
+            if node not in inside and self.states[node] is State.PARAMETER and node.op != "get_attr":
+                inside.add(node)
+                stack.extend(node.all_input_nodes)
+        return self._extract(value, inside)
+
+    def _extract(self, value: fx.Node, inside: set[fx.Node]) -> Expression:
+        """The sub-graph as a function of its parameters and constants."""
+        nodes = [node for node in self.graph.nodes if node in inside]
+        read = [n for node in nodes for n in node.all_input_nodes if n not in inside]
+        parameters = list(dict.fromkeys(n for n in read if self.states[n] is State.PARAMETER))
+        constants = list(dict.fromkeys(n for n in read if self.states[n] is not State.PARAMETER))
+        inner = fx.Graph()
+        copies = {n: inner.placeholder(n.name) for n in (*parameters, *constants)}
+        for node in nodes:
+            copies[node] = inner.node_copy(node, lambda n: copies[n])
+            copies[node].meta = {}
+        inner.output(copies[value])
+        root = {str(n.target): self.module.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"}
+        return Expression(
+            tuple(str(n.target) for n in parameters),
+            tuple(n.name for n in constants),
+            fx.GraphModule(root, inner, class_name="Expression"),
+            reindexes=len(parameters) == 1 and all(_reindexes(node) for node in nodes),
+        )
+
+
+_REINDEXING_METHODS = frozenset(
+    "t transpose permute view reshape flatten unflatten unsqueeze squeeze contiguous clone movedim swapaxes "
+    "swapdims narrow select chunk split unbind view_as reshape_as".split()
+)
+
+
+def _reindexes(node: fx.Node) -> bool:
+    """Whether a node moves every element of its input to one place, or nowhere."""
+    target = node.target
+    if target is operator.getitem:
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return all(isinstance(part, int | slice | type(...) | None) for part in index) and not _reads_node(node)
+    if target is getattr:
+        return node.args[1] in ("T", "mT", "H", "mH")
+    name = target if node.op == "call_method" else getattr(target, "__name__", "")
+    return node.op in ("call_method", "call_function") and name in _REINDEXING_METHODS
+
+
+def _reads_node(node: fx.Node) -> bool:
+    """Whether an index is itself a tensor (sizes inside slices are numbers)."""
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return any(isinstance(part, fx.Node) for part in index)
+
+
+def _with_groups(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Sites that share parameters get one norm together: the connected components of sites and parameters."""
+    links: nx.Graph[Any] = nx.Graph()
+    for site in sites:
+        links.add_node(("site", site.name))
+        links.add_edges_from((("site", site.name), ("parameter", name)) for name in site.parameters)
+    group = {}
+    for component in nx.connected_components(links):
+        members = [site.name for site in sites if ("site", site.name) in component]
+        group.update(dict.fromkeys(members, members[0]))
+    return tuple(replace(site, group=group[site.name]) for site in sites)

@@ -1,0 +1,407 @@
+"""Planning: sites, strategies, machine and memory budget to a plan, from shapes alone.
+
+Promises: the plan minimises predicted time under the budget exactly, and is the same for the same shapes. Each decision
+keeps every alternative, with its predicted cost or the reason why it was refused. A budget that nothing fits raises, and
+names the least that would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import fx
+
+from perexfx.analyze import Analysis
+from perexfx.ir.cost import Cost
+from perexfx.ir.errors import BudgetError, CoverageError, StrategyError
+from perexfx.ir.factors import Signature
+from perexfx.ir.machine import Machine
+from perexfx.ir.refusal import Refusal
+from perexfx.ir.rule import Geometry
+from perexfx.ir.site import Site
+from perexfx.ir.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One strategy at one site.
+
+    Attributes:
+        strategy: The strategy.
+        seconds: Predicted time; infinite where it is refused.
+        cost: What it was predicted from; None where it is refused.
+        refusal: Why it does not apply; "" where it does.
+    """
+
+    strategy: Strategy
+    seconds: float = math.inf
+    cost: Cost | None = None
+    refusal: str = ""
+
+    @property
+    def bytes_held(self) -> int:
+        """Kept alive until the clip node."""
+        return self.cost.bytes_held if self.cost else 0
+
+    @property
+    def bytes_transient(self) -> int:
+        """Alive for a moment on top of that."""
+        return self.cost.bytes_transient if self.cost else 0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen for one operand of a site, and over what.
+
+    Attributes:
+        site: The site's name.
+        operand: The operand's name.
+        signature: Sizes of its factors.
+        chosen: The alternative taken.
+        alternatives: All of them, in the order of the strategies.
+        reason: Why there was no choice: "forced by strategy=", "joined with ...", or "".
+    """
+
+    site: str
+    operand: str
+    signature: Signature
+    chosen: Alternative
+    alternatives: tuple[Alternative, ...]
+    reason: str = ""
+
+    @property
+    def runner_up(self) -> Alternative | None:
+        """The fastest alternative that was not taken."""
+        rivals = [a for a in self.alternatives if a.cost is not None and a is not self.chosen]
+        return min(rivals, key=lambda a: a.seconds, default=None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """site -> strategy, with predicted seconds and bytes, and why each rival lost.
+
+    Attributes:
+        batch_size: The number of examples it was made for.
+        decisions: One per operand of each site, in graph order.
+        geometries: Site name -> shapes and layouts.
+        machine: Name of the machine profile.
+        memory_budget: The bound it was made under, in bytes.
+    """
+
+    batch_size: int
+    decisions: tuple[Decision, ...]
+    geometries: Mapping[str, Geometry] = field(repr=False)
+    machine: str
+    memory_budget: int | None
+
+    @cached_property
+    def strategies(self) -> Mapping[tuple[str, str], Strategy]:
+        """(site, operand) -> strategy."""
+        return {(d.site, d.operand): d.chosen.strategy for d in self.decisions}
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of all norms and clipped sums."""
+        return sum(decision.chosen.seconds for decision in self.decisions)
+
+    @property
+    def bytes_added(self) -> int:
+        """Predicted bytes on top of an ordinary step: everything held, and the largest transient."""
+        held = sum(decision.chosen.bytes_held for decision in self.decisions)
+        return held + max((decision.chosen.bytes_transient for decision in self.decisions), default=0)
+
+    def __getitem__(self, site: str) -> str:
+        """Name of a site's strategy."""
+        for decision in self.decisions:
+            if decision.site == site:
+                return decision.chosen.strategy.name
+        raise KeyError(site)
+
+
+def make_plan(
+    sites: Sequence[Site],
+    geometries: Mapping[str, Geometry],
+    signatures: Mapping[str, Mapping[str, Signature]],
+    strategies: Sequence[Strategy],
+    machine: Machine,
+    *,
+    itemsize: int,
+    forced: str | Mapping[str, str] = "auto",
+    memory_budget: int | None = None,
+) -> Plan:
+    """The cheapest strategy for every operand of every site.
+
+    Args:
+        sites: In graph order.
+        geometries: Site name -> shapes and layouts.
+        signatures: Site name -> operand -> sizes of its factors.
+        strategies: To choose from; earlier ones win ties.
+        machine: Predicts seconds.
+        itemsize: Bytes per element.
+        forced: "auto", one strategy's name, or {site name: strategy name}.
+        memory_budget: Bytes that may be held on top of an ordinary step; None: no bound.
+
+    Raises:
+        StrategyError: A forced strategy does not exist, or does not apply.
+        BudgetError: Nothing fits the budget.
+    """
+    check_forced(sites, strategies, forced)
+    alternatives = _Alternatives(strategies, machine, itemsize)
+    rows = []
+    for site in sites:
+        joined = _joined(site, sites)
+        for operand in site.operands:
+            signature = signatures[site.name][operand.name]
+            wanted = _wanted(site, forced) if operand is site.operands[0] else None
+            rows.append(_Row(site, operand.name, signature, alternatives.of(signature), wanted, joined))
+    _check_applicable(rows, forced)
+    picked = choose([row.candidates for row in rows], memory_budget)
+    decisions = tuple(
+        Decision(row.site.name, row.operand, row.signature, chosen, row.alternatives, row.reason)
+        for row, chosen in zip(rows, picked, strict=True)
+    )
+    n = next(iter(geometries.values())).n if geometries else 0
+    return Plan(n, decisions, geometries, machine.name, memory_budget)
+
+
+def sizes_of(
+    sites: Sequence[Site], graph: fx.Graph, analysis: Analysis, n: int
+) -> tuple[dict[str, Geometry], dict[str, Mapping[str, Signature]]]:
+    """Geometry and factor sizes of every site for a batch of n.
+
+    Raises:
+        CoverageError: A site has shapes that its rule does not cover.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    geometries, signatures, refusals = {}, {}, []
+    for site in sites:
+        node = nodes[site.node]
+        arguments = site.rule.bind(site.target, node.args, node.kwargs)
+        found = _geometry(site, node, arguments, analysis, n)
+        reason = found if isinstance(found, str) else site.rule.misfits(found)
+        if isinstance(found, Geometry) and not reason:
+            geometries[site.name] = found
+            signatures[site.name] = site.rule.signatures(arguments, found)
+            continue
+        refusals.append(
+            Refusal(
+                what=f"{site.place} uses {', '.join(f'`{name}`' for name in site.parameters)}: {reason}.",
+                why="Every use of a trainable parameter must be covered.",
+                remedy="Freeze it (`requires_grad_(False)`), or rewrite that line.",
+                place=site.place,
+            )
+        )
+    if refusals:
+        raise CoverageError(refusals)
+    return geometries, signatures
+
+
+def _geometry(
+    site: Site, node: fx.Node, arguments: Mapping[str, object], analysis: Analysis, n: int
+) -> Geometry | str:
+    """The shapes at a site, or why it has none that can be used."""
+    output = analysis.tensor(node)
+    if output is None or output.layout is None:
+        return "its result has no single axis of examples"
+    shapes, layouts = {}, {}
+    for name, value in arguments.items():
+        facts = analysis.tensor(value) if isinstance(value, fx.Node) else None
+        if facts is None:
+            continue
+        shapes[name] = facts.shape(n)
+        if facts.layout is not None:
+            layouts[name] = facts.layout
+        elif facts.depends_on_batch_size:
+            return f"the examples in its argument `{name}` cannot be told apart"
+    if missing := [name for name in site.rule.inputs if name in shapes and name not in layouts and name in ("input",)]:
+        if not any(operand.name in missing for operand in site.operands):
+            return f"its argument `{missing[0]}` carries no examples, but its result does"
+    for operand in site.operands:
+        if operand.name in layouts:
+            return f"its parameter `{operand.name}` differs between examples"
+    return Geometry(n, shapes, layouts, output.shape(n), output.layout)
+
+
+class _Alternatives:
+    """Every strategy on factors of one size; computed once per size."""
+
+    def __init__(self, strategies: Sequence[Strategy], machine: Machine, itemsize: int) -> None:
+        self.strategies, self.machine, self.itemsize = strategies, machine, itemsize
+        self.known: dict[Signature, tuple[Alternative, ...]] = {}
+
+    def of(self, signature: Signature) -> tuple[Alternative, ...]:
+        if signature not in self.known:
+            self.known[signature] = tuple(self._judge(strategy, signature) for strategy in self.strategies)
+        return self.known[signature]
+
+    def _judge(self, strategy: Strategy, signature: Signature) -> Alternative:
+        if reason := strategy.refuses(signature):
+            return Alternative(strategy, refusal=reason)
+        cost = strategy.cost(signature, self.itemsize)
+        return Alternative(strategy, self.machine.seconds(cost), cost)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One operand of one site, before a choice is made.
+
+    Attributes:
+        wanted: Name of the strategy that the user asks for.
+        joined: Why its per-example gradients must be formed; "" where they need not.
+    """
+
+    site: Site
+    operand: str
+    signature: Signature
+    alternatives: tuple[Alternative, ...]
+    wanted: str | None
+    joined: str
+
+    @property
+    def forced(self) -> Alternative | None:
+        """The alternative asked for, where it applies."""
+        return next((a for a in self.alternatives if a.strategy.name == self.wanted and a.cost), None)
+
+    @property
+    def candidates(self) -> list[Alternative]:
+        """What may be chosen."""
+        if self.joined:
+            return [a for a in self.alternatives if a.strategy.name == "materialize"]
+        return [self.forced] if self.forced else [a for a in self.alternatives if a.cost]
+
+    @property
+    def reason(self) -> str:
+        """Why there is no choice."""
+        if self.joined:
+            return self.joined
+        if self.wanted is None:
+            return ""
+        return "forced" if self.forced else f"{self.wanted} does not apply"
+
+
+def _joined(site: Site, sites: Sequence[Site]) -> str:
+    others = [other.name for other in sites if other.group == site.group and other.name != site.name]
+    if others:
+        return f"joined with {', '.join(others)}"
+    if not all(operand.expression.reindexes for operand in site.operands):
+        return "pulled back to its parameters"
+    return ""
+
+
+def _wanted(site: Site, forced: str | Mapping[str, str]) -> str | None:
+    name = forced if isinstance(forced, str) else forced.get(site.name, "auto")
+    return None if name == "auto" else name
+
+
+def check_forced(sites: Sequence[Site], strategies: Sequence[Strategy], forced: str | Mapping[str, str]) -> None:
+    """That every strategy and site named by the user exists.
+
+    Raises:
+        StrategyError: One does not.
+    """
+    known = ["auto", *(strategy.name for strategy in strategies)]
+    names = [site.name for site in sites]
+    asked = {"": forced} if isinstance(forced, str) else forced
+    refusals = [
+        Refusal(f"There is no strategy {name!r}.", f"The strategies are {', '.join(known)}.")
+        for name in asked.values()
+        if name not in known
+    ]
+    refusals += [
+        Refusal(f"There is no site {site!r}.", f"The sites are {', '.join(names)}.")
+        for site in asked
+        if site and site not in names
+    ]
+    if refusals:
+        raise StrategyError(refusals)
+
+
+def _check_applicable(rows: Sequence[_Row], forced: str | Mapping[str, str]) -> None:
+    """A strategy asked for at one site must apply there; one asked for everywhere, at some site at least."""
+    impossible = [row for row in rows if row.wanted and (row.forced is None or row.joined)]
+    if isinstance(forced, str) and any(row.wanted and row.forced and not row.joined for row in rows):
+        return
+    refusals = []
+    for row in impossible:
+        refusal = next(a.refusal for a in row.alternatives if a.strategy.name == row.wanted)
+        if row.joined and row.wanted == "materialize":
+            continue
+        applicable = [a.strategy.name for a in row.alternatives if a.cost] if not row.joined else ["materialize"]
+        refusals.append(
+            Refusal(
+                what=f"Strategy {row.wanted!r} does not apply to site `{row.site.name}` at {row.site.place}: "
+                f"{row.joined or refusal}.",
+                why=f"The site is {row.site.kind}, {row.signature.describe()}.",
+                remedy=f"Applicable are {', '.join(applicable)}.",
+                place=row.site.place,
+            )
+        )
+    if refusals:
+        raise StrategyError(refusals)
+
+
+def choose(candidates: Sequence[Sequence[Alternative]], budget: int | None) -> list[Alternative]:
+    """One alternative per row, least total time within the budget: a multiple-choice knapsack, solved exactly.
+
+    The bytes of a choice are everything held plus the largest transient. For each possible largest transient the rest
+    is a knapsack over bytes held, solved by extending row by row the choices that are not dominated.
+
+    Raises:
+        BudgetError: The budget is too small; the message names the least that suffices.
+    """
+    fastest = [min(row, key=lambda a: a.seconds) for row in candidates]
+    if budget is None or _bytes(fastest) <= budget:
+        return fastest
+    best: list[Alternative] | None = None
+    for cap in sorted({a.bytes_transient for row in candidates for a in row}, reverse=True):
+        allowed = [[a for a in row if a.bytes_transient <= cap] for row in candidates]
+        if not all(allowed):
+            break
+        bound = sum(a.seconds for a in best) if best else math.inf
+        found = _knapsack(allowed, budget - cap, bound)
+        best = found or best
+    if best is None:
+        raise BudgetError(
+            f"No plan fits memory_budget={budget:,} bytes. The least that would do is {least_bytes(candidates):,} bytes "
+            "at this batch size. Raise the budget or lower the batch size."
+        )
+    return best
+
+
+def _bytes(choice: Sequence[Alternative]) -> int:
+    return sum(a.bytes_held for a in choice) + max((a.bytes_transient for a in choice), default=0)
+
+
+def least_bytes(candidates: Sequence[Sequence[Alternative]]) -> int:
+    """The smallest budget that some plan fits."""
+    least = math.inf
+    for cap in {a.bytes_transient for row in candidates for a in row}:
+        allowed = [[a.bytes_held for a in row if a.bytes_transient <= cap] for row in candidates]
+        if all(allowed):
+            least = min(least, cap + sum(min(row) for row in allowed))
+    return int(least)
+
+
+def _knapsack(rows: Sequence[Sequence[Alternative]], budget: int, bound: float) -> list[Alternative] | None:
+    """The fastest choice with `sum(bytes_held) <= budget` and less than `bound` seconds."""
+    held_after = [0] * (len(rows) + 1)
+    seconds_after = [0.0] * (len(rows) + 1)
+    for at in reversed(range(len(rows))):
+        held_after[at] = held_after[at + 1] + min(a.bytes_held for a in rows[at])
+        seconds_after[at] = seconds_after[at + 1] + min(a.seconds for a in rows[at])
+    front: list[tuple[int, float, tuple[Alternative, ...]]] = [(0, 0.0, ())]
+    for at, row in enumerate(rows):
+        extended = sorted(
+            ((held + a.bytes_held, seconds + a.seconds, (*taken, a)) for held, seconds, taken in front for a in row),
+            key=lambda choice: choice[:2],
+        )
+        front, fastest = [], math.inf
+        for held, seconds, taken in extended:
+            fits = held + held_after[at + 1] <= budget and seconds + seconds_after[at + 1] < bound
+            if fits and seconds < fastest:
+                front.append((held, seconds, taken))
+                fastest = seconds
+    return list(front[-1][2]) if front else None

@@ -1,0 +1,147 @@
+"""Rewriting: graph and sites to a GraphModule.
+
+Promises: the result computes what the captured graph computes, with every trainable parameter behind one clip node, one
+norm node per group of sites, and one per-example-aware op per site; nothing else changes. It holds the model's own
+Parameter objects under their names, and the model itself is left as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from perexfx.ir.node import annotate, info_of
+from perexfx.ir.site import Site
+from perexfx.runtime import PerExample, clip, norm, per_example
+
+STATE = "perexfx"
+
+
+class Transformed(fx.GraphModule):
+    """A GraphModule with every attribute of the module it was made from.
+
+    fx itself keeps only what the graph names, and loses the rest when it copies or saves.
+    """
+
+    def __init__(self, body: Mapping[str, Any], graph: fx.Graph, class_name: str = "Transformed") -> None:
+        super().__init__({}, fx.Graph(), class_name)
+        for name, value in body.items():
+            self.__dict__[name] = value
+        self.graph = graph
+        self._modules[STATE].belongs_to(self)  # type: ignore[union-attr]
+
+    def _body(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_graph", "_code", "_tracer_cls")}
+
+    def __reduce__(self) -> Any:
+        graph = copy.deepcopy(self.graph)  # without its link back to this module
+        return _rebuild, (self._body(), graph, type(self).__name__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Transformed:
+        copied = _rebuild(copy.deepcopy(self._body(), memo), copy.deepcopy(self.graph), type(self).__name__)
+        memo[id(self)] = copied
+        return copied
+
+
+def _rebuild(body: Mapping[str, Any], graph: fx.Graph, class_name: str) -> Transformed:
+    return Transformed(body, graph, class_name)
+
+
+def rewrite(twin: nn.Module, captured: fx.Graph, sites: Sequence[Site], state: PerExample) -> Transformed:
+    """The transformed module.
+
+    Args:
+        twin: From `twin_of`; its attributes become those of the result.
+        captured: The graph in functional form.
+        sites: Where its parameters meet examples.
+        state: What becomes `gm.perexfx`.
+    """
+    body = {**twin.__dict__, "_modules": {**twin._modules, STATE: state.train(twin.training)}}
+    return Transformed(body, _rewritten(captured, sites), type(twin).__name__)
+
+
+def twin_of(model: nn.Module, constants: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A module tree of its own around the model's parameters, buffers and attributes, with a graph's constants."""
+    twin = _shallow_twin(model, {})
+    for name, value in constants.items():
+        twin.register_buffer(name, value, persistent=False)
+    return twin
+
+
+def _shallow_twin(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
+    if id(module) not in seen:
+        twin = object.__new__(type(module))
+        seen[id(module)] = twin
+        twin.__dict__.update(module.__dict__)
+        twin.__dict__["_parameters"] = dict(module._parameters)
+        twin.__dict__["_buffers"] = dict(module._buffers)
+        twin.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+        twin.__dict__["_modules"] = {
+            name: None if child is None else _shallow_twin(child, seen) for name, child in module._modules.items()
+        }
+    return seen[id(module)]
+
+
+def _rewritten(captured: fx.Graph, sites: Sequence[Site]) -> fx.Graph:
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    by_name: dict[str, fx.Node] = {}
+    by_node = {site.node: site for site in sites}
+    clipped = tuple(dict.fromkeys(name for site in sites for name in site.parameters))
+    inputs = [node for node in captured.nodes if node.op == "placeholder"]
+    for node in inputs:
+        new[node] = graph.node_copy(node)
+    tape, token, parameters = _insert_clip(graph, [new[node] for node in inputs], clipped)
+    tokens: dict[str, fx.Node] = {}
+    for node in captured.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "get_attr" and node.target in parameters:
+            new[node] = parameters[node.target]
+            by_name[node.name] = new[node]
+            continue
+        site = by_node.get(node.name)
+        if site is None:
+            new[node] = graph.node_copy(node, lambda n: new[n])
+        else:
+            if site.group not in tokens:
+                tokens[site.group] = graph.call_function(norm, (tape, token, site.group))
+                annotate(tokens[site.group], replace(info_of(node), role="norm", site=site.group))
+            constants = tuple(
+                tuple(by_name[name] for name in operand.expression.constants) for operand in site.operands
+            )
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: new[n])
+            new[node] = graph.create_node(
+                "call_function",
+                per_example,
+                (tape, tokens[site.group], site.name, constants, *args),
+                kwargs,
+                name=node.name,
+            )
+            new[node].meta = dict(node.meta)
+            annotate(new[node], replace(info_of(node), role="site", site=site.name))
+        by_name[node.name] = new[node]
+    return graph
+
+
+def _insert_clip(
+    graph: fx.Graph, inputs: Sequence[fx.Node], names: tuple[str, ...]
+) -> tuple[fx.Node, fx.Node, dict[str, fx.Node]]:
+    """The tape, the clip node, and what comes out of it: the token and the parameters."""
+    tape = graph.create_node("call_module", STATE, (tuple(n.target for n in inputs), *inputs), name="tape")
+    read = [graph.create_node("get_attr", name) for name in names]
+    node = graph.create_node("call_function", clip, (tape, names, *read), name="clip")
+    token = graph.create_node("call_function", operator.getitem, (node, 0), name="token")
+    given = [
+        graph.create_node("call_function", operator.getitem, (node, at), name=f"clipped_{name.replace('.', '_')}")
+        for at, name in enumerate(names, start=1)
+    ]
+    for inserted in (tape, node, token, *read, *given):
+        annotate(inserted, replace(info_of(inserted), role="tape" if inserted is tape else "clip"))
+    return tape, token, dict(zip(names, given, strict=True))

@@ -1,0 +1,25 @@
+"""Strategies: exact ways to get per-example squared norms and what the clipped sum is made of.
+
+Adding one is one file here, one entry in `STRATEGIES`, and nothing else: every test of exactness runs over the table.
+"""
+
+from perexfx.ir.strategy import Strategy
+from perexfx.strategies.gram import Gram
+from perexfx.strategies.gram_shift import GramShift
+from perexfx.strategies.grouped import Grouped
+from perexfx.strategies.loop import Loop
+from perexfx.strategies.materialize import Materialize
+from perexfx.strategies.outer import Outer
+
+STRATEGIES: tuple[Strategy, ...] = (
+    Outer(),
+    Materialize(),
+    Gram(),
+    Grouped(),
+    Loop(keep=True),
+    Loop(keep=False),
+    GramShift(),
+)
+"""In the order in which ties between equal costs are decided."""
+
+__all__ = ["STRATEGIES", "Gram", "GramShift", "Grouped", "Loop", "Materialize", "Outer"]

@@ -1,0 +1,49 @@
+"""Costs that several strategies share."""
+
+from __future__ import annotations
+
+import math
+
+from perexfx.ir.convolution import ConvolutionSignature
+from perexfx.ir.cost import Work
+from perexfx.ir.factors import ProductSignature, RowsSignature, Signature
+
+
+def parameter_elements(signature: Signature) -> int:
+    """Elements of the parameter."""
+    return math.prod(signature.shape)
+
+
+def finish_kept(signature: Signature, itemsize: int) -> Work:
+    """The clipped sum of kept per-example gradients: one matrix-vector product, each element read once."""
+    elements = signature.n * parameter_elements(signature)
+    return Work("matrix_vector", flops=2 * elements, bytes=itemsize * elements)
+
+
+def finish_product(signature: Signature, itemsize: int) -> tuple[Work, ...]:
+    """The clipped sum from held factors: scale one of them, then one ordinary parameter gradient."""
+    if isinstance(signature, ConvolutionSignature):
+        scaled = min(signature.input_elements, signature.output_elements)
+        product = Work(
+            "convolution_weight",
+            flops=signature.weight_gradient_flops,
+            bytes=itemsize * (signature.held_elements + parameter_elements(signature)),
+        )
+    elif isinstance(signature, ProductSignature):
+        rows = signature.n * signature.g * signature.t
+        scaled = rows * signature.o
+        product = Work(
+            "gemm",
+            flops=2 * rows * signature.i * signature.o,
+            bytes=itemsize * (signature.held_elements + parameter_elements(signature)),
+        )
+    else:
+        assert isinstance(signature, RowsSignature)
+        scaled = signature.n * signature.t * signature.d
+        product = Work("index", bytes=itemsize * (scaled + parameter_elements(signature)))
+    return Work("memory", bytes=2 * itemsize * scaled), product
+
+
+def read_for_norm(elements: int, itemsize: int) -> Work:
+    """One pass over elements that were just written."""
+    return Work("reduce", flops=2 * elements, bytes=itemsize * elements)

@@ -1,0 +1,98 @@
+"""Norms from two Gram matrices, without forming the gradients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perexfx.ir.convolution import Convolution, ConvolutionSignature
+from perexfx.ir.cost import Cost, Work
+from perexfx.ir.factors import Factors, Product, ProductSignature, Rows, RowsSignature, Signature
+from perexfx.strategies.costs import finish_product
+
+CHUNK_ELEMENTS = 1 << 20
+"""Gram matrices are formed for as many examples at a time as fit this many elements, so that they stay in cache."""
+
+
+@dataclass(frozen=True)
+class Gram:
+    """`||sum_t x_t g_t^T||^2 = sum_{t,s} <x_t, x_s> <g_t, g_s>`: the ghost norm.
+
+    References: Goodfellow 2015, arXiv:1510.01799; Li et al. 2022, arXiv:2110.05679; Bu et al. 2022, arXiv:2205.10683
+    (convolutions).
+    """
+
+    name: str = "gram"
+
+    def refuses(self, signature: Signature) -> str | None:
+        """Gradients that are not a product of two factors."""
+        if isinstance(signature, ProductSignature | ConvolutionSignature | RowsSignature):
+            return None
+        return "its gradient is not a product of two factors"
+
+    def cost(self, signature: Signature, itemsize: int) -> Cost:
+        """`2 n t^2 (i + o)` flops; one product after the clip node."""
+        copies: tuple[Work, ...] = ()
+        transient = 0
+        if isinstance(signature, RowsSignature):
+            grams, t, i, o = signature.n, signature.t, 1, signature.d
+        elif isinstance(signature, ProductSignature):
+            grams, t, i, o = signature.n * signature.g, signature.t, signature.i, signature.o
+        else:
+            assert isinstance(signature, ConvolutionSignature)
+            grams, t = signature.n * signature.geometry.groups, signature.frames * signature.positions
+            i, o = math.prod(signature.shape[1:]), signature.out_channels // signature.geometry.groups
+            unfolded = itemsize * grams * t * i
+            transient = unfolded
+            copies = (Work("memory", bytes=2 * unfolded, calls=2),)
+        squares = grams * t * t
+        per_chunk = max(1, CHUNK_ELEMENTS // max(1, t * t))
+        chunks = -(-grams // per_chunk)
+        work = (
+            Work("batched_gemm", 2 * squares * (i + o), itemsize * (grams * t * (i + o) + 2 * squares), 2 * grams),
+            Work("cache", bytes=4 * itemsize * squares, calls=2 * chunks),
+        )
+        transient += 2 * itemsize * min(squares, max(CHUNK_ELEMENTS, t * t))
+        finish = finish_product(signature, itemsize)
+        return Cost((*copies, *work, *finish), signature.held_elements * itemsize, transient)
+
+    def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
+        """Exact; two t x t matrices per example at a time."""
+        if isinstance(factors, Rows):
+            return _rows_squared_norms(factors), factors
+        product = factors.unfolded() if isinstance(factors, Convolution) else factors
+        assert isinstance(product, Product)
+        n, g, t, i = product.left.shape
+        left = product.left.reshape(n * g, t, i)
+        right = product.right.reshape(n * g, t, -1)
+        size = max(1, CHUNK_ELEMENTS // max(1, t * t))
+        sums = [
+            sum_of_products(a @ a.transpose(1, 2), b @ b.transpose(1, 2))
+            for a, b in zip(left.split(size), right.split(size), strict=True)
+        ]
+        return torch.cat(sums).reshape(n, g).sum(1), factors
+
+
+def sum_of_products(left_gram: Tensor, right_gram: Tensor) -> Tensor:
+    """`sum_{t,s} left[m, t, s] right[m, t, s]`, `[m]`; never below zero, accumulated in float32 at least.
+
+    `left_gram` is overwritten.
+    """
+    dtype = torch.promote_types(left_gram.dtype, torch.float32)
+    products = left_gram.mul_(right_gram)
+    return products.sum(dim=tuple(range(1, products.dim())), dtype=dtype).clamp_(min=0)
+
+
+def _rows_squared_norms(factors: Rows) -> Tensor:
+    """Pairs of positions that looked up the same row: the Gram of one-hot vectors is their equality."""
+    right = factors.trained_right
+    n, t, _ = right.shape
+    size = max(1, CHUNK_ELEMENTS // max(1, t * t))
+    sums = [
+        sum_of_products(g @ g.transpose(1, 2), (ids[:, :, None] == ids[:, None, :]).to(g.dtype))
+        for g, ids in zip(right.split(size), factors.ids.split(size), strict=True)
+    ]
+    return torch.cat(sums) if n else right.new_zeros(0)

@@ -1,0 +1,157 @@
+"""The Gram of a convolution's unfolded input from the Gram of its pixels, by shifts and adds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from perexfx.ir.convolution import Convolution, ConvolutionGeometry, ConvolutionSignature
+from perexfx.ir.cost import Cost, Work
+from perexfx.ir.factors import Factors, Signature
+from perexfx.strategies.costs import finish_product
+from perexfx.strategies.gram import sum_of_products
+
+CHUNK_ELEMENTS = 1 << 19
+"""Gram matrices are formed for as many examples at a time as fit this many elements, so that they stay in cache."""
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """The kernel taps along one axis that read the same stride phase of the padded input.
+
+    Attributes:
+        start: First padded position read.
+        length: How many positions, a stride apart, are read.
+        offsets: Of each tap, counted in strides from `start`.
+    """
+
+    start: int
+    length: int
+    offsets: tuple[int, ...]
+
+
+def _phases(geometry: ConvolutionGeometry, kernel: tuple[int, ...], out_size: tuple[int, ...]) -> list[list[_Phase]]:
+    """Per spatial axis, the taps gathered by stride phase."""
+    axes = []
+    for stride, dilation, taps, out in zip(geometry.stride, geometry.dilation, kernel, out_size, strict=True):
+        by_phase: dict[int, list[int]] = {}
+        for tap in range(taps):
+            by_phase.setdefault(tap * dilation % stride, []).append(tap * dilation // stride)
+        axes.append(
+            [
+                _Phase(
+                    start=phase + stride * offsets[0],
+                    length=offsets[-1] - offsets[0] + out,
+                    offsets=tuple(offset - offsets[0] for offset in offsets),
+                )
+                for phase, offsets in by_phase.items()
+            ]
+        )
+    return axes
+
+
+@dataclass(frozen=True)
+class GramShift:
+    """`sum(A * G)` with `A[t, s] = sum_k P[t + k, s + k]`: P is the Gram of the padded input over channels alone.
+
+    One product over C instead of C k^2, then k - 1 adds along each spatial axis. Strides: the same on each of the
+    stride phases of the input, summed.
+    """
+
+    name: str = "gram_shift"
+
+    def refuses(self, signature: Signature) -> str | None:
+        """All but convolutions of one image per example."""
+        if not isinstance(signature, ConvolutionSignature):
+            return "it is not a convolution"
+        if signature.frames != 1:
+            return f"each example is {signature.frames} images, and pairs of positions in different images count too"
+        return None
+
+    def cost(self, signature: Signature, itemsize: int) -> Cost:
+        """Two Grams over pixels, box sums, and one product after the clip node."""
+        assert isinstance(signature, ConvolutionSignature)
+        geometry = signature.geometry
+        grams = signature.n * geometry.groups
+        t = signature.positions
+        channels = (signature.in_channels + 0) // geometry.groups
+        flops = 2 * t * t * (signature.out_channels // geometry.groups)
+        moved = 4 * t * t
+        largest, calls = t * t, 2
+        for phases in product(*_phases(geometry, signature.kernel, signature.out_size)):
+            sizes = [phase.length for phase in phases]
+            pixels = math.prod(sizes)
+            flops += 2 * pixels * pixels * channels
+            largest = max(largest, pixels * pixels)
+            for axis, phase in enumerate(phases):
+                sizes[axis] = signature.out_size[axis]
+                moved += 3 * len(phase.offsets) * math.prod(sizes) ** 2
+                calls += len(phase.offsets)
+        chunks = -(-grams // max(1, CHUNK_ELEMENTS // max(1, largest)))
+        read = grams * (t * signature.out_channels + math.prod(signature.padded_size) * channels)
+        work = (
+            Work("batched_gemm", grams * flops, itemsize * (read + 2 * grams * largest), 2 * grams),
+            Work("cache", bytes=itemsize * grams * moved, calls=chunks * calls),
+        )
+        finish = finish_product(signature, itemsize)
+        transient = 3 * itemsize * max(min(grams * largest, CHUNK_ELEMENTS), largest)
+        return Cost((*work, *finish), signature.held_elements * itemsize, transient)
+
+    def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
+        """Exact; neither the unfolded input nor a gradient is formed."""
+        assert isinstance(factors, Convolution)
+        geometry = factors.geometry
+        padded = factors.padded_input().squeeze(1)
+        n, channels, *size = padded.shape
+        if n == 0:
+            return padded.new_zeros(0), factors
+        out_size = tuple(factors.grad_output.shape[3:])
+        grams = n * geometry.groups
+        pixels = padded.reshape(grams, channels // geometry.groups, *size)
+        right = factors.grad_output.reshape(grams, -1, math.prod(out_size))
+        phases = _phases(geometry, factors.shape[2:], out_size)
+        largest = max(math.prod(phase.length for phase in choice) for choice in product(*phases)) ** 2
+        step = max(1, CHUNK_ELEMENTS // max(1, largest))
+        sums = [
+            sum_of_products(
+                _unfolded_gram(x, phases, geometry.stride, out_size),
+                (g.transpose(1, 2) @ g).reshape(-1, *out_size, *out_size),
+            )
+            for x, g in zip(pixels.split(step), right.split(step), strict=True)
+        ]
+        return torch.cat(sums).reshape(n, geometry.groups).sum(1), factors
+
+
+def _unfolded_gram(
+    pixels: Tensor, phases: list[list[_Phase]], stride: tuple[int, ...], out_size: tuple[int, ...]
+) -> Tensor:
+    """The Gram of the unfolded input. Shape `[m, *out size, *out size]`; `pixels` has shape `[m, C, *size]`."""
+    total: Tensor | None = None
+    for choice in product(*phases):
+        part = pixels
+        for axis, phase in enumerate(choice):
+            stop = phase.start + stride[axis] * (phase.length - 1) + 1
+            part = part[(slice(None),) * (2 + axis) + (slice(phase.start, stop, stride[axis]),)]
+        lengths = part.shape[2:]
+        flat = part.flatten(2)
+        gram = (flat.transpose(1, 2) @ flat).reshape(-1, *lengths, *lengths)
+        for axis, phase in enumerate(choice):
+            gram = _sum_of_shifts(gram, axis, len(lengths), phase.offsets, out_size[axis])
+        total = gram if total is None else total.add_(gram)
+    assert total is not None
+    return total
+
+
+def _sum_of_shifts(gram: Tensor, axis: int, rank: int, offsets: tuple[int, ...], length: int) -> Tensor:
+    """`sum_offset gram[.., offset : offset + length, .., offset : offset + length, ..]` along both axes of a pair."""
+    shifted = [gram.narrow(1 + axis, at, length).narrow(1 + rank + axis, at, length) for at in offsets]
+    total = shifted[0]
+    if len(shifted) > 1:
+        total = total + shifted[1]
+        for part in shifted[2:]:
+            total.add_(part)
+    return total
