@@ -9,7 +9,7 @@ from torch import Tensor
 from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Gradient, Signature, squared_norms_of
-from perexfx.strategies.costs import finish_kept, parameter_elements, read_for_norm
+from perexfx.strategies.costs import finish_kept, fresh_memory, parameter_elements, read_for_norm
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Grouped:
             itemsize * kept,
             calls=signature.n,
         )
-        return Cost((work, read_for_norm(kept, itemsize), finish_kept(signature, itemsize)), kept * itemsize)
+        tail = (fresh_memory(kept * itemsize), read_for_norm(kept, itemsize), finish_kept(signature, itemsize))
+        return Cost((work, *tail), kept * itemsize)
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
         """Norms of the formed gradients, which are kept."""

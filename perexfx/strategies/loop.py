@@ -10,7 +10,7 @@ from torch import Tensor
 from perexfx.ir.convolution import Convolution, ConvolutionSignature, kernel_gradient
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Gradient, Signature, squared_norms_of
-from perexfx.strategies.costs import finish_kept, finish_product, parameter_elements, read_for_norm
+from perexfx.strategies.costs import finish_kept, finish_product, fresh_memory, parameter_elements, read_for_norm
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Loop:
         )
         norms = read_for_norm(signature.n * parameter_elements(signature), itemsize)
         if self.keep:
-            tail = (norms, finish_kept(signature, itemsize))
+            copies = Work("memory", bytes=2 * one * signature.n, calls=signature.n)
+            tail = (copies, fresh_memory(one * signature.n), norms, finish_kept(signature, itemsize))
             return Cost((work, *tail), bytes_held=one * signature.n, bytes_transient=one)
         finish = finish_product(signature, itemsize)
         return Cost((work, norms, *finish), bytes_held=signature.held_elements * itemsize, bytes_transient=one)

@@ -20,7 +20,7 @@ from perexfx.ir.factors import (
     Signature,
     squared_norms_of,
 )
-from perexfx.strategies.costs import finish_kept, finish_product, parameter_elements, read_for_norm
+from perexfx.strategies.costs import finish_kept, finish_product, fresh_memory, parameter_elements, read_for_norm
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Materialize:
         if isinstance(signature, ProductSignature):
             flops = 2 * signature.t * kept
             product = Work("batched_gemm", flops, itemsize * (signature.held_elements + kept), calls=signature.n)
-            return Cost((product, *tail), kept * itemsize)
+            return Cost((product, fresh_memory(kept * itemsize), *tail), kept * itemsize)
         assert isinstance(signature, ConvolutionSignature)
         unfolded = signature.n * signature.frames * signature.positions * signature.in_channels
         unfolded *= math.prod(signature.kernel)
@@ -62,7 +62,8 @@ class Materialize:
             itemsize * (unfolded + signature.output_elements + kept),
             calls=signature.n,
         )
-        return Cost((copy, product, *tail), kept * itemsize, bytes_transient=unfolded * itemsize)
+        fresh = fresh_memory(kept * itemsize), fresh_memory(unfolded * itemsize)
+        return Cost((copy, product, *fresh, *tail), kept * itemsize, bytes_transient=unfolded * itemsize)
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
         """Norms of the formed gradients."""

@@ -1,0 +1,1 @@
+"""The measurements anyone can repeat: `python -m perexfx bench`."""
