@@ -13,6 +13,8 @@ from perexfx.ir.errors import (
     ShapeError,
     StrategyError,
 )
+from perexfx.quantities import gradient_gram, per_example_grads, per_example_norms
+from perexfx.views.report import report
 
 __all__ = [
     "ArgumentError",
@@ -25,6 +27,10 @@ __all__ = [
     "RefusedError",
     "ShapeError",
     "StrategyError",
+    "gradient_gram",
+    "per_example_grads",
+    "per_example_norms",
+    "report",
     "transform",
 ]
 __version__ = "0.1.0"

@@ -1,8 +1,8 @@
 """Analysis: which values carry examples, on which axis, from shapes alone.
 
-Promises: every value of the graph is known to carry examples in one place, or none at all; a node that combines examples
-is refused by name, whatever Python-level function hides it. Nothing is computed: the graph is run twice with fake
-tensors, for 3 and for 5 examples, and what differs depends on the batch size.
+Promises: every value of the graph is known to carry examples in one place, or none at all; a node that combines
+examples is refused by name, whatever Python-level function hides it. Nothing is computed: the graph is run twice with
+fake tensors, for 3 and for 5 examples, and what differs depends on the batch size.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from perexfx.ir.site import Site
 from perexfx.layers import RULES
 from perexfx.match import confirm, match
 from perexfx.plan import Plan, check_forced, make_plan, sizes_of
-from perexfx.rewrite import rewrite, twin_of
+from perexfx.rewrite import Transformed, rewrite, twin_of
 from perexfx.runtime import PerExample, Settings
 from perexfx.strategies import STRATEGIES
 
@@ -34,7 +34,7 @@ def transform(
     strategy: str | Mapping[str, str] = "auto",
     memory_budget: int | None = None,
     batch_dim: int = 0,
-) -> fx.GraphModule:
+) -> Transformed:
     """A GraphModule whose ordinary `loss.backward()` fills `.grad` with clipped per-example gradients.
 
     It holds the model's own Parameter objects under the same names and takes the model's arguments, so that a training

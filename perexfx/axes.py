@@ -1,8 +1,9 @@
 """How tensor operations treat the example axis, at the level of aten.
 
-Promises: given where each argument carries its examples, `propagate` says where the result does, or raises `Mixing` where
-a result would depend on several examples. Operations that only move elements are followed exactly, by running them on
-tags (which example does each element belong to?); the others have a rule. An operation without a rule is refused.
+Promises: given where each argument carries its examples, `propagate` says where the result does, or raises `Mixing`
+where a result would depend on several examples. Operations that only move elements are followed exactly, by running
+them on tags (which example does each element belong to?); the others have a rule. An operation without a rule is
+refused.
 """
 
 from __future__ import annotations
@@ -263,9 +264,7 @@ def _attention(call: OpCall) -> Result:
     layout = _agree(layouts)
     if layout is not None and layout.axis >= rank - 2:
         raise Mixing("it attends over the example axis")
-    return [
-        layout if isinstance(leaf, Tensor) and leaf.dim() > 1 else None for leaf in pytree.tree_leaves(call.result)
-    ]
+    return [layout if isinstance(leaf, Tensor) and leaf.dim() > 1 else None for leaf in pytree.tree_leaves(call.result)]
 
 
 def _like_first(call: OpCall) -> Result:
@@ -316,7 +315,7 @@ def _gather(call: OpCall) -> Result:
 
 
 def tags_of(layout: Layout | None, shape: Sequence[int], n: int) -> Tensor:
-    """Which example each element belongs to, counted from 1; 0 where it belongs to none. Strides are 0 where possible."""
+    """Which example each element belongs to, counted from 1; 0 for none. Strides are 0 where possible."""
     if layout is None:
         return torch.zeros(()).expand(tuple(shape))
     numbers = torch.arange(1.0, n + 1).view(1, n, 1).expand(layout.before, n, layout.after).reshape(-1)
@@ -387,18 +386,30 @@ def _table() -> dict[str, AxisRule]:
 
     add(
         _moved,
-        "view _unsafe_view reshape _reshape_alias unsqueeze squeeze permute transpose t expand slice select unbind split "
-        "split_with_sizes chunk stack cat flip roll repeat alias diagonal unfold narrow movedim swapaxes "
+        "view _unsafe_view reshape _reshape_alias unsqueeze squeeze permute transpose t expand slice select unbind "
+        "split split_with_sizes chunk stack cat flip roll repeat alias diagonal unfold narrow movedim swapaxes "
         "constant_pad_nd unflatten tile pixel_shuffle pixel_unshuffle channel_shuffle unsafe_split "
         "unsafe_split_with_sizes squeeze_copy",
     )
     add(_index, "index")
-    add(_like_first, "clone detach contiguous lift_fresh _to_copy to alias_copy native_dropout dropout bernoulli")
+    add(
+        _like_first,
+        "clone detach contiguous lift_fresh _to_copy to alias_copy native_dropout dropout bernoulli",
+    )
     add(_pointwise, "where masked_fill copy _conj fill zero dropout addcmul addcdiv lerp")
-    add(_no_examples, "zeros_like ones_like full_like rand_like randn_like empty_like new_zeros new_ones new_full new_empty")
-    add(_reduce, "sum mean amax amin prod var std var_mean std_mean logsumexp norm linalg_vector_norm any all argmax argmin")
+    add(
+        _no_examples,
+        "zeros_like ones_like full_like rand_like randn_like empty_like new_zeros new_ones new_full new_empty",
+    )
+    add(
+        _reduce,
+        "sum mean amax amin prod var std var_mean std_mean logsumexp norm linalg_vector_norm any all argmax argmin",
+    )
     add(_reduce, "max min median nansum nanmean")
-    add(_along, "_softmax _log_softmax softmax log_softmax cumsum cumprod logcumsumexp sort topk cummax cummin glu")
+    add(
+        _along,
+        "_softmax _log_softmax softmax log_softmax cumsum cumprod logcumsumexp sort topk cummax cummin glu",
+    )
     add(_matrix_product("self", "mat2"), "mm bmm")
     add(_matrix_product("self", "other"), "matmul")
     add(_matrix_product("self", "vec"), "mv")
@@ -423,7 +434,10 @@ def _table() -> dict[str, AxisRule]:
             f"_upsample_nearest_exact{rank}d max_pool{rank}d",
         )
     add(_on_last(1), "upsample_linear1d")
-    add(_on_last(2), "upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa im2col col2im grid_sampler_2d triu tril")
+    add(
+        _on_last(2),
+        "upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa im2col col2im grid_sampler_2d triu tril",
+    )
     add(_on_last(3), "upsample_trilinear3d grid_sampler_3d")
     add(_gather, "gather")
     add(_select_positions, "index_select")

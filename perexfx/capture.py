@@ -196,7 +196,7 @@ def _defaults(model: nn.Module, given: frozenset[str] | None) -> dict[str, Any]:
 
 
 def _restore_defaults(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
-    """fx renames specialised arguments (`mask` becomes `mask_1`); callers know them by their own names."""
+    """Fx renames specialised arguments (`mask` becomes `mask_1`); callers know them by their own names."""
     for node in graph.nodes:
         if node.op != "placeholder":
             continue

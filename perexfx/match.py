@@ -99,9 +99,8 @@ def _refuse_batch_statistics(graph: fx.Graph) -> None:
     """Layers that normalise by batch statistics, which need no shapes to be recognised."""
     refusals = []
     for node in graph.nodes:
-        training = (
-            (node.target is F.batch_norm and node.args[5])
-            or (node.target is F.instance_norm and node.args[5] and node.args[1] is not None)
+        training = (node.target is F.batch_norm and node.args[5]) or (
+            node.target is F.instance_norm and node.args[5] and node.args[1] is not None
         )
         if not training:
             continue
@@ -168,7 +167,7 @@ def _carries_examples(node: fx.Node, states: Mapping[fx.Node, State], batch_dim:
         whole_shape = node.target is getattr or (node.target == "size" and len(node.args) == 1)
         axis = None if whole_shape else (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim"))
         reads_batch = node.target == "numel" or axis == batch_dim or (whole_shape and _is_shape(node))
-        return isinstance(value, fx.Node) and states[value] is State.EXAMPLE and reads_batch
+        return isinstance(value, fx.Node) and states[value] is State.EXAMPLE and bool(reads_batch)
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and _is_shape(node.args[0]):
         index = node.args[1]
         if isinstance(index, int):
@@ -208,7 +207,11 @@ class _Matcher:
         if not read:
             return
         if node.op == "output":
-            self._refuse(node, read, "it is returned by the forward, and a loss outside could then use it past clipping")
+            self._refuse(
+                node,
+                read,
+                "it is returned by the forward, and a loss outside could then use it past clipping",
+            )
             return
         rule = self.rules.get(node.target) if node.op in ("call_function", "call_method") else None
         if rule is None:
@@ -243,12 +246,12 @@ class _Matcher:
 
     def _refuse(self, node: fx.Node, read: Iterable[fx.Node], why: str) -> None:
         place = place_of(node)
-        names = [name for value in read for name in self._expression(value).parameters]
-        listed = ", ".join(f"`{name}`" for name in dict.fromkeys(names))
-        many = len(dict.fromkeys(names)) > 1
+        names = dict.fromkeys(name for value in read for name in self._expression(value).parameters)
+        many = len(names) > 1
+        subject = f"{'Parameters' if many else 'Parameter'} {', '.join(f'`{name}`' for name in names)}"
         self.refusals.append(
             Refusal(
-                what=f"{'Parameters' if many else 'Parameter'} {listed} {'are' if many else 'is'} used by {place}: {why}.",
+                what=f"{subject} {'are' if many else 'is'} used by {place}: {why}.",
                 why="Every use of a trainable parameter must be covered.",
                 remedy=f"Freeze {'them' if many else 'it'} (`requires_grad_(False)`), or rewrite that line.",
                 place=place,
@@ -304,8 +307,29 @@ class _Matcher:
 
 
 _REINDEXING_METHODS = frozenset(
-    "t transpose permute view reshape flatten unflatten unsqueeze squeeze contiguous clone movedim swapaxes "
-    "swapdims narrow select chunk split unbind view_as reshape_as".split()
+    [
+        "t",
+        "transpose",
+        "permute",
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "unsqueeze",
+        "squeeze",
+        "contiguous",
+        "clone",
+        "movedim",
+        "swapaxes",
+        "swapdims",
+        "narrow",
+        "select",
+        "chunk",
+        "split",
+        "unbind",
+        "view_as",
+        "reshape_as",
+    ]
 )
 
 

@@ -1,8 +1,8 @@
 """Planning: sites, strategies, machine and memory budget to a plan, from shapes alone.
 
-Promises: the plan minimises predicted time under the budget exactly, and is the same for the same shapes. Each decision
-keeps every alternative, with its predicted cost or the reason why it was refused. A budget that nothing fits raises, and
-names the least that would.
+Promises: the plan minimises predicted time under the budget exactly, and is the same for the same shapes. Each
+decision keeps every alternative, with its predicted cost or the reason why it was refused. A budget that nothing fits
+raises, and names the least that would.
 """
 
 from __future__ import annotations
@@ -199,9 +199,7 @@ def sizes_of(
     return geometries, signatures
 
 
-def _geometry(
-    site: Site, node: fx.Node, arguments: Mapping[str, object], analysis: Analysis, n: int
-) -> Geometry | str:
+def _geometry(site: Site, node: fx.Node, arguments: Mapping[str, object], analysis: Analysis, n: int) -> Geometry | str:
     """The shapes at a site, or why it has none that can be used."""
     output = analysis.tensor(node)
     if output is None or output.layout is None:
@@ -216,12 +214,10 @@ def _geometry(
             layouts[name] = facts.layout
         elif facts.depends_on_batch_size:
             return f"the examples in its argument `{name}` cannot be told apart"
-    if missing := [name for name in site.rule.inputs if name in shapes and name not in layouts and name in ("input",)]:
-        if not any(operand.name in missing for operand in site.operands):
-            return f"its argument `{missing[0]}` carries no examples, but its result does"
-    for operand in site.operands:
-        if operand.name in layouts:
-            return f"its parameter `{operand.name}` differs between examples"
+    operands = {operand.name for operand in site.operands}
+    for name in site.rule.inputs:
+        if name in shapes and name not in layouts and name not in operands:
+            return f"its argument `{name}` carries no examples, but its result does"
     return Geometry(n, shapes, layouts, output.shape(n), output.layout)
 
 
@@ -365,8 +361,8 @@ def choose(candidates: Sequence[Sequence[Alternative]], budget: int | None) -> l
         best = found or best
     if best is None:
         raise BudgetError(
-            f"No plan fits memory_budget={budget:,} bytes. The least that would do is {least_bytes(candidates):,} bytes "
-            "at this batch size. Raise the budget or lower the batch size."
+            f"No plan fits memory_budget={budget:,} bytes. The least that would do is {least_bytes(candidates):,} "
+            "bytes at this batch size. Raise the budget or lower the batch size."
         )
     return best
 

@@ -29,12 +29,14 @@ class Transformed(fx.GraphModule):
     fx itself keeps only what the graph names, and loses the rest when it copies or saves.
     """
 
+    perexfx: PerExample
+
     def __init__(self, body: Mapping[str, Any], graph: fx.Graph, class_name: str = "Transformed") -> None:
         super().__init__({}, fx.Graph(), class_name)
         for name, value in body.items():
             self.__dict__[name] = value
         self.graph = graph
-        self._modules[STATE].belongs_to(self)  # type: ignore[union-attr]
+        self.perexfx.belongs_to(self)
 
     def _body(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_graph", "_code", "_tracer_cls")}
@@ -116,6 +118,7 @@ def _rewritten(captured: fx.Graph, sites: Sequence[Site]) -> fx.Graph:
             constants = tuple(
                 tuple(by_name[name] for name in operand.expression.constants) for operand in site.operands
             )
+            args: Any
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: new[n])
             new[node] = graph.create_node(
                 "call_function",
@@ -134,7 +137,7 @@ def _insert_clip(
     graph: fx.Graph, inputs: Sequence[fx.Node], names: tuple[str, ...]
 ) -> tuple[fx.Node, fx.Node, dict[str, fx.Node]]:
     """The tape, the clip node, and what comes out of it: the token and the parameters."""
-    tape = graph.create_node("call_module", STATE, (tuple(n.target for n in inputs), *inputs), name="tape")
+    tape = graph.create_node("call_module", STATE, (tuple(str(n.target) for n in inputs), *inputs), name="tape")
     read = [graph.create_node("get_attr", name) for name in names]
     node = graph.create_node("call_function", clip, (tape, names, *read), name="clip")
     token = graph.create_node("call_function", operator.getitem, (node, 0), name="token")

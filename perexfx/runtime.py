@@ -1,9 +1,9 @@
 """Run time: what the nodes of a rewritten graph do.
 
-Promises: one ordinary backward fills `.grad` with clipped sums. Every site leaves its factors on the tape, its norm node
-turns them into squared norms (the gradient of a zero token of shape [B]), autograd adds the tokens up, and the clip
-node, which runs last, turns the total into factors and returns each parameter's clipped sum as its gradient. No state
-outlives a backward but `norms` and `clip_factors`.
+Promises: one ordinary backward fills `.grad` with clipped sums. Every site leaves its factors on the tape, its norm
+node turns them into squared norms (the gradient of a zero token of shape [B]), autograd adds the tokens up, and the
+clip node, which runs last, turns the total into factors and returns each parameter's clipped sum as its gradient. No
+state outlives a backward but `norms` and `clip_factors`.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class PerExample(nn.Module):
         settings: What `transform` was asked for.
         plan: The plan of the last forward, or the one made ahead of time; None before there is one.
         norms: Gradient norm of each example of the last backward, before clipping. Shape `[B]`.
+        keep_gradients: Keep each example's gradients too, B times the memory of the parameters.
+        gradients: Then, after a backward: parameter name -> gradient of each example's own loss, `[B, *shape]`.
         clip_factors: What each example's gradient was multiplied with. Shape `[B]`; with `clipping="per_layer"`
             `[groups, B]`, a row per group of sites that share parameters, in graph order.
     """
@@ -77,6 +79,8 @@ class PerExample(nn.Module):
         self.plan: Plan | None = None
         self.norms: Tensor | None = None
         self.clip_factors: Tensor | None = None
+        self.keep_gradients = False
+        self.gradients: dict[str, Tensor] | None = None
         self._planner = planner
         self._analyses: dict[Inputs, Analysis] = {}
         self._plans: dict[tuple[Inputs, int], Plan] = {}
@@ -151,8 +155,8 @@ class PerExample(nn.Module):
             if owner.get_submodule(path).training is not training:
                 mode, other = ("train", "eval") if training else ("eval", "train")
                 raise ModeError(
-                    f"Module `{path or type(owner).__name__}` computes something else in {other} mode, and the graph was "
-                    f"captured in {mode} mode. Call `.{mode}()` on it before the forward, use the original model for "
+                    f"Module `{path or type(owner).__name__}` computes something else in {other} mode, and the graph "
+                    f"was captured in {mode} mode. Call `.{mode}()` on it before the forward, use the original model for "
                     f"{other} mode, or transform the model again in {other} mode."
                 )
         for name, parameter in owner.named_parameters():
@@ -177,7 +181,7 @@ class Tape:
         self.squared_norms: dict[str, Tensor] = {}
 
     def enter_backward(self) -> None:
-        """Forgets what an earlier backward of the same forward left behind (it may have stopped before the clip node)."""
+        """Forgets what an earlier backward of this forward left behind: it may have stopped before the clip node."""
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self._task = task
@@ -213,7 +217,8 @@ class _Clip(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, total: Tensor | None, *_: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides names)
+        total: Tensor | None = grad_outputs[0]
         tape: Tape = ctx.tape
         if total is None:
             return (None,) * (2 + len(ctx.names))
@@ -241,7 +246,7 @@ class _Norm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor | None) -> Any:
+    def backward(ctx: Any, *_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides names)
         return None, _squared_norms(ctx.tape, ctx.group), None
 
 
@@ -274,14 +279,14 @@ class _PerExampleOp(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides names)
         tape, site, names = ctx.tape, ctx.site, ctx.names
         tape.enter_backward()
         tensors = ctx.saved_tensors
         call = Backward(
             arguments={**ctx.arguments, **dict(zip(names, tensors, strict=False))},
             residuals=tensors[len(names) :],
-            grad_output=grad_output,
+            grad_output=grad_outputs[0],
             geometry=ctx.geometry,
             inputs=[name for name, needed in zip(names, ctx.needs_input_grad[5:], strict=True) if needed],
             operands=[operand.name for operand in site.operands if _is_active(tape, operand)],
@@ -346,15 +351,12 @@ def _squared_norms(tape: Tape, group: str) -> Tensor | None:
     assert tape.plan is not None
     members = [site for site in tape.state.sites if site.group == group]
     uses = [
-        (site, operand)
-        for site in members
-        for operand in site.operands
-        if (site.name, operand.name) in tape.observed
+        (site, operand) for site in members for operand in site.operands if (site.name, operand.name) in tape.observed
     ]
     if not uses:
         return None
     if len(members) > 1 or not all(operand.expression.reindexes for _, operand in uses):
-        total = _joined_squared_norms(tape, group, uses)
+        total = _joined_squared_norms(tape, uses)
     else:
         parts = []
         for site, operand in uses:
@@ -367,41 +369,43 @@ def _squared_norms(tape: Tape, group: str) -> Tensor | None:
     return total
 
 
-def _joined_squared_norms(tape: Tape, group: str, uses: Sequence[tuple[Site, Operand]]) -> Tensor:
+def _joined_squared_norms(tape: Tape, uses: Sequence[tuple[Site, Operand]]) -> Tensor:
     """Uses of the same parameters: their per-example gradients are pulled back to the parameters and added first."""
     sums: dict[str, Tensor] = {}
     for site, operand in uses:
         key = site.name, operand.name
-        gradients = tape.observed.pop(key).gradients()
-        for name, pulled in _pull_back_each(tape, key, operand.expression, gradients).items():
-            if name in tape.active:
-                sums[name] = sums[name] + pulled if name in sums else pulled
+        _add_pulled(tape, key, tape.observed.pop(key).gradients(), _pull_back_each, sums)
     for name, value in sums.items():
         tape.held["", name] = Gradient(value)
     return torch.stack([squared_norms_of(value) for value in sums.values()]).sum(0)
+
+
+def _vjp(tape: Tape, key: tuple[str, str], expression: Expression) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """From the gradient of an expression's value to those of its parameters."""
+    function, constants = expression.function, tape.constants[key]
+    assert function is not None
+    values = [tape.parameters[name] for name in expression.parameters]
+    with torch.enable_grad():
+        _, vjp, *_ = torch.func.vjp(lambda *given: function(*given, *constants), *values)
+    return vjp
 
 
 def _pull_back(tape: Tape, key: tuple[str, str], expression: Expression, gradient: Tensor) -> dict[str, Tensor]:
     """The gradient of an expression's parameters from that of its value."""
     if expression.function is None:
         return {expression.parameters[0]: gradient}
-    function, constants = expression.function, tape.constants[key]
-    with torch.enable_grad():
-        _, vjp = torch.func.vjp(lambda *values: function(*values, *constants), *(tape.parameters[name] for name in expression.parameters))
-        return dict(zip(expression.parameters, vjp(gradient), strict=True))
+    return dict(zip(expression.parameters, _vjp(tape, key, expression)(gradient), strict=True))
 
 
 def _pull_back_each(tape: Tape, key: tuple[str, str], expression: Expression, gradients: Tensor) -> dict[str, Tensor]:
     """The same for each example's gradient, `[n, *shape]`."""
     if expression.function is None:
         return {expression.parameters[0]: gradients}
-    function, constants = expression.function, tape.constants[key]
-    values = [tape.parameters[name] for name in expression.parameters]
     if gradients.shape[0] == 0:
-        return {n: v.new_zeros(0, *v.shape) for n, v in zip(expression.parameters, values, strict=True)}
-    with torch.enable_grad():
-        _, vjp = torch.func.vjp(lambda *inner: function(*inner, *constants), *values)
-        return dict(zip(expression.parameters, torch.func.vmap(vjp)(gradients), strict=True))
+        values = {name: tape.parameters[name] for name in expression.parameters}
+        return {name: value.new_zeros(0, *value.shape) for name, value in values.items()}
+    pulled = torch.func.vmap(_vjp(tape, key, expression))(gradients)
+    return dict(zip(expression.parameters, pulled, strict=True))
 
 
 def _clipped_sums(tape: Tape, total: Tensor) -> dict[str, Tensor]:
@@ -412,37 +416,56 @@ def _clipped_sums(tape: Tape, total: Tensor) -> dict[str, Tensor]:
     any_lost = bool(lost.any())
     if any_lost:
         _logger.warning(
-            "%d of %d examples have gradients that are not finite; they count as zero.", int(lost.sum()), tape.n
+            "%d of %d examples have gradients that are not finite; they count as zero.",
+            int(lost.sum()),
+            tape.n,
         )
-    factors = {group: factor for group, factor in _factors(tape, norms, lost)}
+    factors = _factors(tape, norms, lost)
     state.norms = norms
     rows = list(factors.values())
     state.clip_factors = torch.stack(rows) if state.settings.clipping == "per_layer" else rows[0]
-    gradients: dict[str, Tensor] = {}
+    if state.keep_gradients:
+        state.gradients = _per_example_gradients(tape)
+    sums: dict[str, Tensor] = {}
     for key in list(tape.held):
         held = tape.held.pop(key)
-        site = state.site(key[0]) if key[0] else _first_use(state, key[1])
-        weights = factors[site.group]
         if any_lost:
             held = held.without(lost)
-        value = held.weighted_sum(weights)
-        if key[0]:
-            operand = next(operand for operand in site.operands if operand.name == key[1])
-            pulled = _pull_back(tape, key, operand.expression, value)
-        else:
-            pulled = {key[1]: value}
-        for name, gradient in pulled.items():
-            if name in tape.active:
-                gradient = gradient.to(tape.parameters[name].dtype)
-                gradients[name] = gradients[name] + gradient if name in gradients else gradient
-    return gradients
+        site = state.site(key[0]) if key[0] else _first_use(state, key[1])
+        _add_pulled(tape, key, held.weighted_sum(factors[site.group]), _pull_back, sums)
+    return {name: value.to(tape.parameters[name].dtype) for name, value in sums.items()}
+
+
+def _per_example_gradients(tape: Tape) -> dict[str, Tensor]:
+    """Of each example's own loss, by parameter."""
+    each: dict[str, Tensor] = {}
+    for key, held in tape.held.items():
+        _add_pulled(tape, key, held.gradients() * tape.scale, _pull_back_each, each)
+    return each
+
+
+def _add_pulled(
+    tape: Tape,
+    key: tuple[str, str],
+    value: Tensor,
+    pull_back: Callable[[Tape, tuple[str, str], Expression, Tensor], dict[str, Tensor]],
+    sums: dict[str, Tensor],
+) -> None:
+    """Adds what a value contributes to each trained parameter."""
+    pulled = {key[1]: value}
+    if key[0]:
+        operand = next(operand for operand in tape.state.site(key[0]).operands if operand.name == key[1])
+        pulled = pull_back(tape, key, operand.expression, value)
+    for name, part in pulled.items():
+        if name in tape.active:
+            sums[name] = sums[name] + part if name in sums else part
 
 
 def _first_use(state: PerExample, parameter: str) -> Site:
     return next(site for site in state.sites if parameter in site.parameters)
 
 
-def _factors(tape: Tape, norms: Tensor, lost: Tensor) -> list[tuple[str, Tensor]]:
+def _factors(tape: Tape, norms: Tensor, lost: Tensor) -> dict[str, Tensor]:
     """Group -> factors `[B]`; zero for examples that are not finite."""
     settings = tape.state.settings
     groups = list(dict.fromkeys(site.group for site in tape.state.sites))
@@ -458,7 +481,7 @@ def _factors(tape: Tape, norms: Tensor, lost: Tensor) -> list[tuple[str, Tensor]
     else:
         each = [_flat(norms, settings.clip_norm)] * len(groups)
     each = [factor.to(norms.dtype).masked_fill(lost, 0) for factor in each]
-    return list(zip(groups, each, strict=True))
+    return dict(zip(groups, each, strict=True))
 
 
 def _flat(norms: Tensor, clip_norm: float | None) -> Tensor:

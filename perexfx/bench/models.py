@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +126,13 @@ class ViT(nn.Module):
     """Vision transformer (Dosovitskiy et al. 2021, arXiv:2010.11929); the default sizes are ViT-tiny."""
 
     def __init__(
-        self, image: int = 224, patch: int = 16, width: int = 192, depth: int = 12, heads: int = 3, classes: int = 10
+        self,
+        image: int = 224,
+        patch: int = 16,
+        width: int = 192,
+        depth: int = 12,
+        heads: int = 3,
+        classes: int = 10,
     ) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, patch, patch)
@@ -145,6 +152,6 @@ class ViT(nn.Module):
 def mlp(sizes: Sequence[int] = (784, 128, 256, 10)) -> nn.Module:
     """Linear layers with ReLU in between."""
     layers: list[nn.Module] = []
-    for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+    for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers[:-1])

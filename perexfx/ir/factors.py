@@ -17,17 +17,18 @@ from torch import Tensor
 
 @runtime_checkable
 class Signature(Protocol):
-    """The sizes of factors: integers alone, equal for sites that cost the same.
-
-    Attributes:
-        n: Number of examples.
-        shape: Shape of the parameter, or of the expression of it that meets the examples.
-    """
+    """The sizes of factors: integers alone, equal for sites that cost the same."""
 
     @property
-    def n(self) -> int: ...
+    def n(self) -> int:
+        """Number of examples."""
+        ...
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        ...
+
     @property
     def held_elements(self) -> int:
         """How many numbers stay alive when the factors are held until the clip node."""
@@ -42,7 +43,9 @@ class Factors(Protocol):
     """One use of a parameter in one backward."""
 
     @property
-    def signature(self) -> Signature: ...
+    def signature(self) -> Signature:
+        """The sizes."""
+        ...
 
     def gradients(self) -> Tensor:
         """The per-example gradients. Shape `[n, *shape]`."""

@@ -54,9 +54,7 @@ class Layout:
         n = value.shape[0]
         split = value.reshape(n, self.before, self.after, *value.shape[2:])
         moved = split.movedim((0, 1, 2), (self.axis + 1, self.axis, self.axis + 2))
-        return moved.reshape(
-            *moved.shape[: self.axis], self.before * n * self.after, *moved.shape[self.axis + 3 :]
-        )
+        return moved.reshape(*moved.shape[: self.axis], self.before * n * self.after, *moved.shape[self.axis + 3 :])
 
     def per_position(self, factors: Tensor) -> Tensor:
         """One number per example, spread over the positions of the axis: `[n]` to `[before * n * after]`."""

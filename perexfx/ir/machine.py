@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from perexfx.ir.cost import Cost, Work
 
@@ -45,15 +44,8 @@ class Machine:
         """Predicted time of a strategy."""
         return sum(self.rates[work.kind].seconds(work) for work in cost.work)
 
-    def __reduce__(self) -> tuple[type, tuple[str, Mapping[str, Rate]]]:
-        return _machine, (self.name, dict(self.rates))
 
-
-def _machine(name: str, rates: Mapping[str, Rate]) -> Machine:
-    return Machine(name, MappingProxyType(dict(rates)))
-
-
-BUILT_IN = _machine(
+BUILT_IN = Machine(
     "built-in profile",
     {  # flop rate, byte rate, seconds per call
         "batched_gemm": Rate(1.89e11, 3.01e10, 1.0e-07),
@@ -61,12 +53,12 @@ BUILT_IN = _machine(
         "convolution_weight": Rate(3.79e11, 8.94e09, 2.8e-05),
         "convolution_weight_grouped": Rate(3.06e11, 6.79e09, 1.3e-06),
         "convolution_weight_single": Rate(4.08e11, 2.05e10, 4.1e-05),
-        "fresh_memory": Rate(math.inf, 3.47e09, 0.0e+00),
+        "fresh_memory": Rate(math.inf, 3.47e09, 0.0e00),
         "gemm": Rate(2.68e11, 1.47e10, 1.9e-05),
         "index": Rate(math.inf, 5.01e10, 2.3e-05),
         "matrix_vector": Rate(math.inf, math.inf, 1.2e-05),
         "memory": Rate(math.inf, 1.56e10, 1.0e-06),
-        "reduce": Rate(math.inf, 3.20e10, 0.0e+00),
+        "reduce": Rate(math.inf, 3.20e10, 0.0e00),
     },
 )
 """Fitted to 481 timings of strategies (convolutions, linear layers, embeddings; 8 to 256 examples) on two cores of an

@@ -115,4 +115,3 @@ class Rule(ABC):
 def sum_positions(grad_output: Tensor) -> Tensor:
     """A bias' per-example gradient: `[n, t, o]` summed over t."""
     return grad_output.squeeze(1) if grad_output.shape[1] == 1 else grad_output.sum(1)
-

@@ -60,25 +60,19 @@ class ConvolutionRule(Rule):
 
     Attributes:
         rank: Number of spatial axes.
+        kind: conv1d, conv2d or conv3d.
+        targets: The function of this rank.
     """
 
     rank: int
+    kind: str
+    targets: Sequence[Target]
     operands = ("weight", "bias")
     inputs = ("input",)
 
-    @property
-    def kind(self) -> str:
-        """conv1d, conv2d or conv3d."""
-        return f"conv{self.rank}d"
-
-    @property
-    def targets(self) -> Sequence[Target]:
-        """The function of this rank."""
-        return (getattr(torch, self.kind),)
-
     @staticmethod
     def named(
-        input: Any,  # noqa: A002
+        input: Any,
         weight: Any,
         bias: Any = None,
         stride: Any = 1,
@@ -124,7 +118,7 @@ class ConvolutionRule(Rule):
         return getattr(torch, self.kind)(*(arguments[name] for name in names)), ()
 
     def backward(self, call: Backward) -> tuple[dict[str, Tensor], dict[str, Factors]]:
-        """torch's own kernel for the input's gradient."""
+        """Torch's own kernel for the input's gradient."""
         weight = call.arguments["weight"]
         slide, padding = self._slide(call.arguments, weight.shape[2:])
         layer_input = padding.extend(call.arguments["input"])
@@ -160,4 +154,8 @@ def _input_gradient(grad_output: Tensor, layer_input: Tensor, weight: Tensor, sl
     )[0]
 
 
-CONVOLUTIONS = tuple(ConvolutionRule(rank) for rank in (1, 2, 3))
+CONVOLUTIONS = (
+    ConvolutionRule(1, "conv1d", (torch.conv1d,)),
+    ConvolutionRule(2, "conv2d", (torch.conv2d,)),
+    ConvolutionRule(3, "conv3d", (torch.conv3d,)),
+)

@@ -64,7 +64,7 @@ class Elementwise(Rule):
 
     @staticmethod
     def named(
-        input: Any,  # noqa: A002
+        input: Any,
         other: Any,
         *,
         alpha: Any = 1,

@@ -24,7 +24,7 @@ class Embedding(Rule):
 
     @staticmethod
     def named(
-        input: Any,  # noqa: A002
+        input: Any,
         weight: Any,
         padding_idx: Any = None,
         max_norm: Any = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,30 +15,19 @@ from perexfx.ir.factors import Factors, Gradient, GradientSignature, Signature
 from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, sum_positions
 
 
-@dataclass(frozen=True)
-class GroupNorm(Rule):
+class _ChannelNorm(Rule):
     """`y = w * (x - mean) / std + b` per group of channels: `n t c (normalised input), n t c -> n c`.
 
     Every example's gradient comes from ONE call of torch's own backward, over a batch viewed as one image of n times
     the channels and groups: at the cost of the ordinary backward.
     """
 
-    kind = "group_norm"
-    targets = (F.group_norm, torch.group_norm)
     operands = ("weight", "bias")
     inputs = ("input",)
 
-    @staticmethod
-    def named(
-        input: Any,  # noqa: A002
-        num_groups: Any,
-        weight: Any = None,
-        bias: Any = None,
-        eps: Any = 1e-5,
-        cudnn_enabled: Any = True,
-    ) -> dict[str, Any]:
-        """As `torch.nn.functional.group_norm`."""
-        return dict(locals())
+    @abstractmethod
+    def _groups(self, arguments: Arguments) -> int:
+        """Into how many groups the channels are split."""
 
     def misfits(self, geometry: Geometry) -> str | None:
         """Inputs without a batch axis."""
@@ -49,9 +39,6 @@ class GroupNorm(Rule):
         """Gradients at hand."""
         channels = geometry.shapes["input"][1]
         return {name: GradientSignature(geometry.n, (channels,)) for name in self.operands}
-
-    def _groups(self, arguments: Arguments) -> int:
-        return arguments["num_groups"]
 
     def forward(self, arguments: Arguments, geometry: Geometry) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The ordinary layer; mean and inverse deviation are kept."""
@@ -94,15 +81,38 @@ class GroupNorm(Rule):
 
 
 @dataclass(frozen=True)
-class InstanceNorm(GroupNorm):
-    """A group norm with one channel per group."""
+class GroupNorm(_ChannelNorm):
+    """`num_groups` groups of channels."""
+
+    kind = "group_norm"
+    targets = (F.group_norm, torch.group_norm)
+
+    @staticmethod
+    def named(
+        input: Any,
+        num_groups: Any,
+        weight: Any = None,
+        bias: Any = None,
+        eps: Any = 1e-5,
+        cudnn_enabled: Any = True,
+    ) -> dict[str, Any]:
+        """As `torch.nn.functional.group_norm`."""
+        return dict(locals())
+
+    def _groups(self, arguments: Arguments) -> int:
+        return arguments["num_groups"]
+
+
+@dataclass(frozen=True)
+class InstanceNorm(_ChannelNorm):
+    """One group per channel."""
 
     kind = "instance_norm"
     targets = (F.instance_norm,)
 
     @staticmethod
     def named(
-        input: Any,  # noqa: A002
+        input: Any,
         running_mean: Any = None,
         running_var: Any = None,
         weight: Any = None,

@@ -42,7 +42,7 @@ class LayerNorm(Rule):
 
     @staticmethod
     def named(
-        input: Any,  # noqa: A002
+        input: Any,
         normalized_shape: Any,
         weight: Any = None,
         bias: Any = None,
@@ -69,7 +69,7 @@ class LayerNorm(Rule):
         return output, (mean, rstd)
 
     def backward(self, call: Backward) -> tuple[dict[str, Tensor], dict[str, Factors]]:
-        """torch's own kernel for the input; one pass over input and output gradient for weight and bias."""
+        """Torch's own kernel for the input; one pass over input and output gradient for weight and bias."""
         x, shape, weight = (call.arguments[name] for name in ("input", "normalized_shape", "weight"))
         mean, rstd = call.residuals
         gradients: dict[str, Tensor] = {}
@@ -101,7 +101,7 @@ class RMSNorm(Rule):
     inputs = ("input",)
 
     @staticmethod
-    def named(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> dict[str, Any]:  # noqa: A002
+    def named(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> dict[str, Any]:
         """As `torch.nn.functional.rms_norm`."""
         return dict(locals())
 

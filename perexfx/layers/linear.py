@@ -23,7 +23,7 @@ class Linear(Rule):
     inputs = ("input",)
 
     @staticmethod
-    def named(input: Any, weight: Any, bias: Any = None) -> dict[str, Any]:  # noqa: A002
+    def named(input: Any, weight: Any, bias: Any = None) -> dict[str, Any]:
         """As `torch.nn.functional.linear`."""
         return {"input": input, "weight": weight, "bias": bias}
 

@@ -52,7 +52,12 @@ class Gram:
         per_chunk = max(1, CHUNK_ELEMENTS // max(1, t * t))
         chunks = -(-grams // per_chunk)
         work = (
-            Work("batched_gemm", 2 * squares * (i + o), itemsize * (grams * t * (i + o) + 2 * squares), 2 * grams),
+            Work(
+                "batched_gemm",
+                2 * squares * (i + o),
+                itemsize * (grams * t * (i + o) + 2 * squares),
+                2 * grams,
+            ),
             Work("cache", bytes=4 * itemsize * squares, calls=2 * chunks),
         )
         transient += 2 * itemsize * min(squares, max(CHUNK_ELEMENTS, t * t))

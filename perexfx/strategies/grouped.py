@@ -35,7 +35,11 @@ class Grouped:
             itemsize * kept,
             calls=signature.n,
         )
-        tail = (fresh_memory(kept * itemsize), read_for_norm(kept, itemsize), finish_kept(signature, itemsize))
+        tail = (
+            fresh_memory(kept * itemsize),
+            read_for_norm(kept, itemsize),
+            finish_kept(signature, itemsize),
+        )
         return Cost((work, *tail), kept * itemsize)
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:

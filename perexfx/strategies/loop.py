@@ -10,7 +10,13 @@ from torch import Tensor
 from perexfx.ir.convolution import Convolution, ConvolutionSignature, kernel_gradient
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Gradient, Signature, squared_norms_of
-from perexfx.strategies.costs import finish_kept, finish_product, fresh_memory, parameter_elements, read_for_norm
+from perexfx.strategies.costs import (
+    finish_kept,
+    finish_product,
+    fresh_memory,
+    parameter_elements,
+    read_for_norm,
+)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,13 @@ from perexfx.ir.factors import (
     Signature,
     squared_norms_of,
 )
-from perexfx.strategies.costs import finish_kept, finish_product, fresh_memory, parameter_elements, read_for_norm
+from perexfx.strategies.costs import (
+    finish_kept,
+    finish_product,
+    fresh_memory,
+    parameter_elements,
+    read_for_norm,
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Materialize:
 
 
 def _summed_rows(factors: Rows) -> Tensor:
-    """Gradient rows with those of equal ids added up; the rest is zero. Shape `[n, t, d]`, whatever the table's size."""
+    """Gradient rows with those of equal ids added up, the rest zero: `[n, t, d]`, whatever the table's size."""
     n, t, d = factors.right.shape
     if n * t == 0:
         return factors.right
