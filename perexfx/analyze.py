@@ -8,6 +8,7 @@ fake tensors, for 3 and for 5 examples, and what differs depends on the batch si
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -229,7 +230,8 @@ def _record(graph: fx.Graph, module: nn.Module, inputs: Inputs, batch_dim: int, 
         level = torch_log.level
         torch_log.setLevel(logging.CRITICAL)
         try:
-            with _Recording(run):
+            with _Recording(run), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the real run gives them too
                 interpreter.run(*arguments)
         except Exception as error:
             assert run.node is not None

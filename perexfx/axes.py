@@ -408,7 +408,8 @@ def _table() -> dict[str, AxisRule]:
     add(_reduce, "max min median nansum nanmean")
     add(
         _along,
-        "_softmax _log_softmax softmax log_softmax cumsum cumprod logcumsumexp sort topk cummax cummin glu",
+        "_softmax _safe_softmax _log_softmax softmax log_softmax "
+        "cumsum cumprod logcumsumexp sort topk cummax cummin glu",
     )
     add(_matrix_product("self", "mat2"), "mm bmm")
     add(_matrix_product("self", "other"), "matmul")

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
+from perexfx.functional import out_of_place
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.node import NodeInfo, annotate, info_of
 
@@ -175,6 +176,7 @@ def _trace(model: nn.Module, given: frozenset[str] | None) -> tuple[fx.Graph, di
         constants = {name: model.__dict__.pop(name) for name in set(model.__dict__) - before}
     _restore_defaults(graph, defaults)
     _stop_gradients(graph)
+    out_of_place(graph, model)
     return graph, constants
 
 

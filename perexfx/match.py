@@ -6,6 +6,7 @@ names parameter, node, module and line. All refusals are collected before one is
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -99,10 +100,7 @@ def _refuse_batch_statistics(graph: fx.Graph) -> None:
     """Layers that normalise by batch statistics, which need no shapes to be recognised."""
     refusals = []
     for node in graph.nodes:
-        training = (node.target is F.batch_norm and node.args[5]) or (
-            node.target is F.instance_norm and node.args[5] and node.args[1] is not None
-        )
-        if not training:
+        if not _uses_batch_statistics(node):
             continue
         place = place_of(node)
         layer = "BatchNorm" if node.target is F.batch_norm else "InstanceNorm with running statistics"
@@ -117,6 +115,16 @@ def _refuse_batch_statistics(graph: fx.Graph) -> None:
         )
     if refusals:
         raise MixingError(refusals)
+
+
+def _uses_batch_statistics(node: fx.Node) -> bool:
+    if node.target not in (F.batch_norm, F.instance_norm):
+        return False
+    call = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    call.apply_defaults()
+    if node.target is F.batch_norm:
+        return bool(call.arguments["training"])
+    return bool(call.arguments["use_input_stats"]) and call.arguments["running_mean"] is not None
 
 
 _ATTRIBUTES_OF_SHAPE = ("shape", "device", "dtype", "ndim", "requires_grad", "is_cuda", "layout", "itemsize")
@@ -185,6 +193,9 @@ def _is_shape(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target == "size" and len(node.args) == 1 and not node.kwargs
 
 
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+
+
 class _Matcher:
     """Collects sites and refusals, node by node."""
 
@@ -215,7 +226,9 @@ class _Matcher:
             return
         rule = self.rules.get(node.target) if node.op in ("call_function", "call_method") else None
         if rule is None:
-            self._refuse(node, read, "no layer rule covers that operation")
+            in_place = node.target in _IN_PLACE or str(node.target).endswith("_")
+            reason = "it writes in place into a value that others may read" if in_place else "no layer rule covers it"
+            self._refuse(node, read, reason)
             return
         try:
             arguments = rule.bind(node.target, node.args, node.kwargs)

@@ -156,8 +156,8 @@ class PerExample(nn.Module):
                 mode, other = ("train", "eval") if training else ("eval", "train")
                 raise ModeError(
                     f"Module `{path or type(owner).__name__}` computes something else in {other} mode, and the graph "
-                    f"was captured in {mode} mode. Call `.{mode}()` on it before the forward, use the original model for "
-                    f"{other} mode, or transform the model again in {other} mode."
+                    f"was captured in {mode} mode. Call `.{mode}()` on it before the forward, use the original model "
+                    f"for {other} mode, or transform the model again in {other} mode."
                 )
         for name, parameter in owner.named_parameters():
             if parameter.requires_grad and name not in self._known_trainable:
@@ -273,6 +273,8 @@ class _PerExampleOp(Function):
         given = {**arguments, **dict(zip(names, tensors, strict=True))}
         output, residuals = site.rule.forward(given, geometry)
         _check_shape(site, output, geometry)
+        if output._is_view():  # torch refuses to let later layers change a custom function's view in place
+            output = torch.ops.aten._unsafe_view.default(output, output.shape)
         ctx.save_for_backward(*tensors, *residuals)
         ctx.tape, ctx.site, ctx.arguments, ctx.names, ctx.geometry = tape, site, arguments, names, geometry
         return output

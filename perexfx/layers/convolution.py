@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from perexfx.ir.convolution import Convolution, ConvolutionGeometry, ConvolutionSignature
 from perexfx.ir.factors import Factors, Gradient, GradientSignature, Signature
-from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, Target, sum_positions
+from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, sum_positions
 
 
 def _per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
@@ -66,7 +66,7 @@ class ConvolutionRule(Rule):
 
     rank: int
     kind: str
-    targets: Sequence[Target]
+    targets: Sequence[Callable[..., Tensor]]
     operands = ("weight", "bias")
     inputs = ("input",)
 
@@ -114,8 +114,10 @@ class ConvolutionRule(Rule):
 
     def forward(self, arguments: Arguments, geometry: Geometry) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The ordinary layer."""
-        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-        return getattr(torch, self.kind)(*(arguments[name] for name in names)), ()
+        layer_input, weight, bias = (arguments[name] for name in ("input", "weight", "bias"))
+        slide, padding = self._slide(arguments, weight.shape[2:])
+        given = padding.extend(layer_input), weight, bias
+        return self.targets[0](*given, slide.stride, slide.padding, slide.dilation, slide.groups), ()
 
     def backward(self, call: Backward) -> tuple[dict[str, Tensor], dict[str, Factors]]:
         """Torch's own kernel for the input's gradient."""
