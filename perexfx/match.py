@@ -118,7 +118,7 @@ def _refuse_batch_statistics(graph: fx.Graph) -> None:
 
 
 def _uses_batch_statistics(node: fx.Node) -> bool:
-    if node.target not in (F.batch_norm, F.instance_norm):
+    if isinstance(node.target, str) or node.target not in (F.batch_norm, F.instance_norm):
         return False
     call = inspect.signature(node.target).bind(*node.args, **node.kwargs)
     call.apply_defaults()

@@ -149,6 +149,54 @@ class ViT(nn.Module):
         return self.head(self.norm(self.blocks(x))[:, 0])
 
 
+class AlexNet(nn.Module):
+    """AlexNet as in Krizhevsky 2014 (arXiv:1404.5997), without dropout."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        relu = nn.ReLU(inplace=True)
+        self.features = nn.Sequential(
+            *(nn.Conv2d(3, 64, 11, 4, 2), relu, nn.MaxPool2d(3, 2)),
+            *(nn.Conv2d(64, 192, 5, padding=2), relu, nn.MaxPool2d(3, 2)),
+            *(nn.Conv2d(192, 384, 3, padding=1), relu),
+            *(nn.Conv2d(384, 256, 3, padding=1), relu),
+            *(nn.Conv2d(256, 256, 3, padding=1), relu, nn.MaxPool2d(3, 2)),
+            nn.AdaptiveAvgPool2d(6),
+            nn.Flatten(),
+        )
+        self.classifier = nn.Sequential(
+            *(nn.Linear(256 * 36, 4096), relu), *(nn.Linear(4096, 4096), relu), nn.Linear(4096, classes)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` to logits."""
+        return self.classifier(self.features(x))
+
+
+class LanguageModel(nn.Module):
+    """A causal transformer over tokens, with learned positions and an untied head."""
+
+    def __init__(self, vocabulary: int = 8000, width: int = 256, depth: int = 4, heads: int = 4, length: int = 128):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads, causal=True) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids `[B, T]` to logits `[B, T, V]`."""
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
+        return self.head(self.norm(self.blocks(x)))
+
+
+def small_cnn() -> nn.Module:
+    """The CNN of 26,010 parameters that differentially private MNIST examples use (Papernot et al. 2019)."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 16, 8, 2, padding=3), nn.ReLU(), nn.MaxPool2d(2, 1)),
+        *(nn.Conv2d(16, 32, 4, 2), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Flatten()),
+        *(nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 10)),
+    )
+
+
 def mlp(sizes: Sequence[int] = (784, 128, 256, 10)) -> nn.Module:
     """Linear layers with ReLU in between."""
     layers: list[nn.Module] = []

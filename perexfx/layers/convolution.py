@@ -13,7 +13,7 @@ from torch import Tensor
 
 from perexfx.ir.convolution import Convolution, ConvolutionGeometry, ConvolutionSignature
 from perexfx.ir.factors import Factors, Gradient, GradientSignature, Signature
-from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, sum_positions
+from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, Target, sum_positions
 
 
 def _per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
@@ -61,12 +61,14 @@ class ConvolutionRule(Rule):
     Attributes:
         rank: Number of spatial axes.
         kind: conv1d, conv2d or conv3d.
-        targets: The function of this rank.
+        targets: The function of this rank, alone.
+        function: The same.
     """
 
     rank: int
     kind: str
-    targets: Sequence[Callable[..., Tensor]]
+    targets: Sequence[Target]
+    function: Callable[..., Tensor]
     operands = ("weight", "bias")
     inputs = ("input",)
 
@@ -117,7 +119,7 @@ class ConvolutionRule(Rule):
         layer_input, weight, bias = (arguments[name] for name in ("input", "weight", "bias"))
         slide, padding = self._slide(arguments, weight.shape[2:])
         given = padding.extend(layer_input), weight, bias
-        return self.targets[0](*given, slide.stride, slide.padding, slide.dilation, slide.groups), ()
+        return self.function(*given, slide.stride, slide.padding, slide.dilation, slide.groups), ()
 
     def backward(self, call: Backward) -> tuple[dict[str, Tensor], dict[str, Factors]]:
         """Torch's own kernel for the input's gradient."""
@@ -157,7 +159,7 @@ def _input_gradient(grad_output: Tensor, layer_input: Tensor, weight: Tensor, sl
 
 
 CONVOLUTIONS = (
-    ConvolutionRule(1, "conv1d", (torch.conv1d,)),
-    ConvolutionRule(2, "conv2d", (torch.conv2d,)),
-    ConvolutionRule(3, "conv3d", (torch.conv3d,)),
+    ConvolutionRule(1, "conv1d", (torch.conv1d,), torch.conv1d),
+    ConvolutionRule(2, "conv2d", (torch.conv2d,), torch.conv2d),
+    ConvolutionRule(3, "conv3d", (torch.conv3d,), torch.conv3d),
 )

@@ -1,0 +1,7 @@
+"""`python -m perexfx`."""
+
+import sys
+
+from perexfx.cli import main
+
+sys.exit(main())
