@@ -97,10 +97,12 @@ def step_times(x: Tensor, y: Tensor) -> tuple[float, float, float]:
 def plot_norms(norms: Tensor, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4))
     third = len(norms) // 3
+    bins = torch.logspace(-3, 2.5, 80).tolist()
     for name, part in (("first third of the steps", norms[:third]), ("last third", norms[-third:])):
-        axes.hist(part.clamp(min=1e-3).log10().numpy(), bins=60, alpha=0.6, label=name)
-    axes.axvline(torch.tensor(CLIP_NORM).log10(), color="black", linestyle="--", label=f"clip_norm = {CLIP_NORM:g}")
-    axes.set_xlabel("gradient norm of an example (log10)")
+        axes.hist(part.clamp(min=1e-3).numpy(), bins=bins, alpha=0.6, label=name)
+    axes.axvline(CLIP_NORM, color="black", linestyle="--", label=f"clip_norm = {CLIP_NORM:g}")
+    axes.set_xscale("log")
+    axes.set_xlabel("gradient norm of an example")
     axes.set_ylabel("examples")
     axes.set_title(f"Per-example gradient norms, {len(norms):,} in all, median {statistics.median(norms.tolist()):.2f}")
     axes.legend()

@@ -9,14 +9,15 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from perexfx.analyze import Analysis, Inputs, analyze
+from perexfx.analyze import Analysis, analyze
 from perexfx.capture import capture
+from perexfx.inputs import Inputs
 from perexfx.ir.errors import ArgumentError
 from perexfx.ir.machine import BUILT_IN
 from perexfx.ir.site import Site
 from perexfx.layers import RULES
-from perexfx.match import confirm, match
-from perexfx.plan import Plan, check_forced, make_plan, sizes_of
+from perexfx.match import confirm, match, refuse_batch_statistics, refuse_other_trainables
+from perexfx.plan import Plan, check_forced, make_plan, operand_itemsize, sizes_of
 from perexfx.rewrite import Transformed, rewrite, twin_of
 from perexfx.runtime import PerExample, Settings
 from perexfx.strategies import STRATEGIES
@@ -72,8 +73,10 @@ def transform(
     inputs = None if example_inputs is None else _bind_inputs(model, example_inputs)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
-    captured = capture(model, None if inputs is None else frozenset(inputs))
+    captured = capture(model, inputs)
     twin = twin_of(model, captured.constants)
+    refuse_batch_statistics(captured.graph)
+    refuse_other_trainables(captured.graph, twin)
     known = None if inputs is None else _analyze_for(captured.graph, twin, inputs, batch_dim)
     sites = match(captured.graph, twin, trainable, RULES, batch_dim, None if known is None else known.analysis)
     _check_reached(sites, trainable)
@@ -97,8 +100,7 @@ class _Known:
 
 def _analyze_for(graph: fx.Graph, twin: nn.Module, inputs: Mapping[str, Any], batch_dim: int) -> _Known:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    arguments = {node.target: inputs.get(node.target, node.args[0] if node.args else None) for node in placeholders}
-    kind, n = Inputs.of(arguments, batch_dim)
+    kind, n = Inputs.of({str(node.target): inputs.get(node.target) for node in placeholders}, batch_dim)
     return _Known(kind, n, analyze(graph, twin, kind, batch_dim))
 
 
@@ -117,7 +119,7 @@ def _plan_for(state: PerExample, module: nn.Module, kind: Inputs, n: int) -> Pla
         signatures,
         STRATEGIES,
         BUILT_IN,
-        itemsize=module.get_parameter(state.trainable[0]).element_size(),
+        itemsize=operand_itemsize(state.sites, graph, analysis),
         forced=settings.strategy,
         memory_budget=settings.memory_budget,
     )
@@ -141,12 +143,21 @@ def _bind_inputs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, A
         ) from None
 
 
+_RESERVED = (set(dir(fx.GraphModule)) - set(dir(nn.Module))) | {"perexfx", "_graph", "_code", "meta"}
+
+
 def _check_arguments(model: nn.Module, settings: Settings) -> None:
     """Raises: ArgumentError, naming the first argument that is not what it should be."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"`model` should be a torch.nn.Module. Found {type(model).__name__}.")
     if any(isinstance(module, PerExample) for module in model.modules()):
         raise ArgumentError("`model` was transformed already. Transform the original model instead.")
+    taken = sorted(_RESERVED.intersection((*model._parameters, *model._buffers, *model._modules, *vars(model))))
+    if taken:
+        raise ArgumentError(
+            f"`{type(model).__name__}` has an attribute `{taken[0]}`, a name that GraphModules need for themselves. "
+            "Rename it."
+        )
     C = settings.clip_norm
     if C is not None and (isinstance(C, bool) or not isinstance(C, int | float) or not C > 0):
         raise ArgumentError(f"`clip_norm` should be a positive number, or None to clip nothing. Found {C!r}.")

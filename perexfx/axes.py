@@ -92,6 +92,58 @@ def propagate(call: OpCall) -> list[Layout | None]:
     return found if isinstance(found, list) else [found] * len(results)
 
 
+_SIZES = frozenset({"size", "sizes", "shape", "repeats", "split_size", "split_sizes", "N", "stride"})
+_BOUNDS = frozenset({"start", "end", "length", "index"})
+
+MOVES = frozenset(
+    "view _unsafe_view reshape _reshape_alias unsqueeze squeeze permute transpose t expand clone detach alias "
+    "contiguous _to_copy repeat lift_fresh".split()
+)
+"""Operations after which equal entries are still equal entries."""
+
+UNIFORM = frozenset(
+    "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
+    "scalar_tensor empty_strided new_empty_strided".split()
+)
+"""Operations that make equal entries (or entries that are written before they are read)."""
+
+_DRAWN = frozenset("rand randn rand_like randn_like bernoulli".split())
+
+
+def sizes_of(call: OpCall) -> set[str]:
+    """Names of the arguments of a call that say how large its result is, and so may follow the batch size."""
+    names = set(_SIZES)
+    if call.name in ("slice", "narrow", "select"):
+        value = call.argument("self")
+        layout = call.layout(value)
+        if layout is not None and _axis(call.argument("dim", 0), value.dim()) == layout.axis:
+            names |= _BOUNDS
+    return names
+
+
+def created_layout(call: OpCall, result: Tensor, grown: Sequence[int], is_batch: bool) -> Layout | None:
+    """Where a value that reads no example has a row for each; None where that is not plain.
+
+    Args:
+        call: Made the value.
+        result: The value.
+        grown: Its axes whose size follows the batch size.
+        is_batch: Whether the first of these has exactly the size of the batch.
+    """
+    if len(grown) != 1:
+        return None
+    axis = grown[0]
+    if call.name in UNIFORM or call.name in _DRAWN:
+        return Layout(axis) if is_batch else None
+    if call.name in ("expand", "repeat"):  # equal copies of a constant: whose is whose does not matter
+        value = call.argument("self")
+        lead = result.dim() - value.dim()
+        size = value.shape[axis - lead] if axis >= lead else 1
+        copies = result.shape[axis] // size
+        return Layout(axis, copies // call.n, size) if copies % call.n == 0 else None
+    return None
+
+
 def _tensors(call: OpCall) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
 
@@ -241,9 +293,8 @@ def _layer_norm_axes(call: OpCall, value: Tensor) -> set[int]:
 
 
 def _batch_norm_axes(call: OpCall, value: Tensor) -> set[int]:
-    if call.argument("training") or call.name == "_native_batch_norm_legit":
-        return set(range(value.dim())) - {1}
-    return {1}
+    uses_batch = call.argument("training") or call.name == "_native_batch_norm_legit"
+    return set(range(value.dim())) - {1} if uses_batch else set()
 
 
 def _batch_norm(call: OpCall) -> Result:
@@ -294,6 +345,20 @@ def _index(call: OpCall) -> Result:
     else:
         axis = layout.axis
     return Layout(axis, layout.before, layout.after)
+
+
+def _diagonal(call: OpCall) -> Result:
+    """The entries along two axes at once."""
+    value = call.argument("self")
+    layout = call.layout(value)
+    axes = {_axis(call.argument(name), value.dim()) for name in ("dim1", "dim2")}
+    if layout is None or layout.axis in axes:
+        raise Mixing("it takes another entry of each example")
+    return Layout(layout.axis - sum(axis < layout.axis for axis in axes), layout.before, layout.after)
+
+
+def _changes_shape(call: OpCall) -> Result:
+    raise Unknown("it changes a value's shape in place")
 
 
 def _select_positions(call: OpCall) -> Result:
@@ -387,7 +452,7 @@ def _table() -> dict[str, AxisRule]:
     add(
         _moved,
         "view _unsafe_view reshape _reshape_alias unsqueeze squeeze permute transpose t expand slice select unbind "
-        "split split_with_sizes chunk stack cat flip roll repeat alias diagonal unfold narrow movedim swapaxes "
+        "split split_with_sizes chunk stack cat flip roll repeat alias unfold narrow movedim swapaxes "
         "constant_pad_nd unflatten tile pixel_shuffle pixel_unshuffle channel_shuffle unsafe_split "
         "unsafe_split_with_sizes squeeze_copy",
     )
@@ -440,6 +505,8 @@ def _table() -> dict[str, AxisRule]:
         "upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa im2col col2im grid_sampler_2d triu tril",
     )
     add(_on_last(3), "upsample_trilinear3d grid_sampler_3d")
+    add(_diagonal, "diagonal")
+    add(_changes_shape, "unsqueeze_ squeeze_ transpose_ t_ swapaxes_ swapdims_ resize_ set_ as_strided_ detach_")
     add(_gather, "gather")
     add(_select_positions, "index_select")
     return table

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from perexfx.functional import out_of_place
+from perexfx.functional import IN_PLACE_FUNCTIONS, out_of_place
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.node import NodeInfo, annotate, info_of
 
@@ -38,27 +39,31 @@ class Captured:
         graph: Functional form; parameters and buffers are `get_attr` nodes.
         fixed_modes: Modules (path -> training flag) whose mode was baked into the graph: it is right in this mode only.
         constants: Tensors that the forward makes out of numbers, by the name that `get_attr` nodes give them.
+        baked: Arguments that are no tensors, and the value that the graph is specialised to.
     """
 
     graph: fx.Graph
     fixed_modes: Mapping[str, bool]
     constants: Mapping[str, torch.Tensor]
+    baked: Mapping[str, Any]
 
 
-def capture(model: nn.Module, given: frozenset[str] | None = None) -> Captured:
+def capture(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Captured:
     """The forward of `model` as a graph.
 
     Args:
         model: Any module that torch.fx can trace.
-        given: Names of the forward's arguments that callers will pass; None: those without a default.
+        inputs: Arguments as callers will pass them, by name; None: a tensor for each argument without a default.
 
     Raises:
-        CaptureError: The forward cannot be traced.
+        CaptureError: The forward cannot be traced, or not faithfully.
     """
-    graph, constants = _trace(model, given)
+    _refuse_own_hooks(model)
+    baked = _baked_arguments(model, inputs)
+    graph, constants = _trace(model, baked)
     fixed_modes = dict(_baked_statistics(model))
-    fixed_modes.update(_make_modes_live(model, graph, given))
-    return Captured(graph, fixed_modes, constants)
+    fixed_modes.update(_make_modes_live(model, graph, baked))
+    return Captured(graph, fixed_modes, constants, baked)
 
 
 def stop_gradient(value: Any) -> Any:
@@ -117,7 +122,12 @@ class _Tracer(fx.Tracer):
         if torch.is_autocast_enabled("cpu") != self.autocast_outside:
             raise CaptureError(
                 f"The forward switches autocast at {source}, which a traced graph does not record. "
-                "Switch it around the call of the transformed model instead."
+                "Convert the model to the dtype you want instead."
+            )
+        if not torch.is_grad_enabled() and _writes_into_activation(node, self.root):
+            raise CaptureError(
+                f"The forward writes in place under torch.no_grad() at {source}: autograd does not see the write, and "
+                "a traced graph would record it. Compute a new value and `detach()` it instead."
             )
         return annotate(node, NodeInfo(module, source, stops_gradient=not torch.is_grad_enabled()))
 
@@ -162,50 +172,130 @@ def _user_line() -> str:
     return ""
 
 
-def _trace(model: nn.Module, given: frozenset[str] | None) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
-    defaults = _defaults(model, given)
-    before = set(model.__dict__)
+def _writes_into_activation(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node changes a value that was computed (parameters and buffers may be changed)."""
+    written = node.args[0] if node.args else None
+    if not isinstance(written, fx.Node) or written.op == "get_attr":
+        return False
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op == "call_module":
+        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
+    name = getattr(node.target, "__name__", "")
+    return node.op == "call_function" and (
+        name in ("iadd", "isub", "imul", "itruediv") or name.endswith("_") or bool(node.kwargs.get("inplace"))
+    )
+
+
+class _NoRandomConstants(TorchFunctionMode):
+    """Notices random numbers drawn while tracing: they would be frozen into the graph."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = torch.get_rng_state()
+        result = func(*args, **(kwargs or {}))
+        if not torch.equal(before, torch.get_rng_state()):
+            raise CaptureError(
+                f"The forward draws random numbers at {_user_line()} whose shape does not follow an input: a traced "
+                "graph would use the same numbers for ever. Draw them with `torch.randn_like(x)` or the like, or with "
+                "a shape that is read off an input (`torch.randn(x.shape[0], ...)`)."
+            )
+        return result
+
+
+def _trace(model: nn.Module, baked: Mapping[str, Any]) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
+    before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     try:
-        with torch.enable_grad():
-            graph = _Tracer().trace(model, concrete_args=defaults)
+        with torch.enable_grad(), _NoRandomConstants():
+            graph = _Tracer().trace(model, concrete_args=dict(baked))
+        constants = {name: model.__dict__[name] for name in set(model.__dict__) - set(before[0][1])}
+        constants = {name: value for name, value in constants.items() if isinstance(value, torch.Tensor)}
+        _refuse_lost_buffers(model)
     except CaptureError:
         raise
     except Exception as error:
         raise CaptureError(_explain(model, error)) from error
-    finally:  # fx leaves tensor constants on the module that it traces
-        constants = {name: model.__dict__.pop(name) for name in set(model.__dict__) - before}
-    _restore_defaults(graph, defaults)
+    finally:  # fx leaves its constants on the module, and a forward that assigns attributes leaves proxies
+        for module, attributes, buffers in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+    _restore_names(graph, baked)
     _stop_gradients(graph)
     out_of_place(graph, model)
     return graph, constants
 
 
-def _defaults(model: nn.Module, given: frozenset[str] | None) -> dict[str, Any]:
-    """The forward's optional arguments that callers leave out: they are constants of the graph."""
+def _refuse_own_hooks(model: nn.Module) -> None:
+    """Hooks of submodules are traced; those of the model itself run outside of its forward."""
+    if model._forward_hooks or model._forward_pre_hooks:
+        raise CaptureError(
+            f"`{type(model).__name__}` has forward hooks of its own, which are not part of its forward: what they do "
+            "would not be checked. Remove them, or make the model a submodule of another and transform that."
+        )
+
+
+def _refuse_lost_buffers(model: nn.Module) -> None:
+    """A buffer that the forward assigns anew would stay as it is; one that it changes in place is recorded."""
+    for path, module in model.named_modules():
+        for name, value in module._buffers.items():
+            if not isinstance(value, fx.Proxy):
+                continue
+            written = value.node.args[0] if value.node.args else None
+            full = f"{path}.{name}".removeprefix(".")
+            in_place = value.node.target in IN_PLACE_FUNCTIONS or str(value.node.target).endswith("_")
+            if not (in_place and isinstance(written, fx.Node) and written.target == full):
+                raise CaptureError(
+                    f"The forward assigns the buffer `{full}` at {info_of(value.node).source}, which a traced graph "
+                    "does not record. Change it in place (`copy_`, `add_`), or update it outside of the forward."
+                )
+
+
+def _baked_arguments(model: nn.Module, inputs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The arguments that become constants: those left out, and those that are no tensors."""
     parameters = inspect.signature(model.forward).parameters
-    if given is not None and (unknown := sorted(given - set(parameters))):
-        kinds = {parameter.kind for parameter in parameters.values()}
-        if inspect.Parameter.VAR_KEYWORD not in kinds:
-            raise CaptureError(
-                f"`{type(model).__name__}.forward` has no argument {', '.join(f'`{name}`' for name in unknown)}. "
-                f"It takes {', '.join(f'`{name}`' for name in parameters)}."
-            )
-    return {
+    defaults = {
         name: parameter.default
         for name, parameter in parameters.items()
-        if parameter.default is not inspect.Parameter.empty and (given is None or name not in given)
+        if parameter.default is not inspect.Parameter.empty and (inputs is None or name not in inputs)
     }
+    given = {name: value for name, value in (inputs or {}).items() if not isinstance(value, torch.Tensor)}
+    for name, value in given.items():
+        kind = parameters[name].kind if name in parameters else None
+        leaves = pytree.tree_leaves(value)
+        if kind not in _NAMED or any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+            raise CaptureError(
+                f"Argument `{name}` of `{type(model).__name__}.forward` should be a tensor or a plain value. "
+                f"Found {type(value).__name__}. Pass tensors as arguments of their own."
+            )
+    return {**defaults, **given}
 
 
-def _restore_defaults(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
-    """Fx renames specialised arguments (`mask` becomes `mask_1`); callers know them by their own names."""
-    for node in graph.nodes:
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_ONLY)
+
+
+def _restore_names(graph: fx.Graph, baked: Mapping[str, Any]) -> None:
+    """Fx renames specialised arguments (`mask` becomes `mask_1`) and asserts their values without saying what to do."""
+    for node in list(graph.nodes):
         if node.op != "placeholder":
             continue
         name = node.target.rsplit("_", 1)[0]
-        if node.target not in constants and name in constants and node.target != name:
+        if node.target not in baked and name in baked:
             node.target = name
-            node.args = (constants[name],)
+            node.args = (baked[name],)
+            for user in reversed(_descendants(node)):
+                graph.erase_node(user)
+
+
+def _descendants(node: fx.Node) -> list[fx.Node]:
+    """Everything computed from a node, in graph order."""
+    found = {node}
+    later = []
+    for other in node.graph.nodes:
+        if found.intersection(other.all_input_nodes):
+            found.add(other)
+            later.append(other)
+    return later
 
 
 def _stop_gradients(graph: fx.Graph) -> None:
@@ -229,15 +319,15 @@ def _baked_statistics(model: nn.Module) -> Iterator[tuple[str, bool]]:
             yield path, module.training
 
 
-def _make_modes_live(model: nn.Module, graph: fx.Graph, given: frozenset[str] | None) -> dict[str, bool]:
+def _make_modes_live(model: nn.Module, graph: fx.Graph, baked_arguments: Mapping[str, Any]) -> dict[str, bool]:
     """Turns arguments that follow `self.training` into reads of it, found by tracing in the other mode too.
 
     Returns: The modules whose mode stays baked in, because the forward takes another path in the other mode.
     """
-    baked = {"": model.training}
+    baked = {path: module.training for path, module in model.named_modules()}
     with _other_mode(model):
         try:
-            other, _ = _trace(model, given)
+            other, _ = _trace(model, baked_arguments)
         except CaptureError:
             return baked
     ours, theirs = list(graph.nodes), list(other.nodes)
@@ -296,9 +386,9 @@ def _explain(model: nn.Module, error: Exception) -> str:
         if not name.startswith(_LIBRARIES) and not name.startswith("<"):
             line = f" at {Path(name).name}:{trace.tb_lineno}"
         trace = trace.tb_next
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
     return (
-        f"The forward of `{type(model).__name__}` could not be traced{line}: {reason} "
+        f"The forward of `{type(model).__name__}` could not be traced{line}: {reason}. "
         "A traced forward cannot branch on the values or ranks of tensors, call `.item()`, or leave torch. "
         "Rewrite that line with tensor operations, or move it outside the model."
     )

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+from perexfx.ir.node import annotate, info_of
+
+IN_PLACE_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
     operator.imul: operator.mul,
@@ -80,7 +83,7 @@ def out_of_place(graph: fx.Graph, module: nn.Module) -> None:
     """
     order = {node: at for at, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
-        function = _FUNCTIONS.get(node.target) if node.op == "call_function" else None
+        function = IN_PLACE_FUNCTIONS.get(node.target) if node.op == "call_function" else None
         if node.op == "call_method":
             function = _METHODS.get(str(node.target))
         written = node.args[0] if node.args else None
@@ -89,6 +92,7 @@ def out_of_place(graph: fx.Graph, module: nn.Module) -> None:
         for user in [user for user in written.users if order[user] > order[node]]:
             user.replace_input_with(written, node)
         node.op, node.target = "call_function", function
+        annotate(node, replace(info_of(node), overwrites=True))
 
 
 def _is_private(written: fx.Node, writer: fx.Node, order: dict[fx.Node, int], module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from perexfx.analyze import Analysis
 from perexfx.capture import stop_gradient
+from perexfx.functional import IN_PLACE_FUNCTIONS
 from perexfx.ir.errors import CoverageError, MixingError
 from perexfx.ir.node import info_of, place_of
 from perexfx.ir.refusal import Refusal
@@ -56,11 +57,9 @@ def match(
 
     Raises:
         CoverageError: A use that no rule covers.
-        MixingError: Batch statistics in training.
     """
-    _refuse_batch_statistics(graph)
     states = _states(graph, trainable, batch_dim, analysis)
-    matcher = _Matcher(graph, module, states, rules)
+    matcher = _Matcher(graph, module, states, rules, analysis)
     for node in graph.nodes:
         if node.op == "output" or states[node] is State.EXAMPLE:
             matcher.visit(node)
@@ -86,8 +85,9 @@ def confirm(assumed: Sequence[Site], found: Sequence[Site]) -> None:
         raise CoverageError(
             [
                 Refusal(
-                    what=f"{place} reads a size that turned out to be the batch size, or not to be.",
-                    why="Without example inputs, `x.shape[batch_dim]` is taken to be the batch size, and no other.",
+                    what=f"{place} has other operands than it seemed when the model was transformed.",
+                    why="Without example inputs, every tensor input is taken to carry examples, and "
+                    "`x.shape[batch_dim]`, and no other size, to be their number.",
                     remedy="Pass `example_inputs` to `transform`.",
                     place=place,
                 )
@@ -96,8 +96,12 @@ def confirm(assumed: Sequence[Site], found: Sequence[Site]) -> None:
         )
 
 
-def _refuse_batch_statistics(graph: fx.Graph) -> None:
-    """Layers that normalise by batch statistics, which need no shapes to be recognised."""
+def refuse_batch_statistics(graph: fx.Graph) -> None:
+    """Refuses layers that normalise by batch statistics, which need no shapes to be recognised.
+
+    Raises:
+        MixingError: All of them, by name.
+    """
     refusals = []
     for node in graph.nodes:
         if not _uses_batch_statistics(node):
@@ -115,6 +119,31 @@ def _refuse_batch_statistics(graph: fx.Graph) -> None:
         )
     if refusals:
         raise MixingError(refusals)
+
+
+def refuse_other_trainables(graph: fx.Graph, module: nn.Module) -> None:
+    """Refuses tensors that autograd would give a gradient and that are not parameters: it would not be clipped.
+
+    Raises:
+        CoverageError: All of them, by name.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    refusals = []
+    for node in graph.nodes:
+        if node.op != "get_attr" or node.target in parameters:
+            continue
+        value = operator.attrgetter(str(node.target))(module)
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            refusals.append(
+                Refusal(
+                    what=f"{place_of(node)} is a tensor that requires a gradient and is not a parameter.",
+                    why="Its gradient would not be clipped.",
+                    remedy=f"Make `{node.target}` an nn.Parameter, or call `requires_grad_(False)` on it.",
+                    place=place_of(node),
+                )
+            )
+    if refusals:
+        raise CoverageError(refusals)
 
 
 def _uses_batch_statistics(node: fx.Node) -> bool:
@@ -163,7 +192,9 @@ def _is_constant(node: fx.Node) -> bool:
     detaches = node.target in ("detach", stop_gradient, torch.detach) or (
         node.target is getattr and node.args[1] == "data"
     )
-    return _reads_shape_only(node) or detaches or node.op == "placeholder"
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    makes_new = name.endswith("_like") or name.startswith("new_")
+    return _reads_shape_only(node) or detaches or makes_new or node.op == "placeholder"
 
 
 def _carries_examples(node: fx.Node, states: Mapping[fx.Node, State], batch_dim: int) -> bool:
@@ -193,16 +224,18 @@ def _is_shape(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target == "size" and len(node.args) == 1 and not node.kwargs
 
 
-_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-
-
 class _Matcher:
     """Collects sites and refusals, node by node."""
 
     def __init__(
-        self, graph: fx.Graph, module: nn.Module, states: Mapping[fx.Node, State], rules: Sequence[Rule]
+        self,
+        graph: fx.Graph,
+        module: nn.Module,
+        states: Mapping[fx.Node, State],
+        rules: Sequence[Rule],
+        analysis: Analysis | None,
     ) -> None:
-        self.graph, self.module, self.states = graph, module, states
+        self.graph, self.module, self.states, self.analysis = graph, module, states, analysis
         self.rules: dict[Target, Rule] = {}
         for rule in rules:
             for target in rule.targets:
@@ -210,7 +243,6 @@ class _Matcher:
         self.sites: list[Site] = []
         self.refusals: list[Refusal] = []
         self.names: set[str] = set()
-        self.paths = {id(p): n for n, p in reversed(list(module.named_parameters()))}
 
     def visit(self, node: fx.Node) -> None:
         """Adds a site, or a refusal, where a node reads a parameter expression."""
@@ -226,7 +258,7 @@ class _Matcher:
             return
         rule = self.rules.get(node.target) if node.op in ("call_function", "call_method") else None
         if rule is None:
-            in_place = node.target in _IN_PLACE or str(node.target).endswith("_")
+            in_place = node.target in IN_PLACE_FUNCTIONS or str(node.target).endswith("_")
             reason = "it writes in place into a value that others may read" if in_place else "no layer rule covers it"
             self._refuse(node, read, reason)
             return
@@ -240,7 +272,7 @@ class _Matcher:
         if elsewhere:
             self._refuse(node, elsewhere, f"the layer rule `{rule.kind}` takes no parameter in that place")
             return
-        if reason := rule.refuses(arguments):
+        if reason := rule.refuses(arguments) or self._random(operands.values()):
             self._refuse(node, read, reason)
             return
         self.sites.append(
@@ -257,6 +289,14 @@ class _Matcher:
     def _is(self, value: Any, state: State) -> bool:
         return isinstance(value, fx.Node) and self.states[value] is state
 
+    def _random(self, operands: Iterable[fx.Node]) -> str | None:
+        """Why an operand cannot be computed once more in the backward."""
+        for value in operands:
+            for inner in self._inside(value):
+                if _draws_random_numbers(inner, self.module) or (self.analysis and self.analysis.is_random(inner)):
+                    return f"its parameter passes through `{inner.name}`, which draws random numbers"
+        return None
+
     def _refuse(self, node: fx.Node, read: Iterable[fx.Node], why: str) -> None:
         place = place_of(node)
         names = dict.fromkeys(name for value in read for name in self._expression(value).parameters)
@@ -266,7 +306,8 @@ class _Matcher:
             Refusal(
                 what=f"{subject} {'are' if many else 'is'} used by {place}: {why}.",
                 why="Every use of a trainable parameter must be covered.",
-                remedy=f"Freeze {'them' if many else 'it'} (`requires_grad_(False)`), or rewrite that line.",
+                remedy=f"Freeze {'them' if many else 'it'} (`requires_grad_(False)`), or rewrite that line"
+                + ("." if self.analysis else "; where it reads a size, pass `example_inputs`, which tell sizes apart."),
                 place=place,
             )
         )
@@ -289,6 +330,10 @@ class _Matcher:
         """What a parameter expression is made of: everything between its parameters and it."""
         if value.op == "get_attr":
             return Expression((str(value.target),))
+        return self._extract(value, self._inside(value))
+
+    def _inside(self, value: fx.Node) -> set[fx.Node]:
+        """The nodes between an expression's parameters and its value, itself included."""
         inside: set[fx.Node] = set()
         stack = [value]
         while stack:
@@ -296,7 +341,7 @@ class _Matcher:
             if node not in inside and self.states[node] is State.PARAMETER and node.op != "get_attr":
                 inside.add(node)
                 stack.extend(node.all_input_nodes)
-        return self._extract(value, inside)
+        return inside
 
     def _extract(self, value: fx.Node, inside: set[fx.Node]) -> Expression:
         """The sub-graph as a function of its parameters and constants."""
@@ -317,6 +362,20 @@ class _Matcher:
             fx.GraphModule(root, inner, class_name="Expression"),
             reindexes=len(parameters) == 1 and all(_reindexes(node) for node in nodes),
         )
+
+
+_RANDOM = frozenset(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout bernoulli multinomial normal rrelu "
+    "gumbel_softmax native_dropout".split()
+)
+
+
+def _draws_random_numbers(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a node is known by its name to be random; an analysis knows the others."""
+    if node.op == "call_module":
+        return type(module.get_submodule(str(node.target))).__module__ == "torch.nn.modules.dropout"
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.rstrip("_") in _RANDOM
 
 
 _REINDEXING_METHODS = frozenset(

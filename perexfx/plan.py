@@ -16,12 +16,12 @@ from torch import fx
 
 from perexfx.analyze import Analysis
 from perexfx.ir.cost import Cost
-from perexfx.ir.errors import BudgetError, CoverageError, StrategyError
+from perexfx.ir.errors import ArgumentError, BudgetError, CoverageError, StrategyError
 from perexfx.ir.factors import Signature
 from perexfx.ir.machine import Machine
 from perexfx.ir.refusal import Refusal
 from perexfx.ir.rule import Geometry
-from perexfx.ir.site import Site
+from perexfx.ir.site import Site, are_joined
 from perexfx.ir.strategy import Strategy
 
 
@@ -199,6 +199,13 @@ def sizes_of(
     return geometries, signatures
 
 
+def operand_itemsize(sites: Sequence[Site], graph: fx.Graph, analysis: Analysis) -> int:
+    """Bytes per element of the widest parameter."""
+    nodes = {node.name: node for node in graph.nodes}
+    facts = [analysis.tensor(nodes[operand.node]) for site in sites for operand in site.operands]
+    return max((found.itemsize for found in facts if found is not None), default=4)
+
+
 def _geometry(site: Site, node: fx.Node, arguments: Mapping[str, object], analysis: Analysis, n: int) -> Geometry | str:
     """The shapes at a site, or why it has none that can be used."""
     output = analysis.tensor(node)
@@ -279,12 +286,11 @@ class _Row:
 
 
 def _joined(site: Site, sites: Sequence[Site]) -> str:
-    others = [other.name for other in sites if other.group == site.group and other.name != site.name]
-    if others:
-        return f"joined with {', '.join(others)}"
-    if not all(operand.expression.reindexes for operand in site.operands):
-        return "pulled back to its parameters"
-    return ""
+    members = [other for other in sites if other.group == site.group]
+    if not are_joined(members):
+        return ""
+    others = [other.name for other in members if other.name != site.name]
+    return f"joined with {', '.join(others)}" if others else "pulled back to its parameters"
 
 
 def _wanted(site: Site, forced: str | Mapping[str, str]) -> str | None:
@@ -299,6 +305,10 @@ def check_forced(sites: Sequence[Site], strategies: Sequence[Strategy], forced: 
         StrategyError: One does not.
     """
     known = ["auto", *(strategy.name for strategy in strategies)]
+    if not isinstance(forced, str | Mapping):
+        raise ArgumentError(
+            f"`strategy` should be one of {', '.join(known)}, or a dict from site to strategy. Found {forced!r}."
+        )
     names = [site.name for site in sites]
     asked = {"": forced} if isinstance(forced, str) else forced
     refusals = [

@@ -98,7 +98,7 @@ def _rewritten(captured: fx.Graph, sites: Sequence[Site]) -> fx.Graph:
     clipped = tuple(dict.fromkeys(name for site in sites for name in site.parameters))
     inputs = [node for node in captured.nodes if node.op == "placeholder"]
     for node in inputs:
-        new[node] = graph.node_copy(node)
+        new[node] = by_name[node.name] = graph.node_copy(node)
     tape, token, parameters = _insert_clip(graph, [new[node] for node in inputs], clipped)
     tokens: dict[str, fx.Node] = {}
     for node in captured.nodes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,13 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from perexfx.analyze import Analysis, Inputs
+from perexfx.analyze import Analysis
 from perexfx.capture import Captured
+from perexfx.inputs import Inputs
 from perexfx.ir.errors import ArgumentError, ModeError, ShapeError
 from perexfx.ir.factors import Factors, Gradient, squared_norms_of
 from perexfx.ir.rule import Backward, Geometry
-from perexfx.ir.site import Expression, Operand, Site
+from perexfx.ir.site import Expression, Operand, Site, are_joined
 from perexfx.plan import Plan
 
 _logger = logging.getLogger("perexfx")
@@ -86,6 +88,7 @@ class PerExample(nn.Module):
         self._plans: dict[tuple[Inputs, int], Plan] = {}
         self._by_name = {site.name: site for site in self.sites}
         self._owner: weakref.ref[nn.Module] | None = None
+        self._carriers: tuple[bool, ...] | None = None
         self._backward_seen = -1
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,10 +117,13 @@ class PerExample(nn.Module):
 
     def forward(self, names: tuple[str, ...], *values: Any) -> Tape:
         """The tape of one forward: checks that the graph is right for this call, and looks up or makes the plan."""
+        arguments = dict(zip(names, values, strict=True))
+        self._check_baked(arguments)
+        self._check_modes()
         if not torch.is_grad_enabled():
             return Tape(self, None, 0)
-        self._check_modes()
-        kind, n = Inputs.of(dict(zip(names, values, strict=True)), self.settings.batch_dim)
+        self._check_trainable()
+        kind, n = Inputs.of(arguments, self.settings.batch_dim, self._carriers)
         self.plan = self._plans.get((kind, n)) or self.prepare(kind, n)
         return Tape(self, self.plan, n)
 
@@ -131,8 +137,9 @@ class PerExample(nn.Module):
         return self._analyses.get(kind)
 
     def remember(self, kind: Inputs, analysis: Analysis) -> None:
-        """Keeps an analysis."""
+        """Keeps an analysis, and which inputs carry examples: later sizes may agree by accident."""
         self._analyses[kind] = analysis
+        self._carriers = kind.carriers
 
     def claim_backward(self) -> None:
         """Notes that this backward reached the clip node of one forward.
@@ -149,6 +156,16 @@ class PerExample(nn.Module):
             )
         self._backward_seen = task
 
+    def _check_baked(self, arguments: Mapping[str, Any]) -> None:
+        for name, baked in self.captured.baked.items():
+            value = arguments.get(name, baked)
+            if value is not baked and (isinstance(value, Tensor) or value != baked):
+                found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise ArgumentError(
+                    f"Argument `{name}` was {baked!r} when the model was transformed, and the graph holds for that "
+                    f"alone. Found {found}. Pass `example_inputs` with `{name}` as you call the model to `transform`."
+                )
+
     def _check_modes(self) -> None:
         owner = self.owner
         for path, training in self.captured.fixed_modes.items():
@@ -159,7 +176,14 @@ class PerExample(nn.Module):
                     f"was captured in {mode} mode. Call `.{mode}()` on it before the forward, use the original model "
                     f"for {other} mode, or transform the model again in {other} mode."
                 )
-        for name, parameter in owner.named_parameters():
+
+    def _check_trainable(self) -> None:
+        if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+            raise ModeError(
+                "Autocast is on around the transformed model: its gradients would be of mixed precision, which perexfx "
+                "does not cover. Switch it off, or convert the model to the dtype you want."
+            )
+        for name, parameter in self.owner.named_parameters():
             if parameter.requires_grad and name not in self._known_trainable:
                 raise ModeError(
                     f"Parameter `{name}` was frozen when the model was transformed and is trainable now: its gradient "
@@ -174,6 +198,7 @@ class Tape:
         self.state, self.plan, self.n = state, plan, n
         self.active: frozenset[str] = frozenset()
         self.parameters: dict[str, Tensor] = {}
+        self.versions: dict[str, int] = {}
         self.constants: dict[tuple[str, str], tuple[Any, ...]] = {}
         self._task: int | None = None
         self.observed: dict[tuple[str, str], Factors] = {}
@@ -212,6 +237,7 @@ class _Clip(Function):
         token = torch.zeros(tape.n, dtype=dtype, device=device)
         given = tuple(parameter.detach() for parameter in parameters)
         tape.parameters = dict(zip(names, given, strict=True))
+        tape.versions = {name: parameter._version for name, parameter in tape.parameters.items()}
         ctx.mark_non_differentiable(*given)
         return (token, *given)
 
@@ -275,8 +301,13 @@ class _PerExampleOp(Function):
         _check_shape(site, output, geometry)
         if output._is_view():  # torch refuses to let later layers change a custom function's view in place
             output = torch.ops.aten._unsafe_view.default(output, output.shape)
-        ctx.save_for_backward(*tensors, *residuals)
+        inputs = {name for name, needed in zip(names, ctx.needs_input_grad[5:], strict=True) if needed}
+        operands = {operand.name for operand in site.operands if _is_active(tape, operand)}
+        read = site.rule.reads(given, inputs, operands)
+        ctx.saved_names = tuple(name for name in names if name in read)
+        ctx.save_for_backward(*(given[name] for name in ctx.saved_names), *residuals)
         ctx.tape, ctx.site, ctx.arguments, ctx.names, ctx.geometry = tape, site, arguments, names, geometry
+        ctx.inputs, ctx.operands = inputs, operands
         return output
 
     @staticmethod
@@ -284,14 +315,14 @@ class _PerExampleOp(Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides names)
         tape, site, names = ctx.tape, ctx.site, ctx.names
         tape.enter_backward()
-        tensors = ctx.saved_tensors
+        saved, tensors = ctx.saved_names, ctx.saved_tensors
         call = Backward(
-            arguments={**ctx.arguments, **dict(zip(names, tensors, strict=False))},
-            residuals=tensors[len(names) :],
+            arguments={**ctx.arguments, **dict(zip(saved, tensors, strict=False))},
+            residuals=tensors[len(saved) :],
             grad_output=grad_outputs[0],
             geometry=ctx.geometry,
-            inputs=[name for name, needed in zip(names, ctx.needs_input_grad[5:], strict=True) if needed],
-            operands=[operand.name for operand in site.operands if _is_active(tape, operand)],
+            inputs=ctx.inputs,
+            operands=ctx.operands,
         )
         gradients, factors = site.rule.backward(call)
         for name, found in factors.items():
@@ -357,7 +388,7 @@ def _squared_norms(tape: Tape, group: str) -> Tensor | None:
     ]
     if not uses:
         return None
-    if len(members) > 1 or not all(operand.expression.reindexes for _, operand in uses):
+    if are_joined(members):
         total = _joined_squared_norms(tape, uses)
     else:
         parts = []
@@ -387,6 +418,12 @@ def _vjp(tape: Tape, key: tuple[str, str], expression: Expression) -> Callable[[
     function, constants = expression.function, tape.constants[key]
     assert function is not None
     values = [tape.parameters[name] for name in expression.parameters]
+    for name, value in zip(expression.parameters, values, strict=True):
+        if value._version != tape.versions[name]:
+            raise ModeError(
+                f"Parameter `{name}` was changed between the forward and the backward, which needs its old value. "
+                "Call `backward()` before `optimizer.step()`."
+            )
     with torch.enable_grad():
         _, vjp, *_ = torch.func.vjp(lambda *given: function(*given, *constants), *values)
     return vjp
@@ -406,7 +443,9 @@ def _pull_back_each(tape: Tape, key: tuple[str, str], expression: Expression, gr
     if gradients.shape[0] == 0:
         values = {name: tape.parameters[name] for name in expression.parameters}
         return {name: value.new_zeros(0, *value.shape) for name, value in values.items()}
-    pulled = torch.func.vmap(_vjp(tape, key, expression))(gradients)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*batching rule")  # slower, not wrong
+        pulled = torch.func.vmap(_vjp(tape, key, expression))(gradients)
     return dict(zip(expression.parameters, pulled, strict=True))
 
 

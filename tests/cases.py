@@ -275,6 +275,13 @@ def instance_norm_1d() -> nn.Module:
     return nn.Sequential(nn.InstanceNorm1d(3, affine=True), nn.Conv1d(3, 2, 2))
 
 
+@case(images(3, 5, 5))
+def batch_norm_frozen() -> nn.Module:
+    norm = nn.BatchNorm2d(4)
+    norm.running_mean, norm.running_var = torch.randn(4), torch.rand(4) + 0.5
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Tanh(), nn.Flatten(), nn.BatchNorm1d(36)).eval()
+
+
 # Embedding
 
 
@@ -498,6 +505,61 @@ class unused_and_detached(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x) * self.anchor.detach() + self.anchor.shape[0]
+
+
+@case(images(6, 6))
+class one_parameter_twice_in_a_site(nn.Module):
+    """The cross terms of both uses belong to the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.randn(6, 6) / 3), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.weight[:, 0])
+        y = F.layer_norm(y, (y.shape[-1],), self.scale, self.scale)
+        return F.group_norm(torch.tanh(y), 2, self.scale, self.scale)
+
+
+@case(images(6))
+class noise_around_a_weight(nn.Module):
+    """`rand_like` of a parameter reads its shape alone; the noise here is always the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.log_deviation = nn.Parameter(torch.randn(3, 6)), nn.Parameter(torch.randn(3, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.mean + self.log_deviation.exp() * torch.full_like(self.mean, 0.3))
+
+
+@case(images(6))
+class overwritten_after_use(nn.Module):
+    """Sums and biases keep no input: what comes later may overwrite it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.layer = nn.Parameter(torch.randn(6)), nn.Linear(6, 6)
+        self.layer.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x * 2
+        y = h + self.shift
+        z = self.layer(h)
+        return y * h.relu_() + z
+
+
+@case(lambda n: (torch.randn(n, 4, 6),))
+class constant_tables(nn.Module):
+    """A layer on a constant: a parameter expression that reads a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.register_buffer("table", torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x) + self.layer(self.table))
 
 
 @case(lambda n: (torch.randn(n, 6), torch.randn(n, 4), torch.randn(n)))

@@ -85,6 +85,8 @@ def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], to
     """Relative to each value's largest entry, or to a tenth of the largest of all where that is more: a gradient that
     is zero because its parts cancel has the rounding of the parts."""
     assert found.keys() == expected.keys()
+    found = {name: value.detach() for name, value in found.items()}
+    expected = {name: value.detach() for name, value in expected.items()}
     scale = max((float(e.abs().max()) for e in expected.values() if e.numel()), default=0.0) or 1.0
     for name, value in expected.items():
         own = float(value.abs().max()) if value.numel() else 0.0

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from cases import CASES, BY_NAME, Case
+from cases import BY_NAME, CASES, Case
 from oracle import Batch, assert_close, norms_of, one_at_a_time, train_step, weighted
 from torch import Tensor, nn
 

@@ -19,6 +19,7 @@ class NodeInfo:
         module: Path of the module in whose forward it was recorded.
         source: `file.py:line` in the user's code.
         stops_gradient: Recorded under `torch.no_grad()`.
+        overwrites: Was written in place: its value must have the shape and dtype of its first argument.
         role: What the rewrite made of it: "model" (untouched), "tape", "clip", "norm" or "site".
         site: Name of the site it belongs to, or "".
     """
@@ -26,6 +27,7 @@ class NodeInfo:
     module: str = ""
     source: str = ""
     stops_gradient: bool = False
+    overwrites: bool = False
     role: str = "model"
     site: str = ""
 

@@ -99,6 +99,16 @@ class Rule(ABC):
         """Why these shapes or layouts are not covered; None where they are."""
         return None
 
+    def reads(self, arguments: Arguments, inputs: Collection[str], operands: Collection[str]) -> Collection[str]:
+        """Names of the tensor arguments that `backward` reads; no other is kept, and later layers may overwrite those.
+
+        Args:
+            arguments: By name.
+            inputs: Those whose gradient autograd will ask for.
+            operands: Those whose factors will be wanted.
+        """
+        return arguments.keys()
+
     @abstractmethod
     def signatures(self, arguments: Arguments, geometry: Geometry) -> dict[str, Signature]:
         """The sizes of each operand's factors: what `backward` would leave, from shapes alone."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -76,3 +78,14 @@ class Site:
     def parameters(self) -> tuple[str, ...]:
         """Names of all parameters that meet examples here."""
         return tuple(dict.fromkeys(name for operand in self.operands for name in operand.expression.parameters))
+
+
+def are_joined(members: Sequence[Site]) -> bool:
+    """Whether the per-example gradients of a group must be formed and added before their norm is taken.
+
+    They must where a parameter is used more than once, by several sites or by several operands of one, and where a
+    parameter expression does more than to move elements.
+    """
+    operands = [operand for site in members for operand in site.operands]
+    uses = Counter(name for operand in operands for name in operand.expression.parameters)
+    return max(uses.values(), default=0) > 1 or not all(operand.expression.reindexes for operand in operands)

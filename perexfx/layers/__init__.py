@@ -4,6 +4,7 @@ Adding one is one file here and one entry in `RULES`; the tests of exactness run
 """
 
 from perexfx.ir.rule import Rule
+from perexfx.layers.batch_norm import FrozenBatchNorm
 from perexfx.layers.convolution import CONVOLUTIONS
 from perexfx.layers.elementwise import Elementwise
 from perexfx.layers.embedding import Embedding
@@ -20,6 +21,7 @@ RULES: tuple[Rule, ...] = (
     RMSNorm(),
     GroupNorm(),
     InstanceNorm(),
+    FrozenBatchNorm(),
     Elementwise(),
     Expand(),
 )

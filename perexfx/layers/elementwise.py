@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,17 @@ class Elementwise(Rule):
             case _:
                 return torch.div(x, other), ()
 
+    def reads(self, arguments: Arguments, inputs: Collection[str], operands: Collection[str]) -> Collection[str]:
+        """Nothing for sums; for products each side for the gradient of the other."""
+        wanted = {*inputs, *operands}
+        match arguments["operation"]:
+            case "add" | "sub":
+                return ()
+            case "mul":
+                return [name for name, other in (("input", "other"), ("other", "input")) if other in wanted]
+            case _:
+                return ("input", "other") if "other" in wanted else ("other",)
+
     def backward(self, call: Backward) -> tuple[dict[str, Tensor], dict[str, Factors]]:
         """The two partial derivatives, times the gradient of the result."""
         gradients = {
@@ -120,7 +131,9 @@ class Elementwise(Rule):
 
     def _times_derivative(self, call: Backward, name: str) -> Tensor:
         """The gradient of the result times the derivative by one argument, not yet summed over broadcast axes."""
-        g, x, other = call.grad_output, call.arguments["input"], call.arguments["other"]
+        g: Any = call.grad_output
+        x: Any = call.arguments.get("input")
+        other: Any = call.arguments.get("other")
         match call.arguments["operation"], name:
             case ("add", "input") | ("sub", "input"):
                 return g

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,9 +56,13 @@ class Embedding(Rule):
         """The ordinary lookup."""
         return F.embedding(arguments["input"], arguments["weight"], arguments["padding_idx"]), ()
 
+    def reads(self, arguments: Arguments, inputs: Collection[str], operands: Collection[str]) -> Collection[str]:
+        """The ids."""
+        return ("input",)
+
     def backward(self, call: Backward) -> tuple[dict[str, Tensor], dict[str, Factors]]:
         """Ids have no gradient."""
-        v, d = call.arguments["weight"].shape
+        v, d = call.geometry.shapes["weight"]
         ids = call.examples_first("input")
         n, t = ids.shape[0], math.prod(ids.shape[1:])
         padding_idx = call.arguments["padding_idx"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,10 @@ class Expand(Rule):
         function = getattr(torch.Tensor, target) if isinstance(target, str) else target
         copies = function(value, *arguments["sizes"], **arguments["names"])
         return copies.clone(memory_format=torch.contiguous_format), ()
+
+    def reads(self, arguments: Arguments, inputs: Collection[str], operands: Collection[str]) -> Collection[str]:
+        """Nothing."""
+        return ()
 
     def backward(self, call: Backward) -> tuple[dict[str, Tensor], dict[str, Factors]]:
         """Each example's own copies, summed."""

@@ -15,9 +15,9 @@ from perexfx.ir.factors import Factors, Gradient, GradientSignature, Signature
 from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, sum_positions
 
 
-def _affine_signatures(arguments: Arguments, geometry: Geometry) -> dict[str, Signature]:
-    shape = tuple(arguments["normalized_shape"])
-    return {name: GradientSignature(geometry.n, shape) for name in ("weight", "bias")}
+def _affine_signatures(geometry: Geometry) -> dict[str, Signature]:
+    names = [name for name in ("weight", "bias") if name in geometry.shapes]
+    return {name: GradientSignature(geometry.n, geometry.shapes[name]) for name in names}
 
 
 def _positions(value: Tensor, shape: Sequence[int]) -> Tensor:
@@ -52,15 +52,9 @@ class LayerNorm(Rule):
         """As `torch.nn.functional.layer_norm`."""
         return dict(locals())
 
-    def refuses(self, arguments: Arguments) -> str | None:
-        """Normalised shapes that are computed in the graph."""
-        if any(isinstance(size, torch.fx.Node) for size in arguments["normalized_shape"]):
-            return "its normalized_shape must be constant"
-        return None
-
     def signatures(self, arguments: Arguments, geometry: Geometry) -> dict[str, Signature]:
         """Gradients at hand."""
-        return _affine_signatures(arguments, geometry)
+        return _affine_signatures(geometry)
 
     def forward(self, arguments: Arguments, geometry: Geometry) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The ordinary layer; mean and inverse deviation are kept."""
@@ -105,13 +99,9 @@ class RMSNorm(Rule):
         """As `torch.nn.functional.rms_norm`."""
         return dict(locals())
 
-    def refuses(self, arguments: Arguments) -> str | None:
-        """Normalised shapes that are computed in the graph."""
-        return LayerNorm().refuses(arguments)
-
     def signatures(self, arguments: Arguments, geometry: Geometry) -> dict[str, Signature]:
         """Gradients at hand."""
-        return _affine_signatures(arguments, geometry)
+        return _affine_signatures(geometry)
 
     def forward(self, arguments: Arguments, geometry: Geometry) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The ordinary layer; the inverse root mean square is kept."""

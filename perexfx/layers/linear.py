@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +49,16 @@ class Linear(Rule):
         """The ordinary layer."""
         return F.linear(arguments["input"], arguments["weight"], arguments["bias"]), ()
 
+    def reads(self, arguments: Arguments, inputs: Collection[str], operands: Collection[str]) -> Collection[str]:
+        """Each factor of the product for the gradient of the other."""
+        return [name for name, other in (("weight", inputs), ("input", set(operands) & {"weight"})) if other]
+
     def backward(self, call: Backward) -> tuple[dict[str, Tensor], dict[str, Factors]]:
         """`g W` for the input."""
-        weight = call.arguments["weight"]
-        o, i = weight.shape
+        o, i = call.geometry.shapes["weight"]
         gradients: dict[str, Tensor] = {}
         if "input" in call.inputs:
-            gradients["input"] = call.grad_output @ weight
+            gradients["input"] = call.grad_output @ call.arguments["weight"]
         n = call.geometry.n
         right = call.grad_output_examples_first
         t = math.prod(right.shape[1:-1])

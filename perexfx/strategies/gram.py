@@ -72,7 +72,7 @@ class Gram:
         assert isinstance(product, Product)
         n, g, t, i = product.left.shape
         left = product.left.reshape(n * g, t, i)
-        right = product.right.reshape(n * g, t, -1)
+        right = product.right.reshape(n * g, t, product.right.shape[3])
         size = max(1, CHUNK_ELEMENTS // max(1, t * t))
         sums = [
             sum_of_products(a @ a.transpose(1, 2), b @ b.transpose(1, 2))
