@@ -16,10 +16,12 @@ from perexfx.ir.errors import ArgumentError
 from perexfx.ir.machine import BUILT_IN
 from perexfx.ir.site import Site
 from perexfx.layers import RULES
-from perexfx.match import confirm, match, refuse_batch_statistics, refuse_other_trainables
-from perexfx.plan import Plan, check_forced, make_plan, operand_itemsize, sizes_of
+from perexfx.match import confirm, match
+from perexfx.plan import Plan, check_forced, make_plan
+from perexfx.refuse import refuse_batch_statistics, refuse_other_trainables
 from perexfx.rewrite import Transformed, rewrite, twin_of
-from perexfx.runtime import PerExample, Settings
+from perexfx.sizes import operand_itemsize, sizes_of
+from perexfx.state import PerExample, Settings
 from perexfx.strategies import STRATEGIES
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]

@@ -8,7 +8,6 @@ refused.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from perexfx.ir.layout import Layout
-
-
-class Mixing(Exception):  # noqa: N818
-    """An operation combines examples; the message says how."""
-
-
-class Unknown(Exception):  # noqa: N818
-    """An operation has no rule here."""
+from perexfx.tags import Mixing, Unknown, layout_of, tags_of
 
 
 @dataclass(frozen=True)
@@ -70,6 +62,8 @@ class OpCall:
 
 
 Result = Layout | None | list[Layout | None]
+
+
 AxisRule = Callable[[OpCall], Result]
 
 
@@ -92,70 +86,19 @@ def propagate(call: OpCall) -> list[Layout | None]:
     return found if isinstance(found, list) else [found] * len(results)
 
 
-_SIZES = frozenset({"size", "sizes", "shape", "repeats", "split_size", "split_sizes", "N", "stride"})
-_BOUNDS = frozenset({"start", "end", "length", "index"})
-
-MOVES = frozenset(
-    "view _unsafe_view reshape _reshape_alias unsqueeze squeeze permute transpose t expand clone detach alias "
-    "contiguous _to_copy repeat lift_fresh".split()
-)
-"""Operations after which equal entries are still equal entries."""
-
-UNIFORM = frozenset(
-    "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
-    "scalar_tensor empty_strided new_empty_strided".split()
-)
-"""Operations that make equal entries (or entries that are written before they are read)."""
-
-_DRAWN = frozenset("rand randn rand_like randn_like bernoulli".split())
-
-
-def sizes_of(call: OpCall) -> set[str]:
-    """Names of the arguments of a call that say how large its result is, and so may follow the batch size."""
-    names = set(_SIZES)
-    if call.name in ("slice", "narrow", "select"):
-        value = call.argument("self")
-        layout = call.layout(value)
-        if layout is not None and _axis(call.argument("dim", 0), value.dim()) == layout.axis:
-            names |= _BOUNDS
-    return names
-
-
-def created_layout(call: OpCall, result: Tensor, grown: Sequence[int], is_batch: bool) -> Layout | None:
-    """Where a value that reads no example has a row for each; None where that is not plain.
-
-    Args:
-        call: Made the value.
-        result: The value.
-        grown: Its axes whose size follows the batch size.
-        is_batch: Whether the first of these has exactly the size of the batch.
-    """
-    if len(grown) != 1:
-        return None
-    axis = grown[0]
-    if call.name in UNIFORM or call.name in _DRAWN:
-        return Layout(axis) if is_batch else None
-    if call.name in ("expand", "repeat"):  # equal copies of a constant: whose is whose does not matter
-        value = call.argument("self")
-        lead = result.dim() - value.dim()
-        size = value.shape[axis - lead] if axis >= lead else 1
-        copies = result.shape[axis] // size
-        return Layout(axis, copies // call.n, size) if copies % call.n == 0 else None
-    return None
-
-
 def _tensors(call: OpCall) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
 
 
-def _axis(axis: int, rank: int) -> int:
+def axis_from_front(axis: int, rank: int) -> int:
+    """A non-negative axis: negative ones count from the end."""
     return axis + rank if axis < 0 else axis
 
 
 def _axes(axes: int | Sequence[int] | None, rank: int) -> set[int]:
     if axes is None or (not isinstance(axes, int) and len(axes) == 0):
         return set(range(rank))
-    return {_axis(axis, rank) for axis in ([axes] if isinstance(axes, int) else axes)}
+    return {axis_from_front(axis, rank) for axis in ([axes] if isinstance(axes, int) else axes)}
 
 
 def _from_right(layout: Layout, rank: int, result_rank: int) -> Layout:
@@ -208,7 +151,7 @@ def _along(call: OpCall) -> Result:
     """Softmax, cumulative sums, sorting: along one axis, all others untouched."""
     value = call.argument("self")
     layout = call.layout(value)
-    if layout is not None and layout.axis == _axis(call.argument("dim", -1), value.dim()):
+    if layout is not None and layout.axis == axis_from_front(call.argument("dim", -1), value.dim()):
         raise Mixing("it runs along the example axis")
     return layout
 
@@ -351,7 +294,7 @@ def _diagonal(call: OpCall) -> Result:
     """The entries along two axes at once."""
     value = call.argument("self")
     layout = call.layout(value)
-    axes = {_axis(call.argument(name), value.dim()) for name in ("dim1", "dim2")}
+    axes = {axis_from_front(call.argument(name), value.dim()) for name in ("dim1", "dim2")}
     if layout is None or layout.axis in axes:
         raise Mixing("it takes another entry of each example")
     return Layout(layout.axis - sum(axis < layout.axis for axis in axes), layout.before, layout.after)
@@ -370,60 +313,13 @@ def _select_positions(call: OpCall) -> Result:
 
 def _gather(call: OpCall) -> Result:
     value, index = call.argument("self"), call.argument("index")
-    axis = _axis(call.argument("dim"), value.dim())
+    axis = axis_from_front(call.argument("dim"), value.dim())
     layout = _agree([call.layout(value), call.layout(index)])
     if layout is not None and layout.axis == axis:
         raise Mixing("it gathers from the example axis")
     if layout is not None and index.shape[layout.axis] != value.shape[layout.axis]:
         raise Mixing("it gathers from a part of the example axis")
     return layout
-
-
-def tags_of(layout: Layout | None, shape: Sequence[int], n: int) -> Tensor:
-    """Which example each element belongs to, counted from 1; 0 for none. Strides are 0 where possible."""
-    if layout is None:
-        return torch.zeros(()).expand(tuple(shape))
-    numbers = torch.arange(1.0, n + 1).view(1, n, 1).expand(layout.before, n, layout.after).reshape(-1)
-    sizes = [1] * len(shape)
-    sizes[layout.axis] = -1
-    return numbers.view(sizes).expand(tuple(shape))
-
-
-def layout_of(tags: Tensor, n: int) -> Layout | None:
-    """The layout that tags follow; elements that belong to no example go with the others along the axis.
-
-    Raises:
-        Mixing: They follow none.
-    """
-    small = tags
-    for axis in range(tags.dim()):
-        if small.stride(axis) == 0 and small.shape[axis] > 1:
-            small = small.narrow(axis, 0, 1)
-    if small.numel() == 0 or not bool(small.any()):
-        return None
-    least = torch.where(small == 0, math.inf, small)
-    for axis in range(tags.dim()):
-        others = [other for other in range(tags.dim()) if other != axis]
-        profile = small.amax(others) if others else small
-        if not torch.equal(profile, least.amin(others) if others else least):
-            continue
-        found = _factor(profile.tolist(), n)
-        if found is not None and profile.numel() == tags.shape[axis]:
-            return Layout(axis, *found)
-    raise Mixing("it moves examples so that no axis holds all of them in order")
-
-
-def _factor(profile: list[float], n: int) -> tuple[int, int] | None:
-    """`(before, after)` such that the profile counts `1..n`, each `after` times, `before` times over."""
-    size = len(profile)
-    if size % n:
-        return None
-    after = next((at for at, tag in enumerate(profile) if tag != profile[0]), size)
-    if size % (n * after):
-        return None
-    before = size // (n * after)
-    wanted = [float(i + 1) for _ in range(before) for i in range(n) for _ in range(after)]
-    return (before, after) if profile == wanted else None
 
 
 def _moved(call: OpCall) -> Result:

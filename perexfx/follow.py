@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from perexfx.axes import MOVES, UNIFORM, Mixing, OpCall, Unknown, created_layout, propagate, sizes_of
+from perexfx.axes import OpCall, propagate
+from perexfx.created import MOVES, UNIFORM, created_layout, sizes_of
 from perexfx.inputs import Inputs
 from perexfx.ir.errors import MixingError, RefusedError
 from perexfx.ir.layout import Layout
 from perexfx.ir.node import place_of
 from perexfx.ir.refusal import Refusal
 from perexfx.record import Call, Run, leaves_of
+from perexfx.tags import Mixing, Unknown
 
 
 class Refusals:

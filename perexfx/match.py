@@ -6,34 +6,22 @@ names parameter, node, module and line. All refusals are collected before one is
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from enum import Enum, auto
 from typing import Any
 
 import networkx as nx
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from perexfx.analyze import Analysis
-from perexfx.capture import stop_gradient
+from perexfx.classify import State, classify
 from perexfx.functional import IN_PLACE_FUNCTIONS
-from perexfx.ir.errors import CoverageError, MixingError
+from perexfx.ir.errors import CoverageError
 from perexfx.ir.node import info_of, place_of
 from perexfx.ir.refusal import Refusal
 from perexfx.ir.rule import Rule, Target
 from perexfx.ir.site import Expression, Operand, Site
-
-
-class State(Enum):
-    """What a node's value depends on."""
-
-    CONSTANT = auto()
-    PARAMETER = auto()  # trainable parameters and constants
-    EXAMPLE = auto()
 
 
 def match(
@@ -58,7 +46,7 @@ def match(
     Raises:
         CoverageError: A use that no rule covers.
     """
-    states = _states(graph, trainable, batch_dim, analysis)
+    states = classify(graph, trainable, batch_dim, analysis)
     matcher = _Matcher(graph, module, states, rules, analysis)
     for node in graph.nodes:
         if node.op == "output" or states[node] is State.EXAMPLE:
@@ -94,134 +82,6 @@ def confirm(assumed: Sequence[Site], found: Sequence[Site]) -> None:
                 for place in differing
             ]
         )
-
-
-def refuse_batch_statistics(graph: fx.Graph) -> None:
-    """Refuses layers that normalise by batch statistics, which need no shapes to be recognised.
-
-    Raises:
-        MixingError: All of them, by name.
-    """
-    refusals = []
-    for node in graph.nodes:
-        if not _uses_batch_statistics(node):
-            continue
-        place = place_of(node)
-        layer = "BatchNorm" if node.target is F.batch_norm else "InstanceNorm with running statistics"
-        refusals.append(
-            Refusal(
-                what=f"{place} is {layer} in training mode: its statistics are those of the whole batch.",
-                why="Every example's output then depends on all others, and no example has a gradient of its own.",
-                remedy=f"Replace module `{place.module}` by GroupNorm, or freeze its statistics with "
-                f"`model.get_submodule({place.module!r}).eval()` before the transform.",
-                place=place,
-            )
-        )
-    if refusals:
-        raise MixingError(refusals)
-
-
-def refuse_other_trainables(graph: fx.Graph, module: nn.Module) -> None:
-    """Refuses tensors that autograd would give a gradient and that are not parameters: it would not be clipped.
-
-    Raises:
-        CoverageError: All of them, by name.
-    """
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    refusals = []
-    for node in graph.nodes:
-        if node.op != "get_attr" or node.target in parameters:
-            continue
-        value = operator.attrgetter(str(node.target))(module)
-        if isinstance(value, torch.Tensor) and value.requires_grad:
-            refusals.append(
-                Refusal(
-                    what=f"{place_of(node)} is a tensor that requires a gradient and is not a parameter.",
-                    why="Its gradient would not be clipped.",
-                    remedy=f"Make `{node.target}` an nn.Parameter, or call `requires_grad_(False)` on it.",
-                    place=place_of(node),
-                )
-            )
-    if refusals:
-        raise CoverageError(refusals)
-
-
-def _uses_batch_statistics(node: fx.Node) -> bool:
-    if isinstance(node.target, str) or node.target not in (F.batch_norm, F.instance_norm):
-        return False
-    call = inspect.signature(node.target).bind(*node.args, **node.kwargs)
-    call.apply_defaults()
-    if node.target is F.batch_norm:
-        return bool(call.arguments["training"])
-    return bool(call.arguments["use_input_stats"]) and call.arguments["running_mean"] is not None
-
-
-_ATTRIBUTES_OF_SHAPE = ("shape", "device", "dtype", "ndim", "requires_grad", "is_cuda", "layout", "itemsize")
-_METHODS_OF_SHAPE = ("size", "dim", "numel", "ndimension", "is_floating_point", "get_device", "element_size")
-
-
-def _reads_shape_only(node: fx.Node) -> bool:
-    if node.op == "call_function":
-        return node.target is getattr and node.args[1] in _ATTRIBUTES_OF_SHAPE
-    return node.op == "call_method" and node.target in _METHODS_OF_SHAPE
-
-
-def _states(
-    graph: fx.Graph, trainable: Collection[str], batch_dim: int, analysis: Analysis | None
-) -> dict[fx.Node, State]:
-    states: dict[fx.Node, State] = {}
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            states[node] = State.PARAMETER if node.target in trainable else State.CONSTANT
-            continue
-        if analysis is not None:
-            carries = analysis.carries_examples(node)
-        else:
-            carries = _carries_examples(node, states, batch_dim)
-        if carries:
-            states[node] = State.EXAMPLE
-        elif _is_constant(node) or not any(states[n] is State.PARAMETER for n in node.all_input_nodes):
-            states[node] = State.CONSTANT
-        else:
-            states[node] = State.PARAMETER
-    return states
-
-
-def _is_constant(node: fx.Node) -> bool:
-    """Whether no gradient passes through a node, whatever it reads."""
-    detaches = node.target in ("detach", stop_gradient, torch.detach) or (
-        node.target is getattr and node.args[1] == "data"
-    )
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    makes_new = name.endswith("_like") or name.startswith("new_")
-    return _reads_shape_only(node) or detaches or makes_new or node.op == "placeholder"
-
-
-def _carries_examples(node: fx.Node, states: Mapping[fx.Node, State], batch_dim: int) -> bool:
-    """Without an analysis: whatever examples flow into, except sizes of other axes than `batch_dim`."""
-    if node.op == "placeholder":
-        return not node.args or node.args[0] is not None
-    if _reads_shape_only(node):
-        value = node.args[0]
-        whole_shape = node.target is getattr or (node.target == "size" and len(node.args) == 1)
-        axis = None if whole_shape else (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim"))
-        reads_batch = node.target == "numel" or axis == batch_dim or (whole_shape and _is_shape(node))
-        return isinstance(value, fx.Node) and states[value] is State.EXAMPLE and bool(reads_batch)
-    if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and _is_shape(node.args[0]):
-        index = node.args[1]
-        if isinstance(index, int):
-            takes_batch = index == batch_dim
-        else:
-            takes_batch = not isinstance(index, slice) or batch_dim in range(8)[index]
-        return states[node.args[0]] is State.EXAMPLE and takes_batch
-    return any(states[n] is State.EXAMPLE for n in node.all_input_nodes)
-
-
-def _is_shape(node: fx.Node) -> bool:
-    """Whether a node is `x.shape` or `x.size()`."""
-    if node.target is getattr:
-        return node.args[1] == "shape"
-    return node.op == "call_method" and node.target == "size" and len(node.args) == 1 and not node.kwargs
 
 
 class _Matcher:

@@ -7,49 +7,19 @@ raises, and names the least that would.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from torch import fx
-
-from perexfx.analyze import Analysis
-from perexfx.ir.cost import Cost
-from perexfx.ir.errors import ArgumentError, BudgetError, CoverageError, StrategyError
+from perexfx.choose import choose
+from perexfx.ir.alternative import Alternative
+from perexfx.ir.errors import ArgumentError, StrategyError
 from perexfx.ir.factors import Signature
 from perexfx.ir.machine import Machine
 from perexfx.ir.refusal import Refusal
 from perexfx.ir.rule import Geometry
 from perexfx.ir.site import Site, are_joined
 from perexfx.ir.strategy import Strategy
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """One strategy at one site.
-
-    Attributes:
-        strategy: The strategy.
-        seconds: Predicted time; infinite where it is refused.
-        cost: What it was predicted from; None where it is refused.
-        refusal: Why it does not apply; "" where it does.
-    """
-
-    strategy: Strategy
-    seconds: float = math.inf
-    cost: Cost | None = None
-    refusal: str = ""
-
-    @property
-    def bytes_held(self) -> int:
-        """Kept alive until the clip node."""
-        return self.cost.bytes_held if self.cost else 0
-
-    @property
-    def bytes_transient(self) -> int:
-        """Alive for a moment on top of that."""
-        return self.cost.bytes_transient if self.cost else 0
 
 
 @dataclass(frozen=True)
@@ -165,67 +135,6 @@ def make_plan(
     )
     n = next(iter(geometries.values())).n if geometries else 0
     return Plan(n, decisions, geometries, machine.name, memory_budget)
-
-
-def sizes_of(
-    sites: Sequence[Site], graph: fx.Graph, analysis: Analysis, n: int
-) -> tuple[dict[str, Geometry], dict[str, Mapping[str, Signature]]]:
-    """Geometry and factor sizes of every site for a batch of n.
-
-    Raises:
-        CoverageError: A site has shapes that its rule does not cover.
-    """
-    nodes = {node.name: node for node in graph.nodes}
-    geometries, signatures, refusals = {}, {}, []
-    for site in sites:
-        node = nodes[site.node]
-        arguments = site.rule.bind(site.target, node.args, node.kwargs)
-        found = _geometry(site, node, arguments, analysis, n)
-        reason = found if isinstance(found, str) else site.rule.misfits(found)
-        if isinstance(found, Geometry) and not reason:
-            geometries[site.name] = found
-            signatures[site.name] = site.rule.signatures(arguments, found)
-            continue
-        refusals.append(
-            Refusal(
-                what=f"{site.place} uses {', '.join(f'`{name}`' for name in site.parameters)}: {reason}.",
-                why="Every use of a trainable parameter must be covered.",
-                remedy="Freeze it (`requires_grad_(False)`), or rewrite that line.",
-                place=site.place,
-            )
-        )
-    if refusals:
-        raise CoverageError(refusals)
-    return geometries, signatures
-
-
-def operand_itemsize(sites: Sequence[Site], graph: fx.Graph, analysis: Analysis) -> int:
-    """Bytes per element of the widest parameter."""
-    nodes = {node.name: node for node in graph.nodes}
-    facts = [analysis.tensor(nodes[operand.node]) for site in sites for operand in site.operands]
-    return max((found.itemsize for found in facts if found is not None), default=4)
-
-
-def _geometry(site: Site, node: fx.Node, arguments: Mapping[str, object], analysis: Analysis, n: int) -> Geometry | str:
-    """The shapes at a site, or why it has none that can be used."""
-    output = analysis.tensor(node)
-    if output is None or output.layout is None:
-        return "its result has no single axis of examples"
-    shapes, layouts = {}, {}
-    for name, value in arguments.items():
-        facts = analysis.tensor(value) if isinstance(value, fx.Node) else None
-        if facts is None:
-            continue
-        shapes[name] = facts.shape(n)
-        if facts.layout is not None:
-            layouts[name] = facts.layout
-        elif facts.depends_on_batch_size:
-            return f"the examples in its argument `{name}` cannot be told apart"
-    operands = {operand.name for operand in site.operands}
-    for name in site.rule.inputs:
-        if name in shapes and name not in layouts and name not in operands:
-            return f"its argument `{name}` carries no examples, but its result does"
-    return Geometry(n, shapes, layouts, output.shape(n), output.layout)
 
 
 class _Alternatives:
@@ -347,67 +256,3 @@ def _check_applicable(rows: Sequence[_Row], forced: str | Mapping[str, str]) -> 
         )
     if refusals:
         raise StrategyError(refusals)
-
-
-def choose(candidates: Sequence[Sequence[Alternative]], budget: int | None) -> list[Alternative]:
-    """One alternative per row, least total time within the budget: a multiple-choice knapsack, solved exactly.
-
-    The bytes of a choice are everything held plus the largest transient. For each possible largest transient the rest
-    is a knapsack over bytes held, solved by extending row by row the choices that are not dominated.
-
-    Raises:
-        BudgetError: The budget is too small; the message names the least that suffices.
-    """
-    fastest = [min(row, key=lambda a: a.seconds) for row in candidates]
-    if budget is None or _bytes(fastest) <= budget:
-        return fastest
-    best: list[Alternative] | None = None
-    for cap in sorted({a.bytes_transient for row in candidates for a in row}, reverse=True):
-        allowed = [[a for a in row if a.bytes_transient <= cap] for row in candidates]
-        if not all(allowed):
-            break
-        bound = sum(a.seconds for a in best) if best else math.inf
-        found = _knapsack(allowed, budget - cap, bound)
-        best = found or best
-    if best is None:
-        raise BudgetError(
-            f"No plan fits memory_budget={budget:,} bytes. The least that would do is {least_bytes(candidates):,} "
-            "bytes at this batch size. Raise the budget or lower the batch size."
-        )
-    return best
-
-
-def _bytes(choice: Sequence[Alternative]) -> int:
-    return sum(a.bytes_held for a in choice) + max((a.bytes_transient for a in choice), default=0)
-
-
-def least_bytes(candidates: Sequence[Sequence[Alternative]]) -> int:
-    """The smallest budget that some plan fits."""
-    least = math.inf
-    for cap in {a.bytes_transient for row in candidates for a in row}:
-        allowed = [[a.bytes_held for a in row if a.bytes_transient <= cap] for row in candidates]
-        if all(allowed):
-            least = min(least, cap + sum(min(row) for row in allowed))
-    return int(least)
-
-
-def _knapsack(rows: Sequence[Sequence[Alternative]], budget: int, bound: float) -> list[Alternative] | None:
-    """The fastest choice with `sum(bytes_held) <= budget` and less than `bound` seconds."""
-    held_after = [0] * (len(rows) + 1)
-    seconds_after = [0.0] * (len(rows) + 1)
-    for at in reversed(range(len(rows))):
-        held_after[at] = held_after[at + 1] + min(a.bytes_held for a in rows[at])
-        seconds_after[at] = seconds_after[at + 1] + min(a.seconds for a in rows[at])
-    front: list[tuple[int, float, tuple[Alternative, ...]]] = [(0, 0.0, ())]
-    for at, row in enumerate(rows):
-        extended = sorted(
-            ((held + a.bytes_held, seconds + a.seconds, (*taken, a)) for held, seconds, taken in front for a in row),
-            key=lambda choice: choice[:2],
-        )
-        front, fastest = [], math.inf
-        for held, seconds, taken in extended:
-            fits = held + held_after[at + 1] <= budget and seconds + seconds_after[at + 1] < bound
-            if fits and seconds < fastest:
-                front.append((held, seconds, taken))
-                fastest = seconds
-    return list(front[-1][2]) if front else None

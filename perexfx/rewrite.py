@@ -18,7 +18,8 @@ from torch import fx, nn
 
 from perexfx.ir.node import annotate, info_of
 from perexfx.ir.site import Site
-from perexfx.runtime import PerExample, clip, norm, per_example
+from perexfx.runtime import clip, norm, per_example
+from perexfx.state import PerExample
 
 STATE = "perexfx"
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from perexfx.ir.alternative import Alternative
 from perexfx.ir.errors import ArgumentError
 from perexfx.ir.site import Site
-from perexfx.plan import Alternative, Decision, Plan
-from perexfx.runtime import PerExample, Settings
+from perexfx.plan import Decision, Plan
+from perexfx.state import PerExample, Settings
 
 _MEGABYTE = 1e6
 _HEADINGS = ("site", "kind", "shapes", "strategy", "ms", "MB", "next best", "why not")

@@ -1,0 +1,36 @@
+"""One strategy at one site, with its predicted cost or the reason why it was refused."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from perexfx.ir.cost import Cost
+from perexfx.ir.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One strategy at one site.
+
+    Attributes:
+        strategy: The strategy.
+        seconds: Predicted time; infinite where it is refused.
+        cost: What it was predicted from; None where it is refused.
+        refusal: Why it does not apply; "" where it does.
+    """
+
+    strategy: Strategy
+    seconds: float = math.inf
+    cost: Cost | None = None
+    refusal: str = ""
+
+    @property
+    def bytes_held(self) -> int:
+        """Kept alive until the clip node."""
+        return self.cost.bytes_held if self.cost else 0
+
+    @property
+    def bytes_transient(self) -> int:
+        """Alive for a moment on top of that."""
+        return self.cost.bytes_transient if self.cost else 0

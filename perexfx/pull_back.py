@@ -1,0 +1,70 @@
+"""Pulling gradients of parameter expressions back to their parameters.
+
+Promises: exact, by one vjp of the expression (vmapped for per-example gradients); a parameter that was changed since
+the forward is an error.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from perexfx.ir.errors import ModeError
+from perexfx.ir.site import Expression
+from perexfx.tape import Tape
+
+
+def _vjp(tape: Tape, key: tuple[str, str], expression: Expression) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """From the gradient of an expression's value to those of its parameters."""
+    function, constants = expression.function, tape.constants[key]
+    assert function is not None
+    values = [tape.parameters[name] for name in expression.parameters]
+    for name, value in zip(expression.parameters, values, strict=True):
+        if value._version != tape.versions[name]:
+            raise ModeError(
+                f"Parameter `{name}` was changed between the forward and the backward, which needs its old value. "
+                "Call `backward()` before `optimizer.step()`."
+            )
+    with torch.enable_grad():
+        _, vjp, *_ = torch.func.vjp(lambda *given: function(*given, *constants), *values)
+    return vjp
+
+
+def pull_back(tape: Tape, key: tuple[str, str], expression: Expression, gradient: Tensor) -> dict[str, Tensor]:
+    """The gradient of an expression's parameters from that of its value."""
+    if expression.function is None:
+        return {expression.parameters[0]: gradient}
+    return dict(zip(expression.parameters, _vjp(tape, key, expression)(gradient), strict=True))
+
+
+def pull_back_each(tape: Tape, key: tuple[str, str], expression: Expression, gradients: Tensor) -> dict[str, Tensor]:
+    """The same for each example's gradient, `[n, *shape]`."""
+    if expression.function is None:
+        return {expression.parameters[0]: gradients}
+    if gradients.shape[0] == 0:
+        values = {name: tape.parameters[name] for name in expression.parameters}
+        return {name: value.new_zeros(0, *value.shape) for name, value in values.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*batching rule")  # slower, not wrong
+        pulled = torch.func.vmap(_vjp(tape, key, expression))(gradients)
+    return dict(zip(expression.parameters, pulled, strict=True))
+
+
+def add_pulled(
+    tape: Tape,
+    key: tuple[str, str],
+    value: Tensor,
+    pull_back: Callable[[Tape, tuple[str, str], Expression, Tensor], dict[str, Tensor]],
+    sums: dict[str, Tensor],
+) -> None:
+    """Adds what a value contributes to each trained parameter."""
+    pulled = {key[1]: value}
+    if key[0]:
+        operand = next(operand for operand in tape.state.site(key[0]).operands if operand.name == key[1])
+        pulled = pull_back(tape, key, operand.expression, value)
+    for name, part in pulled.items():
+        if name in tape.active:
+            sums[name] = sums[name] + part if name in sums else part

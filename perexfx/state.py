@@ -1,0 +1,181 @@
+"""The state that `transform` adds to a model: `gm.perexfx`.
+
+Promises: what is known of an input kind is analyzed once, and planned once per batch size; a call that the graph does
+not hold for is an error before anything is computed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perexfx.analyze import Analysis
+from perexfx.capture import Captured
+from perexfx.inputs import Inputs
+from perexfx.ir.errors import ArgumentError, ModeError
+from perexfx.ir.site import Site
+from perexfx.plan import Plan
+from perexfx.tape import Tape
+
+Clipping = str | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked `transform` for; see there."""
+
+    clip_norm: float | None
+    clipping: Clipping
+    loss_reduction: str
+    strategy: str | Mapping[str, str]
+    memory_budget: int | None
+    batch_dim: int
+
+
+Planner = Callable[["PerExample", nn.Module, Inputs, int], Plan]
+
+
+class PerExample(nn.Module):
+    """What `transform` adds to a model: `gm.perexfx`.
+
+    Attributes:
+        sites: Every use of a trainable parameter, in graph order.
+        settings: What `transform` was asked for.
+        plan: The plan of the last forward, or the one made ahead of time; None before there is one.
+        norms: Gradient norm of each example of the last backward, before clipping. Shape `[B]`.
+        keep_gradients: Keep each example's gradients too, B times the memory of the parameters.
+        gradients: Then, after a backward: parameter name -> gradient of each example's own loss, `[B, *shape]`.
+        clip_factors: What each example's gradient was multiplied with. Shape `[B]`; with `clipping="per_layer"`
+            `[groups, B]`, a row per group of sites that share parameters, in graph order.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        settings: Settings,
+        captured: Captured,
+        trainable: Sequence[str],
+        planner: Planner,
+    ) -> None:
+        super().__init__()
+        self.sites = tuple(sites)
+        self.settings = settings
+        self.captured = captured
+        self.trainable = tuple(trainable)
+        self._known_trainable = frozenset(trainable)
+        self.plan: Plan | None = None
+        self.norms: Tensor | None = None
+        self.clip_factors: Tensor | None = None
+        self.keep_gradients = False
+        self.gradients: dict[str, Tensor] | None = None
+        self._planner = planner
+        self._analyses: dict[Inputs, Analysis] = {}
+        self._plans: dict[tuple[Inputs, int], Plan] = {}
+        self._by_name = {site.name: site for site in self.sites}
+        self._owner: weakref.ref[nn.Module] | None = None
+        self._carriers: tuple[bool, ...] | None = None
+        self._backward_seen = -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the link to the module, which that restores, and what is known of past inputs."""
+        return {**self.__dict__, "_owner": None, "_analyses": {}, "_plans": {}}
+
+    def extra_repr(self) -> str:
+        """A line for `print(gm)`."""
+        return f"{len(self.sites)} sites, clip_norm={self.settings.clip_norm}, clipping={self.settings.clipping!r}"
+
+    def belongs_to(self, module: nn.Module) -> None:
+        """Links to the transformed module, whose parameters the analysis reads."""
+        self._owner = weakref.ref(module)
+
+    def site(self, name: str) -> Site:
+        """A site by name."""
+        return self._by_name[name]
+
+    @property
+    def owner(self) -> nn.Module:
+        """The transformed module."""
+        owner = self._owner() if self._owner is not None else None
+        if owner is None:
+            raise ModeError("`gm.perexfx` was taken out of its module, or the module no longer exists.")
+        return owner
+
+    def forward(self, names: tuple[str, ...], *values: Any) -> Tape:
+        """The tape of one forward: checks that the graph is right for this call, and looks up or makes the plan."""
+        arguments = dict(zip(names, values, strict=True))
+        self._check_baked(arguments)
+        self._check_modes()
+        if not torch.is_grad_enabled():
+            return Tape(self, None, 0)
+        self._check_trainable()
+        kind, n = Inputs.of(arguments, self.settings.batch_dim, self._carriers)
+        self.plan = self._plans.get((kind, n)) or self.prepare(kind, n)
+        return Tape(self, self.plan, n)
+
+    def prepare(self, kind: Inputs, n: int) -> Plan:
+        """Makes the plan for one kind of input and batch size, and remembers it."""
+        self.plan = self._plans[kind, n] = self._planner(self, self.owner, kind, n)
+        return self.plan
+
+    def known(self, kind: Inputs) -> Analysis | None:
+        """The analysis for one kind of input, where one was made."""
+        return self._analyses.get(kind)
+
+    def remember(self, kind: Inputs, analysis: Analysis) -> None:
+        """Keeps an analysis, and which inputs carry examples: later sizes may agree by accident."""
+        self._analyses[kind] = analysis
+        self._carriers = kind.carriers
+
+    def claim_backward(self) -> None:
+        """Notes that this backward reached the clip node of one forward.
+
+        Raises:
+            ModeError: It has reached that of another forward already.
+        """
+        task = torch._C._current_graph_task_id()
+        if task == self._backward_seen:
+            raise ModeError(
+                "One backward reached two forwards of the transformed model. Which of their rows are the same example "
+                "is not known, so their gradients cannot be clipped together. Call `backward()` once per forward "
+                "(gradients accumulate), or make both calls inside one module and transform that."
+            )
+        self._backward_seen = task
+
+    def _check_baked(self, arguments: Mapping[str, Any]) -> None:
+        for name, baked in self.captured.baked.items():
+            value = arguments.get(name, baked)
+            if value is not baked and (isinstance(value, Tensor) or value != baked):
+                found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise ArgumentError(
+                    f"Argument `{name}` was {baked!r} when the model was transformed, and the graph holds for that "
+                    f"alone. Found {found}. Pass `example_inputs` with `{name}` as you call the model to `transform`."
+                )
+
+    def _check_modes(self) -> None:
+        owner = self.owner
+        for path, training in self.captured.fixed_modes.items():
+            if owner.get_submodule(path).training is not training:
+                mode, other = ("train", "eval") if training else ("eval", "train")
+                raise ModeError(
+                    f"Module `{path or type(owner).__name__}` computes something else in {other} mode, and the graph "
+                    f"was captured in {mode} mode. Call `.{mode}()` on it before the forward, use the original model "
+                    f"for {other} mode, or transform the model again in {other} mode."
+                )
+
+    def _check_trainable(self) -> None:
+        if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+            raise ModeError(
+                "Autocast is on around the transformed model: its gradients would be of mixed precision, which perexfx "
+                "does not cover. Switch it off, or convert the model to the dtype you want."
+            )
+        for name, parameter in self.owner.named_parameters():
+            if parameter.requires_grad and name not in self._known_trainable:
+                raise ModeError(
+                    f"Parameter `{name}` was frozen when the model was transformed and is trainable now: its gradient "
+                    "would not be clipped. Transform the model again, or freeze it."
+                )

@@ -1,0 +1,49 @@
+"""The tape: what one forward shares with its backward.
+
+Promises: it belongs to one forward; what a backward leaves on it is forgotten when the clip node has run, or when
+another backward of the same forward begins.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from perexfx.ir.factors import Factors
+from perexfx.plan import Plan
+
+if TYPE_CHECKING:
+    from perexfx.state import PerExample
+
+
+class Tape:
+    """What one forward shares with its backward: the plan, and what sites leave behind for the clip node."""
+
+    def __init__(self, state: PerExample, plan: Plan | None, n: int) -> None:
+        self.state, self.plan, self.n = state, plan, n
+        self.active: frozenset[str] = frozenset()
+        self.parameters: dict[str, Tensor] = {}
+        self.versions: dict[str, int] = {}
+        self.constants: dict[tuple[str, str], tuple[Any, ...]] = {}
+        self._task: int | None = None
+        self.observed: dict[tuple[str, str], Factors] = {}
+        self.held: dict[tuple[str, str], Factors] = {}
+        self.squared_norms: dict[str, Tensor] = {}
+
+    def enter_backward(self) -> None:
+        """Forgets what an earlier backward of this forward left behind: it may have stopped before the clip node."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            self.release()
+
+    def release(self) -> None:
+        """Lets go of everything that a backward left behind."""
+        self.observed, self.held, self.squared_norms = {}, {}, {}
+
+    @property
+    def scale(self) -> int:
+        """What brings the gradients that arrive to those of each example's own loss."""
+        return self.n if self.state.settings.loss_reduction == "mean" else 1

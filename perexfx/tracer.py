@@ -1,0 +1,155 @@
+"""Tracing: torch.fx's tracer, with the places it does not note and the effects it does not record.
+
+Promises: every node knows its module and source line; in-place arithmetic is recorded as such; autocast, random
+constants and writes that autograd would not see are errors.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.overrides import TorchFunctionMode
+
+from perexfx.ir.errors import CaptureError
+from perexfx.ir.node import NodeInfo, annotate
+
+LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+class _Proxy(fx.Proxy):
+    """Records augmented assignments as what they are: in place."""
+
+
+def _record_in_place(name: str) -> Any:
+    function = getattr(operator, name)
+
+    def method(self: _Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in ("iadd", "isub", "imul", "itruediv"):
+    setattr(_Proxy, f"__{_name}__", _record_in_place(_name))
+
+
+class Tracer(fx.Tracer):
+    """Traces through every module that has parameters or buffers, and notes where each node comes from."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.autocast_outside = torch.is_autocast_enabled("cpu")
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Parameter-free torch modules stay modules."""
+        if not super().is_leaf_module(m, module_qualified_name):
+            return False
+        return next(m.parameters(), None) is None and next(m.buffers(), None) is None
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A proxy that records in-place arithmetic faithfully."""
+        return _Proxy(node, self)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Normalisation layers check ranks by control flow; their functional form does the same work."""
+        if isinstance(m, _InstanceNorm | _BatchNorm):
+            forward = _functional_norm(m)
+        return super().call_module(m, forward, args, kwargs)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Adds the place, and what fx does not record: `torch.no_grad()` and autocast."""
+        node = super().create_node(*args, **kwargs)
+        source = user_line()
+        stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+        module = list(stack.values())[-1][0]
+        if torch.is_autocast_enabled("cpu") != self.autocast_outside:
+            raise CaptureError(
+                f"The forward switches autocast at {source}, which a traced graph does not record. "
+                "Convert the model to the dtype you want instead."
+            )
+        if not torch.is_grad_enabled() and _writes_into_activation(node, self.root):
+            raise CaptureError(
+                f"The forward writes in place under torch.no_grad() at {source}: autograd does not see the write, and "
+                "a traced graph would record it. Compute a new value and `detach()` it instead."
+            )
+        return annotate(node, NodeInfo(module, source, stops_gradient=not torch.is_grad_enabled()))
+
+
+def _functional_norm(module: _InstanceNorm | _BatchNorm) -> Any:
+    def instance_norm(x: Any) -> Any:
+        return F.instance_norm(
+            x,
+            module.running_mean,
+            module.running_var,
+            module.weight,
+            module.bias,
+            module.training or not module.track_running_stats,
+            module.momentum if module.momentum is not None else 0.0,
+            module.eps,
+        )
+
+    def batch_norm(x: Any) -> Any:
+        uses_batch = module.training or not module.track_running_stats
+        return F.batch_norm(
+            x,
+            module.running_mean,
+            module.running_var,
+            module.weight,
+            module.bias,
+            uses_batch,
+            module.momentum if module.momentum is not None else 0.0,
+            module.eps,
+        )
+
+    return instance_norm if isinstance(module, _InstanceNorm) else batch_norm
+
+
+def user_line() -> str:
+    """`file.py:line` of the innermost frame that is neither torch's nor ours."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(LIBRARIES) and not name.startswith("<"):
+            return f"{Path(name).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def _writes_into_activation(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node changes a value that was computed (parameters and buffers may be changed)."""
+    written = node.args[0] if node.args else None
+    if not isinstance(written, fx.Node) or written.op == "get_attr":
+        return False
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op == "call_module":
+        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
+    name = getattr(node.target, "__name__", "")
+    return node.op == "call_function" and (
+        name in ("iadd", "isub", "imul", "itruediv") or name.endswith("_") or bool(node.kwargs.get("inplace"))
+    )
+
+
+class NoRandomConstants(TorchFunctionMode):
+    """Notices random numbers drawn while tracing: they would be frozen into the graph."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = torch.get_rng_state()
+        result = func(*args, **(kwargs or {}))
+        if not torch.equal(before, torch.get_rng_state()):
+            raise CaptureError(
+                f"The forward draws random numbers at {user_line()} whose shape does not follow an input: a traced "
+                "graph would use the same numbers for ever. Draw them with `torch.randn_like(x)` or the like, or with "
+                "a shape that is read off an input (`torch.randn(x.shape[0], ...)`)."
+            )
+        return result
