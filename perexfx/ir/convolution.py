@@ -191,7 +191,7 @@ class Convolution:
         windows = self._windows().reshape(n, frames, groups, channels // groups, *self.shape[2:], *out_size)
         spatial = list(range(4 + rank, 4 + 2 * rank))
         left = windows.permute(0, 2, 1, *spatial, *range(3, 4 + rank))
-        right = self.grad_output.reshape(n, frames, groups, -1, math.prod(out_size))
+        right = self.grad_output.reshape(n, frames, groups, self.shape[0] // groups, math.prod(out_size))
         t = frames * math.prod(out_size)
         return Product(
             left.reshape(n, groups, t, math.prod(self.shape[1:])),

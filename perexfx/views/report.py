@@ -153,7 +153,7 @@ def _rival(decision: Decision, budget: int | None) -> tuple[str, str]:
     rival = decision.runner_up
     if rival is None:
         refused = next((a for a in decision.alternatives if a.refusal), None)
-        return "-", "no other strategy" if refused is None else f"{refused.strategy.name}: {refused.refusal}"
+        return "-", "only choice" if refused is None else f"only choice ({refused.strategy.name}: {refused.refusal})"
     return rival.strategy.name, _comparison(rival, decision, budget)
 
 
