@@ -121,8 +121,8 @@ def analyze(graph: fx.Graph, module: nn.Module, inputs: Inputs, batch_dim: int) 
     nodes: dict[str, NodeFacts] = {}
     for node in graph.nodes:
         leaves = [pytree.tree_leaves(run.values[node.name]) for run in runs]
-        picks = node.target is operator.getitem  # one size out of a shape may well be constant
-        counted = [n for n in node.all_input_nodes if nodes[n.name].numbers_depend and not picks]
+        picked_from = node.args[0] if node.target is operator.getitem else None  # one size of a shape may be constant
+        counted = [n for n in node.all_input_nodes if nodes[n.name].numbers_depend and n is not picked_from]
         nodes[node.name] = _facts(leaves[0], leaves[1], layouts[0], bool(counted))
         if nodes[node.name].tensors and any(runs[0].values[n.name] == runs[1].values[n.name] for n in counted):
             refusals.mixes(node, "it computes with a number that depends on the number of examples")

@@ -46,6 +46,8 @@ def transform(
     (`loss_reduction="sum"`) or `1/B sum_i c_i g_i` (`"mean"`), where `g_i` is the gradient of example i's own loss over
     all trainable parameters together.
 
+    torch.fx patches torch.nn.Module while it traces: no other thread should run modules during a transform.
+
     Args:
         model: Any module that torch.fx can trace.
         example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs. With them the plan is made
@@ -74,6 +76,7 @@ def transform(
     _check_arguments(model, settings)
     inputs = None if example_inputs is None else _bind_inputs(model, example_inputs)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
 
     captured = capture(model, inputs)
     twin = twin_of(model, captured.constants)
@@ -83,7 +86,7 @@ def transform(
     sites = match(captured.graph, twin, trainable, RULES, batch_dim, None if known is None else known.analysis)
     _check_reached(sites, trainable)
     check_forced(sites, STRATEGIES, strategy)
-    state = PerExample(sites, settings, captured, trainable, _plan_for)
+    state = PerExample(sites, settings, captured, trainable, frozen, _plan_for)
     transformed = rewrite(twin, captured.graph, sites, state)
     if known is not None:
         state.remember(known.kind, known.analysis)

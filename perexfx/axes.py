@@ -133,6 +133,13 @@ def _pointwise(call: OpCall) -> Result:
     return layout
 
 
+def _loss(call: OpCall) -> Result:
+    """Losses between values of one shape; only those that are not reduced keep examples apart."""
+    if call.argument("reduction") != 0:
+        raise Mixing("it reduces over the example axis")
+    return _pointwise(call)
+
+
 def _reduce(call: OpCall) -> Result:
     """Sums and the like over `dim`."""
     value = call.argument("self")
@@ -356,6 +363,11 @@ def _table() -> dict[str, AxisRule]:
     add(
         _like_first,
         "clone detach contiguous lift_fresh _to_copy to alias_copy native_dropout dropout bernoulli",
+    )
+    add(_pointwise, "hardswish hardsigmoid mish log_sigmoid_forward floor_divide rrelu_with_noise exponential")
+    add(
+        _loss,
+        "mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss",
     )
     add(_pointwise, "where masked_fill copy _conj fill zero dropout addcmul addcdiv lerp")
     add(

@@ -8,6 +8,7 @@ traced through, so ties, padding modes and keyword calls need no special case). 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from torch.utils import _pytree as pytree
 from perexfx.functional import IN_PLACE_FUNCTIONS, out_of_place
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.node import annotate, info_of
-from perexfx.tracer import LIBRARIES, NoRandomConstants, Tracer
+from perexfx.tracer import LIBRARIES, TRACING, NoRandomConstants, Tracer
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,11 @@ def stop_gradient(value: Any) -> Any:
 
 def _trace(model: nn.Module, baked: Mapping[str, Any]) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
     before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    hidden = {name: _hide(value) for name, value in baked.items()}
     try:
-        with torch.enable_grad(), NoRandomConstants():
-            graph = Tracer().trace(model, concrete_args=dict(baked))
+        with TRACING, torch.enable_grad(), NoRandomConstants(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Was not able to add assertion")  # `PerExample` checks instead
+            graph = Tracer().trace(model, concrete_args=hidden)
         constants = {name: model.__dict__[name] for name in set(model.__dict__) - set(before[0][1])}
         constants = {name: value for name, value in constants.items() if isinstance(value, torch.Tensor)}
         _refuse_lost_buffers(model)
@@ -89,6 +92,26 @@ def _trace(model: nn.Module, baked: Mapping[str, Any]) -> tuple[fx.Graph, dict[s
     _stop_gradients(graph)
     out_of_place(graph, model)
     return graph, constants
+
+
+class _Tuple(tuple[Any, ...]):
+    """A tuple that fx takes for one value."""
+
+
+class _List(list[Any]):
+    """A list that fx takes for one value."""
+
+
+class _Dict(dict[Any, Any]):
+    """A dict that fx takes for one value."""
+
+
+def _hide(value: Any) -> Any:
+    """A baked argument as one value: fx takes containers apart, and changes what the graph returns to match."""
+    for kind, opaque in ((tuple, _Tuple), (list, _List), (dict, _Dict)):
+        if type(value) is kind:
+            return opaque(value)
+    return value
 
 
 def _refuse_own_hooks(model: nn.Module) -> None:
@@ -254,6 +277,7 @@ def _explain(model: nn.Module, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
     return (
         f"The forward of `{type(model).__name__}` could not be traced{line}: {reason}. "
-        "A traced forward cannot branch on the values or ranks of tensors, call `.item()`, or leave torch. "
+        "A traced forward cannot branch on the values or ranks of tensors, call `.item()`, or leave torch; sizes "
+        "of new tensors go into one tuple, or `x.new_zeros(...)`. "
         "Rewrite that line with tensor operations, or move it outside the model."
     )

@@ -21,6 +21,7 @@ from perexfx.inputs import Inputs
 from perexfx.ir.errors import RefusedError
 from perexfx.ir.node import place_of
 from perexfx.ir.refusal import Refusal
+from perexfx.tracer import TRACING
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def record(graph: fx.Graph, module: nn.Module, inputs: Inputs, batch_dim: int, n
         level = torch_log.level
         torch_log.setLevel(logging.CRITICAL)
         try:
-            with _Recording(run), warnings.catch_warnings():
+            with TRACING, _Recording(run), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the real run gives them too
                 interpreter.run(*arguments)
         except Exception as error:

@@ -6,6 +6,7 @@ not hold for is an error before anything is computed.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,10 @@ class Settings:
 Planner = Callable[["PerExample", nn.Module, Inputs, int], Plan]
 
 
+PLANS_KEPT = 256
+"""Plans remembered, for this many kinds of input and batch sizes; the oldest is made again when it is needed."""
+
+
 class PerExample(nn.Module):
     """What `transform` adds to a model: `gm.perexfx`.
 
@@ -60,14 +65,14 @@ class PerExample(nn.Module):
         settings: Settings,
         captured: Captured,
         trainable: Sequence[str],
+        frozen: Sequence[str],
         planner: Planner,
     ) -> None:
         super().__init__()
         self.sites = tuple(sites)
         self.settings = settings
         self.captured = captured
-        self.trainable = tuple(trainable)
-        self._known_trainable = frozenset(trainable)
+        self.trainable, self.frozen = tuple(trainable), tuple(frozen)
         self.plan: Plan | None = None
         self.norms: Tensor | None = None
         self.clip_factors: Tensor | None = None
@@ -119,7 +124,10 @@ class PerExample(nn.Module):
 
     def prepare(self, kind: Inputs, n: int) -> Plan:
         """Makes the plan for one kind of input and batch size, and remembers it."""
-        self.plan = self._plans[kind, n] = self._planner(self, self.owner, kind, n)
+        self.plan = self._planner(self, self.owner, kind, n)
+        while len(self._plans) >= PLANS_KEPT:
+            del self._plans[next(iter(self._plans))]
+        self._plans[kind, n] = self.plan
         return self.plan
 
     def known(self, kind: Inputs) -> Analysis | None:
@@ -173,8 +181,9 @@ class PerExample(nn.Module):
                 "Autocast is on around the transformed model: its gradients would be of mixed precision, which perexfx "
                 "does not cover. Switch it off, or convert the model to the dtype you want."
             )
-        for name, parameter in self.owner.named_parameters():
-            if parameter.requires_grad and name not in self._known_trainable:
+        owner = self.owner
+        for name in self.frozen:
+            if operator.attrgetter(name)(owner).requires_grad:
                 raise ModeError(
                     f"Parameter `{name}` was frozen when the model was transformed and is trainable now: its gradient "
                     "would not be clipped. Transform the model again, or freeze it."

@@ -7,7 +7,9 @@ constants and writes that autograd would not see are errors.
 from __future__ import annotations
 
 import operator
+import random
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,10 @@ from perexfx.ir.errors import CaptureError
 from perexfx.ir.node import NodeInfo, annotate
 
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+TRACING = threading.RLock()
+"""fx patches torch.nn.Module while it traces: one thread at a time may trace, or run a graph for its shapes."""
 
 
 class _Proxy(fx.Proxy):
@@ -85,6 +91,13 @@ class Tracer(fx.Tracer):
         return annotate(node, NodeInfo(module, source, stops_gradient=not torch.is_grad_enabled()))
 
 
+def _states_outside_torch() -> tuple[Any, ...]:
+    """Of the generators that torch does not know."""
+    numpy = sys.modules.get("numpy")
+    drawn = () if numpy is None else tuple(map(repr, numpy.random.get_state()))
+    return random.getstate(), *drawn
+
+
 def _functional_norm(module: _InstanceNorm | _BatchNorm) -> Any:
     def instance_norm(x: Any) -> Any:
         return F.instance_norm(
@@ -140,13 +153,33 @@ def _writes_into_activation(node: fx.Node, root: nn.Module) -> bool:
     )
 
 
+_RANDOM_MAKERS = frozenset("rand randn randint randperm normal bernoulli multinomial poisson".split())
+
+
 class NoRandomConstants(TorchFunctionMode):
-    """Notices random numbers drawn while tracing: they would be frozen into the graph."""
+    """Notices random numbers drawn while tracing: they would be frozen into the graph.
+
+    torch's are seen at the call that draws them; those of Python's `random` and of NumPy when tracing is over.
+    """
+
+    def __enter__(self) -> Any:
+        self.outside = _states_outside_torch()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if error[0] is None and _states_outside_torch() != self.outside:
+            raise CaptureError(
+                "The forward draws random numbers from Python's `random` or from NumPy: a traced graph would use the "
+                "same ones for ever. Draw them with `torch.rand_like(x)` or the like."
+            )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         before = torch.get_rng_state()
-        result = func(*args, **(kwargs or {}))
-        if not torch.equal(before, torch.get_rng_state()):
+        result = func(*args, **kwargs)
+        made = isinstance(result, torch.Tensor) and getattr(func, "__name__", "") in _RANDOM_MAKERS
+        if made or not torch.equal(before, torch.get_rng_state()):
             raise CaptureError(
                 f"The forward draws random numbers at {user_line()} whose shape does not follow an input: a traced "
                 "graph would use the same numbers for ever. Draw them with `torch.randn_like(x)` or the like, or with "

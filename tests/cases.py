@@ -507,6 +507,32 @@ class unused_and_detached(nn.Module):
         return self.layer(x) * self.anchor.detach() + self.anchor.shape[0]
 
 
+@case(images(5, 6))
+class rows_repeated_along_a_merged_axis(nn.Module):
+    """[T, D] repeated to [B * T, D]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.layer = nn.Parameter(torch.randn(5, 6)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        h = x.reshape(-1, 6) + self.positions.repeat(n, 1)
+        return self.layer(torch.tanh(h)).view(n, 5, 3)
+
+
+@case(images(3, 6))
+class activations_and_losses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.act = nn.Linear(6, 6), nn.Hardswish(inplace=True)
+
+    def forward(self, x: Tensor, sizes: tuple[int, int] = (3, 6), options: dict[str, int] = {}) -> Tensor:  # noqa: B006
+        h = self.layer(x).view(-1, *sizes)
+        h = F.mish(self.act(h * 3)) + F.logsigmoid(h) + F.hardsigmoid(h)
+        return F.mse_loss(h, torch.zeros_like(h), reduction="none") + F.smooth_l1_loss(h, x, reduction="none")
+
+
 @case(images(6, 6))
 class one_parameter_twice_in_a_site(nn.Module):
     """The cross terms of both uses belong to the norm."""

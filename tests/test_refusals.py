@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,6 +82,9 @@ POSITIONAL: dict[str, Callable[[Tensor], Any]] = {
     "linspace": lambda h: h * torch.linspace(0, 1, h.shape[0])[:, None],
     "diagonal": lambda h: h[:, :3] + h.diagonal()[:, None],
     "parity": lambda h: h * (h.shape[0] % 2),
+    "picked_feature": lambda h: h[:, h.shape[0] // 64 : h.shape[0] // 64 + 1],
+    "picked_entry": lambda h: h * torch.tensor([1.0, 5.0])[h.shape[0] // 64],
+    "picked_chunk": lambda h: h.chunk(2, 1)[h.shape[0] // 64],
     "rounded": lambda h: h / (h.shape[0] // 4 + 1),
     "softmax_of_reshaped": lambda h: h.unsqueeze(1).expand(-1, 3, -1).reshape(3, h.shape[0], 6).softmax(1),
     "rows_by_three": lambda h: h.repeat(1, 5).view(15, -1).softmax(-1),
@@ -384,6 +390,27 @@ def test_random_parameter_expressions_are_refused() -> None:
 def test_random_constants_are_refused() -> None:
     with pytest.raises(perexfx.CaptureError, match=r"draws random numbers at test_refusals.py:\d+ .*for ever"):
         perexfx.transform(Uses(lambda m, x: F.linear(x, m.weight) + torch.randn(6)))
+
+
+def test_random_numbers_from_elsewhere_are_refused() -> None:
+    generator = torch.Generator()
+    for draw in (
+        lambda: torch.randn(6, generator=generator),
+        random.random,
+        lambda: float(np.random.rand()),
+        lambda: torch.from_numpy(np.random.rand(6)),
+    ):
+        with pytest.raises(perexfx.CaptureError, match=r"draws random numbers .*for ever"):
+            perexfx.transform(Uses(lambda m, x, draw=draw: F.linear(x, m.weight) * draw()))
+
+
+def test_transforms_in_several_threads() -> None:
+    models = [nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)) for _ in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        transformed = list(pool.map(lambda model: perexfx.transform(model, torch.randn(3, 6)), models))
+    for gm in transformed:
+        gm(torch.randn(3, 6)).sum().backward()
+        assert gm.perexfx.norms.shape == (3,)
 
 
 def test_writes_under_no_grad_are_refused() -> None:

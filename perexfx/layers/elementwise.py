@@ -34,11 +34,13 @@ def reduce_to(gradient: Tensor, layout: Layout, shape: Shape) -> Tensor:
     Returns: Shape `[n, *shape]`.
     """
     lead = gradient.dim() - len(shape)
-    rest = [size for axis, size in enumerate((1,) * lead + tuple(shape)) if axis != layout.axis]
+    padded = (1,) * lead + tuple(shape)
     value = layout.examples_first(gradient)
-    value = value.sum(1) if value.shape[1] != 1 else value.squeeze(1)
+    own = padded[layout.axis]  # rows of the value itself along the example axis: each example has copies of all of them
+    value = value.unflatten(1, (value.shape[1] // own, own)).sum(1)
+    value = value.movedim(1, 1 + layout.axis)
     summed = []
-    for axis, size in enumerate(rest):
+    for axis, size in enumerate(padded):
         at = 1 + axis + len(summed)
         if value.shape[at] != size:
             value = value.unflatten(at, (value.shape[at] // size, size))

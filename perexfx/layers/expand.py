@@ -28,6 +28,14 @@ class Expand(Rule):
         value, *sizes = args
         return {"target": target, "input": value, "sizes": tuple(sizes), "names": dict(kwargs)}
 
+    def misfits(self, geometry: Geometry) -> str | None:
+        """Copies whose rows cannot be told apart."""
+        shape, layout = geometry.shapes["input"], geometry.output_layout
+        axis = layout.axis - len(geometry.output_shape) + len(shape)
+        if axis >= 0 and layout.after % shape[axis]:
+            return "the rows of its copies are spread over examples"
+        return None
+
     def signatures(self, arguments: Arguments, geometry: Geometry) -> dict[str, Signature]:
         """Gradients at hand."""
         return {"input": GradientSignature(geometry.n, geometry.shapes["input"])}
