@@ -90,7 +90,7 @@ def _processor() -> str:
 
 def _table(results: Sequence[Result]) -> Table:
     table = Table(title="clipped against ordinary step", caption=f"geometric mean of the ratios {_mean(results):.3f}")
-    for heading in ("workload", "ordinary ms", "clipped ms", "ratio", "ordinary MB", "clipped MB", "ratio"):
+    for heading in ("workload", "ordinary\nms", "clipped\nms", "ratio", "ordinary\nMB", "clipped\nMB", "ratio"):
         table.add_column(heading, justify="left" if heading == "workload" else "right")
     for result in results:
         timing = result.timing
