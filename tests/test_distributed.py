@@ -21,7 +21,8 @@ def work(rank: int, folder: str) -> None:
     x, y = torch.randn(8, 4).double(), torch.randint(0, 3, (8,))
     gm = perexfx.transform(model, clip_norm=0.1)
     own = slice(4 * rank, 4 * rank + 4)
-    F.cross_entropy(nn.parallel.DistributedDataParallel(gm)(x[own]), y[own]).backward()
+    distributed = nn.parallel.DistributedDataParallel(gm)
+    F.cross_entropy(distributed(x[own]), y[own]).backward()
     averaged = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     F.cross_entropy(gm(x), y).backward()
