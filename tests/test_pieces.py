@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from perexfx.ir.convolution import Convolution, ConvolutionGeometry
-from perexfx.ir.factors import Factors, Gradient, Product, Rows
+from perexfx.ir.factors import Factors, Gradient, Product, Rows, squared_norms_of
 from perexfx.ir.layout import Layout
 from perexfx.strategies import STRATEGIES
 from perexfx.tags import Mixing, layout_of, tags_of
@@ -152,3 +152,22 @@ def test_dropped_examples_count_as_zero_whatever_they_hold(factors: Factors, dat
     torch.testing.assert_close(factors.without(dropped).weighted_sum(weights), expected, rtol=1e-9, atol=1e-9)
     kept = Gradient(torch.full((n, 2), float("nan"), dtype=torch.float64)).without(dropped)
     assert bool(kept.value[dropped].eq(0).all())
+
+
+def test_norms_of_large_gradients_are_accurate_in_float32() -> None:
+    torch.manual_seed(0)
+    gradients = torch.randn(2, 3_000_001)
+    expected = gradients.double().square().sum(1)
+    torch.testing.assert_close(squared_norms_of(gradients).double(), expected, rtol=1e-6, atol=0)
+    wide = Convolution(
+        torch.randn(2, 1, 512, 4, 4),
+        torch.randn(2, 1, 512, 4, 4),
+        (512, 512, 3, 3),
+        ConvolutionGeometry((1, 1), (1, 1), (1, 1), 1),
+    )
+    doubled = Convolution(wide.layer_input.double(), wide.grad_output.double(), wide.shape, wide.geometry)
+    expected = doubled.gradients().flatten(1).square().sum(1)
+    for strategy in STRATEGIES:
+        if strategy.refuses(wide.signature) is None:
+            squared, _ = strategy.squared_norms(wide)
+            torch.testing.assert_close(squared.double(), expected, rtol=1e-5, atol=0)

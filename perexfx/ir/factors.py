@@ -258,13 +258,25 @@ class Rows:
         return replace(self, right=drop_examples(self.right, dropped))
 
 
+NORM_BLOCK = 1024
+"""Squares are added in blocks: one float32 accumulator over millions of entries would lose five digits."""
+
+
 def squared_norms_of(gradients: Tensor) -> Tensor:
-    """Squared norm of each example's entries, accumulated in float32 at least.
+    """Squared norm of each example's entries, accumulated in float32 at least, without temporaries of their size.
 
     Args:
         gradients: Shape `[n, ...]`.
     """
-    n = gradients.shape[0]
-    flat = gradients.reshape(n, math.prod(gradients.shape[1:]))
-    dtype = torch.promote_types(flat.dtype, torch.float32)
-    return torch.linalg.vector_norm(flat, dim=1, dtype=dtype).square()
+    n, size = gradients.shape[0], math.prod(gradients.shape[1:])
+    flat = gradients.reshape(n, size)
+    if size <= NORM_BLOCK:
+        return _squared_norm(flat)
+    whole = size - size % NORM_BLOCK
+    blocks = flat[:, :whole].unflatten(1, (whole // NORM_BLOCK, NORM_BLOCK))
+    return _squared_norm(blocks).sum(1) + _squared_norm(flat[:, whole:])
+
+
+def _squared_norm(value: Tensor) -> Tensor:
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    return torch.linalg.vector_norm(value, dim=-1, dtype=dtype).square()
