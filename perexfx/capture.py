@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,17 +71,18 @@ def stop_gradient(value: Any) -> Any:
 def _trace(model: nn.Module, baked: Mapping[str, Any]) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
     before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     hidden = {name: _hide(value) for name, value in baked.items()}
+    tracer = Tracer()
     try:
         with TRACING, torch.enable_grad(), NoRandomConstants(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Was not able to add assertion")  # `PerExample` checks instead
-            graph = Tracer().trace(model, concrete_args=hidden)
+            graph = tracer.trace(model, concrete_args=hidden)
         constants = {name: model.__dict__[name] for name in set(model.__dict__) - set(before[0][1])}
         constants = {name: value for name, value in constants.items() if isinstance(value, torch.Tensor)}
         _refuse_lost_buffers(model)
     except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(_explain(model, error)) from error
+        raise CaptureError(_explain(model, error, tracer.inside)) from error
     finally:  # fx leaves its constants on the module, and a forward that assigns attributes leaves proxies
         for module, attributes, buffers in before:
             module.__dict__.clear()
@@ -266,7 +267,7 @@ def _other_mode(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _explain(model: nn.Module, error: Exception) -> str:
+def _explain(model: nn.Module, error: Exception, inside: Sequence[tuple[str, str]]) -> str:
     """What failed, in which line of whose code, and what to do."""
     line, trace = "", error.__traceback__
     while trace is not None:
@@ -274,10 +275,12 @@ def _explain(model: nn.Module, error: Exception) -> str:
         if not name.startswith(LIBRARIES) and not name.startswith("<"):
             line = f" at {Path(name).name}:{trace.tb_lineno}"
         trace = trace.tb_next
+    where = f" in module `{inside[-1][0]}` ({inside[-1][1]})" if inside else ""
     reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
     return (
-        f"The forward of `{type(model).__name__}` could not be traced{line}: {reason}. "
+        f"The forward of `{type(model).__name__}` could not be traced{where}{line}: {reason}. "
         "A traced forward cannot branch on the values or ranks of tensors, call `.item()`, or leave torch; sizes "
         "of new tensors go into one tuple, or `x.new_zeros(...)`. "
-        "Rewrite that line with tensor operations, or move it outside the model."
+        "Rewrite that line with tensor operations, or move it outside the model; replace a module of a library that "
+        "does so by one that can be traced."
     )

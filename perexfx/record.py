@@ -150,7 +150,7 @@ def _failed(node: fx.Node, n: int, error: Exception) -> Refusal:
     reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
     return Refusal(
         what=f"{place} fails when its shapes are worked out for a batch of {n}: {reason}.",
-        why="The graph must hold for every batch size, and no shape or branch may depend on the values of tensors.",
+        why="Either the inputs do not fit the model, or the graph does not hold for every batch size and every value.",
         remedy="Give sizes that follow the input's (`x.shape[0]`, or -1), and avoid `.item()`, `nonzero` and masks "
         "that select.",
         place=place,

@@ -54,6 +54,7 @@ class Tracer(fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__()
+        self.inside: list[tuple[str, str]] = []  # path and type of the modules being traced; kept where one fails
         self.autocast_outside = torch.is_autocast_enabled("cpu")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -70,7 +71,10 @@ class Tracer(fx.Tracer):
         """Normalisation layers check ranks by control flow; their functional form does the same work."""
         if isinstance(m, _InstanceNorm | _BatchNorm):
             forward = _functional_norm(m)
-        return super().call_module(m, forward, args, kwargs)
+        self.inside.append((self.path_of_module(m), type(m).__name__))
+        result = super().call_module(m, forward, args, kwargs)
+        self.inside.pop()
+        return result
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Adds the place, and what fx does not record: `torch.no_grad()` and autocast."""

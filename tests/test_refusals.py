@@ -253,6 +253,19 @@ def test_control_flow_names_the_line() -> None:
         perexfx.transform(Branches())
 
 
+def test_modules_that_cannot_be_traced_are_named() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleDict({"rnn": nn.LSTM(3, 3), "head": nn.Linear(3, 2)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.parts["head"](self.parts["rnn"](x)[0])
+
+    with pytest.raises(perexfx.CaptureError, match=r"in module `parts.rnn` \(LSTM\) at test_refusals.py:\d+"):
+        perexfx.transform(Tagger())
+
+
 def test_hard_coded_batch_sizes_are_refused() -> None:
     class HardCoded(nn.Module):
         def __init__(self) -> None:
