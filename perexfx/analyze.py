@@ -33,12 +33,12 @@ class TensorFacts:
     Attributes:
         shapes: Its shape at each of `SIZES`.
         layout: Where it carries examples; None where it carries none.
-        itemsize: Bytes per element.
+        dtype: Its dtype.
     """
 
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     layout: Layout | None
-    itemsize: int
+    dtype: torch.dtype
 
     def shape(self, n: int) -> tuple[int, ...]:
         """Its shape for n examples."""
@@ -184,7 +184,7 @@ def _facts(small: list[Any], large: list[Any], layouts: Mapping[int, Layout], co
     for a, b in zip(small, large, strict=False):
         if isinstance(a, Tensor):
             shapes = (tuple(a.shape), tuple(b.shape))
-            tensors.append(TensorFacts(shapes, layouts.get(id(a)), a.element_size()))
+            tensors.append(TensorFacts(shapes, layouts.get(id(a)), a.dtype))
         elif isinstance(a, int | float) and a != b:
             numbers_depend = True
     if counts and not tensors:

@@ -157,6 +157,11 @@ def _check_arguments(model: nn.Module, settings: Settings) -> None:
         raise ArgumentError(f"`model` should be a torch.nn.Module. Found {type(model).__name__}.")
     if any(isinstance(module, PerExample) for module in model.modules()):
         raise ArgumentError("`model` was transformed already. Transform the original model instead.")
+    if lazy := [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]:
+        raise ArgumentError(
+            f"Parameter `{lazy[0]}` has no shape yet. Call the model once, which gives lazy modules their shapes, "
+            "before the transform."
+        )
     taken = sorted(_RESERVED.intersection((*model._parameters, *model._buffers, *model._modules, *vars(model))))
     if taken:
         raise ArgumentError(

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from perexfx.functional import IN_PLACE_FUNCTIONS, out_of_place
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.node import annotate, info_of
-from perexfx.tracer import LIBRARIES, TRACING, NoRandomConstants, Tracer
+from perexfx.tracer import LIBRARIES, TRACING, NoRandomConstants, Tracer, loose_sizes
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ def stop_gradient(value: Any) -> Any:
 def _trace(model: nn.Module, baked: Mapping[str, Any]) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
     before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     hidden = {name: _hide(value) for name, value in baked.items()}
-    tracer = Tracer()
+    tracer = Tracer(model)
     try:
-        with TRACING, torch.enable_grad(), NoRandomConstants(), warnings.catch_warnings():
+        with TRACING, torch.enable_grad(), loose_sizes(), NoRandomConstants(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Was not able to add assertion")  # `PerExample` checks instead
             graph = tracer.trace(model, concrete_args=hidden)
         constants = {name: model.__dict__[name] for name in set(model.__dict__) - set(before[0][1])}
@@ -279,8 +279,7 @@ def _explain(model: nn.Module, error: Exception, inside: Sequence[tuple[str, str
     reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
     return (
         f"The forward of `{type(model).__name__}` could not be traced{where}{line}: {reason}. "
-        "A traced forward cannot branch on the values or ranks of tensors, call `.item()`, or leave torch; sizes "
-        "of new tensors go into one tuple, or `x.new_zeros(...)`. "
+        "A traced forward cannot branch on the values or ranks of tensors, call `.item()`, or leave torch. "
         "Rewrite that line with tensor operations, or move it outside the model; replace a module of a library that "
         "does so by one that can be traced."
     )

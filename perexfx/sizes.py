@@ -53,7 +53,7 @@ def operand_itemsize(sites: Sequence[Site], graph: fx.Graph, analysis: Analysis)
     """Bytes per element of the widest parameter."""
     nodes = {node.name: node for node in graph.nodes}
     facts = [analysis.tensor(nodes[operand.node]) for site in sites for operand in site.operands]
-    return max((found.itemsize for found in facts if found is not None), default=4)
+    return max((found.dtype.itemsize for found in facts if found is not None), default=4)
 
 
 def _geometry(site: Site, node: fx.Node, arguments: Mapping[str, object], analysis: Analysis, n: int) -> Geometry | str:
@@ -66,6 +66,8 @@ def _geometry(site: Site, node: fx.Node, arguments: Mapping[str, object], analys
         facts = analysis.tensor(value) if isinstance(value, fx.Node) else None
         if facts is None:
             continue
+        if facts.dtype.is_complex or output.dtype.is_complex:
+            return "it computes with complex numbers, which no layer rule covers"
         shapes[name] = facts.shape(n)
         if facts.layout is not None:
             layouts[name] = facts.layout

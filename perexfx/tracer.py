@@ -10,6 +10,8 @@ import operator
 import random
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +49,42 @@ for _name in ("iadd", "isub", "imul", "itruediv"):
     setattr(_Proxy, f"__{_name}__", _record_in_place(_name))
 
 
+class _AttributeProxy(_Proxy):
+    """A parameter or buffer: its shape is the same in every call, and the forward may branch on it."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, shape: torch.Size) -> None:
+        super().__init__(node, tracer)
+        self.known_shape = shape
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.known_shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.known_shape)
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.known_shape if dim is None else self.known_shape[dim]
+
+    def dim(self) -> int:
+        return len(self.known_shape)
+
+    def numel(self) -> int:
+        return self.known_shape.numel()
+
+    def __len__(self) -> int:
+        return self.known_shape[0]
+
+
 class Tracer(fx.Tracer):
     """Traces through every module that has parameters or buffers, and notes where each node comes from."""
 
     proxy_buffer_attributes = True
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.shapes = {name: value.shape for name, value in (*model.named_parameters(), *model.named_buffers())}
         self.inside: list[tuple[str, str]] = []  # path and type of the modules being traced; kept where one fails
         self.autocast_outside = torch.is_autocast_enabled("cpu")
 
@@ -64,7 +95,9 @@ class Tracer(fx.Tracer):
         return next(m.parameters(), None) is None and next(m.buffers(), None) is None
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """A proxy that records in-place arithmetic faithfully."""
+        """A proxy that records in-place arithmetic faithfully, and knows the shapes of parameters and buffers."""
+        if node.op == "get_attr" and node.target in self.shapes:
+            return _AttributeProxy(node, self, self.shapes[str(node.target)])
         return _Proxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -155,6 +188,32 @@ def _writes_into_activation(node: fx.Node, root: nn.Module) -> bool:
     return node.op == "call_function" and (
         name in ("iadd", "isub", "imul", "itruediv") or name.endswith("_") or bool(node.kwargs.get("inplace"))
     )
+
+
+_FACTORIES = ("zeros", "ones", "empty", "rand", "randn")
+
+
+@contextmanager
+def loose_sizes() -> Iterator[None]:
+    """`torch.zeros(x.shape[0], 3)` records like `torch.zeros((x.shape[0], 3))`, which is all that torch.fx takes."""
+    originals = {name: getattr(torch, name) for name in _FACTORIES}
+    try:
+        for name, original in originals.items():
+            setattr(torch, name, _taking_loose_sizes(original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+
+
+def _taking_loose_sizes(original: Callable[..., Any]) -> Callable[..., Any]:
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        proxy = next((arg for arg in args if isinstance(arg, fx.Proxy)), None)
+        if proxy is None or len(args) == 1:
+            return original(*args, **kwargs)
+        return proxy.tracer.create_proxy("call_function", original, (args,), kwargs)
+
+    return factory
 
 
 _RANDOM_MAKERS = frozenset("rand randn randint randperm normal bernoulli multinomial poisson".split())

@@ -521,6 +521,23 @@ class rows_repeated_along_a_merged_axis(nn.Module):
         return self.layer(torch.tanh(h)).view(n, 5, 3)
 
 
+@case(images(5, 6))
+class plain_recurrence(nn.Module):
+    """Sizes given loosely, parameter shapes in Python, a loop over time: the cells share their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step, self.table = nn.Linear(10, 4), nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table.dim() == 2 and self.table.shape[0] >= 5:
+            x = x + self.table
+        h = torch.zeros(x.shape[0], 4, dtype=x.dtype)
+        for t in range(self.table.size(0)):
+            h = torch.tanh(self.step(torch.cat([x[:, t], h], 1)))
+        return h
+
+
 @case(images(3, 6))
 class activations_and_losses(nn.Module):
     def __init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -266,6 +267,14 @@ def test_modules_that_cannot_be_traced_are_named() -> None:
         perexfx.transform(Tagger())
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_numbers_are_refused(dtype: torch.dtype) -> None:
+    x = torch.randn(4, 6, dtype=dtype)
+    for model in (nn.Linear(6, 3, dtype=dtype), Uses(lambda m, x: x * m.weight[0])):
+        with pytest.raises(perexfx.CoverageError, match="complex numbers"):
+            perexfx.transform(model, x)
+
+
 def test_hard_coded_batch_sizes_are_refused() -> None:
     class HardCoded(nn.Module):
         def __init__(self) -> None:
@@ -495,6 +504,16 @@ def test_baked_modes_of_submodules_are_checked_without_grad_too() -> None:
     gm.get_submodule("1").eval()
     with torch.no_grad(), pytest.raises(perexfx.ModeError, match="Module `1` computes something else in eval mode"):
         gm(torch.randn(2, 3))
+
+
+def test_lazy_modules_need_their_shapes() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls lazy modules experimental
+        model = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(perexfx.ArgumentError, match=r"Parameter `0.weight` has no shape yet. Call the model once"):
+        perexfx.transform(model)
+    model(torch.randn(2, 4))
+    perexfx.transform(model)(torch.randn(2, 4)).sum().backward()
 
 
 def test_names_that_graph_modules_need() -> None:
