@@ -27,12 +27,12 @@ def layouts(draw: st.DrawFn) -> tuple[Layout, tuple[int, ...], int]:
 
 
 @given(layouts())
-def test_examples_first_and_back(drawn: tuple[Layout, tuple[int, ...], int]) -> None:
+def test_examples_first(drawn: tuple[Layout, tuple[int, ...], int]) -> None:
     layout, shape, n = drawn
     value = torch.randn(shape)
     first = layout.examples_first(value)
     assert first.shape[:2] == (n, layout.repeats)
-    assert torch.equal(layout.like_original(first), value)
+    assert torch.equal(first.flatten().sort().values, value.flatten().sort().values)
     if n:
         tags = layout.examples_first(tags_of(layout, shape, n))
         expected = torch.arange(1.0, n + 1).view(-1, *[1] * (tags.dim() - 1))

@@ -43,26 +43,6 @@ class Layout:
         first = split.movedim((self.axis + 1, self.axis, self.axis + 2), (0, 1, 2))
         return first.reshape(n, self.repeats, *first.shape[3:])
 
-    def like_original(self, value: Tensor) -> Tensor:
-        """The inverse of `examples_first`.
-
-        Args:
-            value: Shape `[n, repeats, *other axes]`.
-        """
-        if self.axis == 0 and self.repeats == 1:
-            return value.squeeze(1)
-        n = value.shape[0]
-        split = value.reshape(n, self.before, self.after, *value.shape[2:])
-        moved = split.movedim((0, 1, 2), (self.axis + 1, self.axis, self.axis + 2))
-        return moved.reshape(*moved.shape[: self.axis], self.before * n * self.after, *moved.shape[self.axis + 3 :])
-
-    def per_position(self, factors: Tensor) -> Tensor:
-        """One number per example, spread over the positions of the axis: `[n]` to `[before * n * after]`."""
-        if self.repeats == 1:
-            return factors
-        n = factors.shape[0]
-        return factors[None, :, None].expand(self.before, n, self.after).reshape(-1)
-
     def __str__(self) -> str:
         if self.repeats == 1:
             return f"examples on axis {self.axis}"
