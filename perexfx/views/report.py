@@ -135,6 +135,8 @@ def _row(site: Site, plan: Plan) -> Row:
     decisions = [decision for decision in plan.decisions if decision.site == site.name]
     first = decisions[0]
     next_best, why_not = _rival(first, plan.memory_budget)
+    if first.reason.endswith("does not apply"):
+        why_not = f"{why_not}; {first.reason}"
     return Row(
         site=site.name,
         kind=site.kind,
