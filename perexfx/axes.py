@@ -362,7 +362,7 @@ def _table() -> dict[str, AxisRule]:
     add(_index, "index")
     add(
         _like_first,
-        "clone detach contiguous lift_fresh _to_copy to alias_copy native_dropout dropout bernoulli",
+        "clone detach contiguous lift_fresh _to_copy to alias_copy native_dropout bernoulli",
     )
     add(_pointwise, "hardswish hardsigmoid mish log_sigmoid_forward floor_divide rrelu_with_noise exponential")
     add(

@@ -11,7 +11,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,7 @@ def _stop_gradients(graph: fx.Graph) -> None:
         if not outside:
             continue
         with graph.inserting_after(node):
-            stopped = annotate(graph.call_function(stop_gradient, (node,)), replace(info_of(node)))
+            stopped = annotate(graph.call_function(stop_gradient, (node,)), info_of(node))
         for user in outside:
             user.replace_input_with(node, stopped)
 

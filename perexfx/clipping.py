@@ -19,7 +19,7 @@ from perexfx.tape import Tape
 def clip_factors_of(tape: Tape, norms: Tensor, lost: Tensor) -> dict[str, Tensor]:
     """Group -> factors `[B]`; zero for examples that are not finite."""
     settings = tape.state.settings
-    groups = list(dict.fromkeys(site.group for site in tape.state.sites))
+    groups = list(tape.state.groups)
     if settings.clipping == "per_layer":
         share = None if settings.clip_norm is None else settings.clip_norm / math.sqrt(len(groups))
         zero = torch.zeros_like(norms)

@@ -239,29 +239,8 @@ def _draws_random_numbers(node: fx.Node, module: nn.Module) -> bool:
 
 
 _REINDEXING_METHODS = frozenset(
-    [
-        "t",
-        "transpose",
-        "permute",
-        "view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "unsqueeze",
-        "squeeze",
-        "contiguous",
-        "clone",
-        "movedim",
-        "swapaxes",
-        "swapdims",
-        "narrow",
-        "select",
-        "chunk",
-        "split",
-        "unbind",
-        "view_as",
-        "reshape_as",
-    ]
+    "t transpose permute view reshape flatten unflatten unsqueeze squeeze contiguous clone movedim swapaxes "
+    "swapdims narrow select chunk split unbind view_as reshape_as".split()
 )
 
 
@@ -270,17 +249,11 @@ def _reindexes(node: fx.Node) -> bool:
     target = node.target
     if target is operator.getitem:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        return all(isinstance(part, int | slice | type(...) | None) for part in index) and not _reads_node(node)
+        return all(isinstance(part, int | slice | type(...) | None) for part in index)
     if target is getattr:
         return node.args[1] in ("T", "mT", "H", "mH")
     name = target if node.op == "call_method" else getattr(target, "__name__", "")
     return node.op in ("call_method", "call_function") and name in _REINDEXING_METHODS
-
-
-def _reads_node(node: fx.Node) -> bool:
-    """Whether an index is itself a tensor (sizes inside slices are numbers)."""
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    return any(isinstance(part, fx.Node) for part in index)
 
 
 def _with_groups(sites: Sequence[Site]) -> tuple[Site, ...]:

@@ -18,7 +18,7 @@ from perexfx.ir.factors import Signature
 from perexfx.ir.machine import Machine
 from perexfx.ir.refusal import Refusal
 from perexfx.ir.rule import Geometry
-from perexfx.ir.site import Site, are_joined
+from perexfx.ir.site import Site, are_joined, grouped
 from perexfx.ir.strategy import Strategy
 
 
@@ -120,13 +120,13 @@ def make_plan(
     """
     check_forced(sites, strategies, forced)
     alternatives = _Alternatives(strategies, machine, itemsize)
+    joined = _joined(sites)
     rows = []
     for site in sites:
-        joined = _joined(site, sites)
         for operand in site.operands:
             signature = signatures[site.name][operand.name]
             wanted = _wanted(site, forced) if operand is site.operands[0] else None
-            rows.append(_Row(site, operand.name, signature, alternatives.of(signature), wanted, joined))
+            rows.append(_Row(site, operand.name, signature, alternatives.of(signature), wanted, joined[site.name]))
     _check_applicable(rows, forced)
     picked = choose([row.candidates for row in rows], memory_budget)
     decisions = tuple(
@@ -194,12 +194,16 @@ class _Row:
         return "forced" if self.forced else f"{self.wanted} does not apply"
 
 
-def _joined(site: Site, sites: Sequence[Site]) -> str:
-    members = [other for other in sites if other.group == site.group]
-    if not are_joined(members):
-        return ""
-    others = [other.name for other in members if other.name != site.name]
-    return f"joined with {', '.join(others)}" if others else "pulled back to its parameters"
+def _joined(sites: Sequence[Site]) -> dict[str, str]:
+    """Site name -> why its per-example gradients must be formed; "" where they need not."""
+    reasons = {}
+    for members in grouped(sites).values():
+        must = are_joined(members)
+        for site in members:
+            others = ", ".join(other.name for other in members if other is not site)
+            shared = f"joined with {others}" if others else "pulled back to its parameters"
+            reasons[site.name] = shared if must else ""
+    return reasons
 
 
 def _wanted(site: Site, forced: str | Mapping[str, str]) -> str | None:

@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 from perexfx.clipping import clip_factors_of
 from perexfx.ir.errors import ShapeError
 from perexfx.ir.factors import Gradient, squared_norms_of
-from perexfx.ir.rule import Backward, Geometry
-from perexfx.ir.site import Operand, Site, are_joined
+from perexfx.ir.rule import Backward, Shape
+from perexfx.ir.site import Operand, Site
 from perexfx.pull_back import add_pulled, pull_back, pull_back_each
 from perexfx.state import PerExample
 from perexfx.tape import Tape
@@ -105,7 +105,7 @@ class _PerExampleOp(Function):
         geometry = tape.plan.geometries[site.name]
         given = {**arguments, **dict(zip(names, tensors, strict=True))}
         output, residuals = site.rule.forward(given, geometry)
-        _check_shape(site, output, geometry)
+        _check_shape(site, "result", output, geometry.output_shape)
         if output._is_view():  # torch refuses to let later layers change a custom function's view in place
             output = torch.ops.aten._unsafe_view.default(output, output.shape)
         inputs = {name for name, needed in zip(names, ctx.needs_input_grad[5:], strict=True) if needed}
@@ -157,8 +157,8 @@ def per_example(tape: Tape, token: Tensor, name: str, constants: Any, *args: Any
     names = tuple(key for key, value in arguments.items() if isinstance(value, Tensor))
     geometry = tape.plan.geometries[name]
     for key in names:
-        if key in geometry.shapes and tuple(arguments[key].shape) != geometry.shapes[key]:
-            _wrong_shape(site, key, arguments[key].shape, geometry.shapes[key])
+        if key in geometry.shapes:
+            _check_shape(site, key, arguments[key], geometry.shapes[key])
     tensors = [arguments.pop(key) for key in names]
     return _PerExampleOp.apply(tape, site, token, arguments, names, *tensors)
 
@@ -173,29 +173,28 @@ def _is_active(tape: Tape, operand: Operand) -> bool:
     return any(name in tape.active for name in operand.expression.parameters)
 
 
-def _check_shape(site: Site, output: Tensor, geometry: Geometry) -> None:
-    if tuple(output.shape) != geometry.output_shape:
-        _wrong_shape(site, "result", output.shape, geometry.output_shape)
-
-
-def _wrong_shape(site: Site, what: str, found: Sequence[int], expected: Sequence[int]) -> None:
+def _check_shape(site: Site, what: str, value: Tensor, expected: Shape) -> None:
+    if tuple(value.shape) == expected:
+        return
     raise ShapeError(
         f"At {site.place}, `{what}` should be of shape {list(expected)} by the analysis of the graph. "
-        f"Found {list(found)}. A shape that does not follow the batch size linearly (`squeeze()` on a batch of 1, for "
-        "example) has no plan. Name the axes to squeeze or reshape."
+        f"Found {list(value.shape)}. A shape that does not follow the batch size linearly (`squeeze()` on a batch of 1, "
+        "for example) has no plan. Name the axes to squeeze or reshape."
     )
 
 
 def _squared_norms(tape: Tape, group: str) -> Tensor | None:
     """The squared norms of a group of sites, and onto the tape what its clipped sums are made of."""
     assert tape.plan is not None
-    members = [site for site in tape.state.sites if site.group == group]
     uses = [
-        (site, operand) for site in members for operand in site.operands if (site.name, operand.name) in tape.observed
+        (site, operand)
+        for site in tape.state.groups[group]
+        for operand in site.operands
+        if (site.name, operand.name) in tape.observed
     ]
     if not uses:
         return None
-    if are_joined(members):
+    if group in tape.state.joined:
         total = _joined_squared_norms(tape, uses)
     else:
         parts = []

@@ -19,7 +19,7 @@ from perexfx.analyze import Analysis
 from perexfx.capture import Captured
 from perexfx.inputs import Inputs
 from perexfx.ir.errors import ArgumentError, ModeError
-from perexfx.ir.site import Site
+from perexfx.ir.site import Site, are_joined, grouped
 from perexfx.plan import Plan
 from perexfx.tape import Tape
 
@@ -50,6 +50,8 @@ class PerExample(nn.Module):
 
     Attributes:
         sites: Every use of a trainable parameter, in graph order.
+        groups: The sites that share parameters, by the name of the first.
+        joined: Names of the groups whose per-example gradients must be added before their norm is taken.
         settings: What `transform` was asked for.
         plan: The plan of the last forward, or the one made ahead of time; None before there is one.
         norms: Gradient norm of each example of the last backward, before clipping. Shape `[B]`.
@@ -81,6 +83,8 @@ class PerExample(nn.Module):
         self._planner = planner
         self._analyses: dict[Inputs, Analysis] = {}
         self._plans: dict[tuple[Inputs, int], Plan] = {}
+        self.groups = grouped(self.sites)
+        self.joined = frozenset(name for name, members in self.groups.items() if are_joined(members))
         self._by_name = {site.name: site for site in self.sites}
         self._owner: weakref.ref[nn.Module] | None = None
         self._carriers: tuple[bool, ...] | None = None

@@ -80,6 +80,14 @@ class Site:
         return tuple(dict.fromkeys(name for operand in self.operands for name in operand.expression.parameters))
 
 
+def grouped(sites: Sequence[Site]) -> dict[str, tuple[Site, ...]]:
+    """Group -> its sites; groups and sites in graph order."""
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(site.group, []).append(site)
+    return {name: tuple(members) for name, members in groups.items()}
+
+
 def are_joined(members: Sequence[Site]) -> bool:
     """Whether the per-example gradients of a group must be formed and added before their norm is taken.
 

@@ -78,7 +78,7 @@ class GramShift:
         geometry = signature.geometry
         grams = signature.n * geometry.groups
         t = signature.positions
-        channels = (signature.in_channels + 0) // geometry.groups
+        channels = signature.in_channels // geometry.groups
         flops = 2 * t * t * (signature.out_channels // geometry.groups)
         moved = 4 * t * t
         largest, calls = t * t, 2
