@@ -178,8 +178,8 @@ def _check_shape(site: Site, what: str, value: Tensor, expected: Shape) -> None:
         return
     raise ShapeError(
         f"At {site.place}, `{what}` should be of shape {list(expected)} by the analysis of the graph. "
-        f"Found {list(value.shape)}. A shape that does not follow the batch size linearly (`squeeze()` on a batch of 1, "
-        "for example) has no plan. Name the axes to squeeze or reshape."
+        f"Found {list(value.shape)}. A shape that does not follow the batch size linearly "
+        "(`squeeze()` on a batch of 1, for example) has no plan. Name the axes to squeeze or reshape."
     )
 
 
