@@ -1,6 +1,7 @@
 """perexfx: clipped per-example gradients at about the cost of an ordinary step, by rewriting PyTorch graphs."""
 
 from perexfx.api import transform
+from perexfx.check import check
 from perexfx.ir.errors import (
     ArgumentError,
     BudgetError,
@@ -13,6 +14,8 @@ from perexfx.ir.errors import (
     ShapeError,
     StrategyError,
 )
+from perexfx.ir.rule import Rule
+from perexfx.passes.replace_batchnorm import replace_batchnorm
 from perexfx.quantities import gradient_gram, per_example_grads, per_example_norms
 from perexfx.views.report import report
 
@@ -25,11 +28,14 @@ __all__ = [
     "ModeError",
     "PerexError",
     "RefusedError",
+    "Rule",
     "ShapeError",
     "StrategyError",
+    "check",
     "gradient_gram",
     "per_example_grads",
     "per_example_norms",
+    "replace_batchnorm",
     "report",
     "transform",
 ]

@@ -7,20 +7,19 @@ fake tensors for 3 and for 5 examples, and what differs depends on the batch siz
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from perexfx.counts import unknown_numbers
 from perexfx.follow import Follower, Refusals, follow
 from perexfx.inputs import Inputs
 from perexfx.ir.layout import Layout
 from perexfx.ir.node import info_of
-from perexfx.record import Run, leaves_of, record
+from perexfx.record import Run, leaves, leaves_of, record
+from perexfx.written import written_by
 
 SIZES = (3, 5)
 """The two batch sizes tried. Neither divides the other, so that no merged axis fits both by accident."""
@@ -58,10 +57,12 @@ class NodeFacts:
     Attributes:
         tensors: Its tensors, in pytree order.
         numbers_depend: Whether a number in it changes with the batch size.
+        numbers: Its numbers at each of `SIZES`.
     """
 
     tensors: tuple[TensorFacts, ...]
     numbers_depend: bool
+    numbers: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
 
     @property
     def carries_examples(self) -> bool:
@@ -76,10 +77,12 @@ class Analysis:
     Attributes:
         nodes: Node name -> facts.
         random: Names of the nodes that draw random numbers.
+        written_by: Nodes whose memory another node writes into, and which.
     """
 
     nodes: Mapping[str, NodeFacts]
     random: frozenset[str]
+    written_by: Mapping[str, tuple[str, ...]]
 
     def is_random(self, node: fx.Node) -> bool:
         """Whether a node draws random numbers."""
@@ -88,6 +91,20 @@ class Analysis:
     def carries_examples(self, node: fx.Node) -> bool:
         """Whether a node's value depends on the examples or on their number."""
         return self.nodes[node.name].carries_examples
+
+    def has_gradient(self, node: fx.Node) -> bool:
+        """Whether there are floating-point numbers in a node's value."""
+        return any(facts.dtype.is_floating_point or facts.dtype.is_complex for facts in self.nodes[node.name].tensors)
+
+    def numbers_for(self, node: fx.Node, n: int) -> float | None:
+        """The value of a node that is a number, for n examples; None for other nodes."""
+        facts = self.nodes[node.name]
+        if facts.tensors or len(facts.numbers[0]) != 1 or len(facts.numbers[1]) != 1:
+            return None
+        small, large = SIZES
+        (at_small,), (at_large,) = facts.numbers
+        value = at_small + (n - small) * (at_large - at_small) / (large - small)
+        return int(value) if isinstance(at_small, int) else value
 
     def tensor(self, node: fx.Node) -> TensorFacts | None:
         """The facts of a node whose value is one tensor."""
@@ -112,23 +129,23 @@ def analyze(graph: fx.Graph, module: nn.Module, inputs: Inputs, batch_dim: int) 
     refusals = Refusals()
     _check_same_work(graph, runs, refusals)
     refusals.raise_if_any()
-    followers = [follow(run, twin, inputs, batch_dim, refusals) for run, twin in (runs, runs[::-1])]
-    layouts = [follower.layouts for follower in followers]
-    _check_agreement(graph, runs, layouts, refusals)
+    first, second = (follow(run, twin, inputs, batch_dim, refusals) for run, twin in (runs, runs[::-1]))
+    _check_agreement(runs, first, second, refusals)
     _check_overwritten(graph, runs[0], refusals)
-    _check_output(graph, runs[0], followers[0], refusals)
+    _check_reshaped(graph, runs[0], refusals)
+    _check_output(graph, runs[0], first, refusals)
     refusals.raise_if_any()
-    nodes: dict[str, NodeFacts] = {}
+    following, unknown = unknown_numbers(graph, runs, first)
     for node in graph.nodes:
-        leaves = [pytree.tree_leaves(run.values[node.name]) for run in runs]
-        picked_from = node.args[0] if node.target is operator.getitem else None  # one size of a shape may be constant
-        counted = [n for n in node.all_input_nodes if nodes[n.name].numbers_depend and n is not picked_from]
-        nodes[node.name] = _facts(leaves[0], leaves[1], layouts[0], bool(counted))
-        if nodes[node.name].tensors and any(runs[0].values[n.name] == runs[1].values[n.name] for n in counted):
-            refusals.mixes(node, "it computes with a number that depends on the number of examples")
+        read = [n.name for n in node.all_input_nodes if n.name in unknown]
+        if read and leaves_of(runs[0].values[node.name]):
+            refusals.mixes(
+                node, f"it computes with `{read[0]}`, which is not a fixed multiple of the number of examples"
+            )
     refusals.raise_if_any()
+    nodes = {node.name: _facts(runs, node.name, first.layouts, node.name in following) for node in graph.nodes}
     random = {call.node.name for call in runs[0].calls if torch.Tag.nondeterministic_seeded in call.func.tags}
-    return Analysis(nodes, frozenset(random))
+    return Analysis(nodes, frozenset(random), written_by(graph, runs[0]))
 
 
 def _check_same_work(graph: fx.Graph, runs: Sequence[Run], refusals: Refusals) -> None:
@@ -141,16 +158,12 @@ def _check_same_work(graph: fx.Graph, runs: Sequence[Run], refusals: Refusals) -
             refusals.mixes(node, "it does other work for another batch size")
 
 
-def _check_agreement(
-    graph: fx.Graph, runs: Sequence[Run], layouts: Sequence[Mapping[int, Layout]], refusals: Refusals
-) -> None:
+def _check_agreement(runs: Sequence[Run], first: Follower, second: Follower, refusals: Refusals) -> None:
     """A layout that fits one batch size by accident (`reshape(6, -1)` of 3 examples) does not fit the other."""
-    for node in graph.nodes:
-        leaves = [pytree.tree_leaves(run.values[node.name]) for run in runs]
-        for small, large in zip(*leaves, strict=True):
-            if layouts[0].get(id(small)) != layouts[1].get(id(large)):
-                refusals.mixes(node, "it moves examples so that no axis holds all of them in order")
-                break
+    for call, twin in zip(runs[0].calls, runs[1].calls, strict=True):
+        pairs = zip(leaves_of(call.result), leaves_of(twin.result), strict=False)
+        if any(first.layouts.get(id(a)) != second.layouts.get(id(b)) for a, b in pairs):
+            refusals.mixes(call.node, "it moves examples so that no axis holds all of them in order")
 
 
 def _check_overwritten(graph: fx.Graph, run: Run, refusals: Refusals) -> None:
@@ -165,28 +178,39 @@ def _check_overwritten(graph: fx.Graph, run: Run, refusals: Refusals) -> None:
             )
 
 
+def _check_reshaped(graph: fx.Graph, run: Run, refusals: Refusals) -> None:
+    """A value whose shape was changed in place is read through the operation that did so, or its shape is in doubt."""
+    done: set[fx.Node] = set()
+    for node in graph.nodes:
+        for read in node.all_input_nodes:
+            if run.reshaped.get(read.name) in done:
+                by = run.reshaped[read.name].name
+                refusals.not_followed(
+                    node, f"it reads `{read.name}`, whose shape `{by}` has changed; read `{by}` instead"
+                )
+        done.add(node)
+
+
 def _check_output(graph: fx.Graph, run: Run, follower: Follower, refusals: Refusals) -> None:
     """What is returned carries examples, or nothing that depends on their number."""
     output = next(node for node in graph.nodes if node.op == "output")
-    leaves = leaves_of(run.values[output.name])
-    if any(id(leaf) in follower.lost for leaf in leaves):
+    returned = leaves_of(run.values[output.name])
+    if any(id(leaf) in follower.lost for leaf in returned):
         return
-    if any(id(leaf) in follower.varying for leaf in leaves):
+    if any(id(leaf) in follower.varying or id(leaf) in follower.counting for leaf in returned):
         refusals.mixes(output, "it returns a value that depends on the number of examples")
-    elif not any(id(leaf) in follower.layouts for leaf in leaves):
+    elif not any(id(leaf) in follower.layouts for leaf in returned):
         refusals.mixes(output, "none of what it returns has an axis of examples")
 
 
-def _facts(small: list[Any], large: list[Any], layouts: Mapping[int, Layout], counts: bool) -> NodeFacts:
-    """Facts from the two values; `counts`: it is computed from a number that depends on the batch size."""
-    tensors = []
-    numbers_depend = len(small) != len(large)
-    for a, b in zip(small, large, strict=False):
-        if isinstance(a, Tensor):
-            shapes = (tuple(a.shape), tuple(b.shape))
-            tensors.append(TensorFacts(shapes, layouts.get(id(a)), a.dtype))
-        elif isinstance(a, int | float) and a != b:
-            numbers_depend = True
-    if counts and not tensors:
-        numbers_depend = True  # also where both sizes give the same, as `B % 2` does
-    return NodeFacts(tuple(tensors), numbers_depend)
+def _facts(runs: Sequence[Run], name: str, layouts: Mapping[int, Layout], numbers_follow: bool) -> NodeFacts:
+    """What is known about one node's value."""
+    small, large = (leaves(run.values[name]) for run in runs)
+    tensors = tuple(
+        TensorFacts((tuple(a.shape), tuple(b.shape)), layouts.get(id(a)), a.dtype)
+        for a, b in zip(small, large, strict=False)
+        if isinstance(a, Tensor)
+    )
+    numbers = tuple(tuple(leaf for leaf in found if isinstance(leaf, int | float)) for found in (small, large))
+    depend = numbers_follow or len(small) != len(large)
+    return NodeFacts(tensors, depend, (numbers[0], numbers[1]))

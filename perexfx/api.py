@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from perexfx.analyze import Analysis, analyze
-from perexfx.capture import capture
-from perexfx.inputs import Inputs
+from perexfx.capture import Captured, capture
+from perexfx.inputs import GivenInputs, Inputs, arguments_of, bind_inputs, by_name, named_leaves
 from perexfx.ir.errors import ArgumentError
 from perexfx.ir.machine import BUILT_IN
+from perexfx.ir.rule import Rule
 from perexfx.ir.site import Site
-from perexfx.layers import RULES
+from perexfx.layers import RULES, Fallback
 from perexfx.match import confirm, match
 from perexfx.plan import Plan, check_forced, make_plan
 from perexfx.refuse import refuse_batch_statistics, refuse_other_trainables
 from perexfx.rewrite import Transformed, rewrite, twin_of
-from perexfx.sizes import operand_itemsize, sizes_of
+from perexfx.sizes import fit, operand_itemsize
 from perexfx.state import PerExample, Settings
 from perexfx.strategies import STRATEGIES
-
-ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 def transform(
     model: nn.Module,
-    example_inputs: ExampleInputs | None = None,
+    example_inputs: GivenInputs | None = None,
     *,
     clip_norm: float | None = 1.0,
     clipping: str | Callable[[Tensor], Tensor] = "flat",
@@ -37,6 +36,7 @@ def transform(
     strategy: str | Mapping[str, str] = "auto",
     memory_budget: int | None = None,
     batch_dim: int = 0,
+    rules: Sequence[Rule] = (),
 ) -> Transformed:
     """A GraphModule whose ordinary `loss.backward()` fills `.grad` with clipped per-example gradients.
 
@@ -60,6 +60,7 @@ def transform(
         strategy: "auto", one strategy's name for every site it applies to, or {site name: strategy name}.
         memory_budget: Bytes that the rewrite may add to an ordinary step; None: no bound.
         batch_dim: The example axis of the inputs.
+        rules: Layer rules of your own (`perexfx.Rule`), tried before the built-in ones.
 
     Returns:
         The transformed module.
@@ -74,19 +75,20 @@ def transform(
     """
     settings = Settings(clip_norm, clipping, loss_reduction, strategy, memory_budget, batch_dim)
     _check_arguments(model, settings)
-    inputs = None if example_inputs is None else _bind_inputs(model, example_inputs)
+    inputs = None if example_inputs is None else by_name(bind_inputs(model, example_inputs, "example_inputs"))
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
 
-    captured = capture(model, inputs)
+    captured = capture(model, inputs, batch_dim)
     twin = twin_of(model, captured.constants)
-    refuse_batch_statistics(captured.graph)
+    refuse_batch_statistics(captured.graph, twin)
     refuse_other_trainables(captured.graph, twin)
-    known = None if inputs is None else _analyze_for(captured.graph, twin, inputs, batch_dim)
-    sites = match(captured.graph, twin, trainable, RULES, batch_dim, None if known is None else known.analysis)
+    known = None if inputs is None else _analyze_for(captured, twin, inputs, batch_dim)
+    analysis = None if known is None else known.analysis
+    sites = match(captured.graph, twin, trainable, (*rules, *RULES), Fallback(), batch_dim, analysis)
     _check_reached(sites, trainable)
     check_forced(sites, STRATEGIES, strategy)
-    state = PerExample(sites, settings, captured, trainable, frozen, _plan_for)
+    state = PerExample(sites, settings, captured, trainable, frozen, partial(_plan_for, tuple(rules)))
     transformed = rewrite(twin, captured.graph, sites, state)
     if known is not None:
         state.remember(known.kind, known.analysis)
@@ -103,49 +105,31 @@ class _Known:
     analysis: Analysis
 
 
-def _analyze_for(graph: fx.Graph, twin: nn.Module, inputs: Mapping[str, Any], batch_dim: int) -> _Known:
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    kind, n = Inputs.of({str(node.target): inputs.get(node.target) for node in placeholders}, batch_dim)
-    return _Known(kind, n, analyze(graph, twin, kind, batch_dim))
+def _analyze_for(captured: Captured, twin: nn.Module, inputs: Mapping[str, Any], batch_dim: int) -> _Known:
+    kind, n = Inputs.of(named_leaves(arguments_of(captured.graph, inputs)), batch_dim)
+    return _Known(kind, n, analyze(captured.graph, twin, kind, batch_dim))
 
 
-def _plan_for(state: PerExample, module: nn.Module, kind: Inputs, n: int) -> Plan:
+def _plan_for(rules: tuple[Rule, ...], state: PerExample, module: nn.Module, kind: Inputs, n: int) -> Plan:
     """The plan for one kind of input and batch size; analyzed once per kind, planned once per batch size."""
     settings, graph = state.settings, state.captured.graph
     analysis = state.known(kind)
     if analysis is None:
         analysis = analyze(graph, module, kind, settings.batch_dim)
-        confirm(state.sites, match(graph, module, state.trainable, RULES, settings.batch_dim, analysis))
+        confirm(
+            state.sites,
+            match(graph, module, state.trainable, (*rules, *RULES), Fallback(), settings.batch_dim, analysis),
+        )
         state.remember(kind, analysis)
-    geometries, signatures = sizes_of(state.sites, graph, analysis, n)
     return make_plan(
         state.sites,
-        geometries,
-        signatures,
+        fit(state.sites, graph, analysis, n, Fallback),
         STRATEGIES,
         BUILT_IN,
         itemsize=operand_itemsize(state.sites, graph, analysis),
         forced=settings.strategy,
         memory_budget=settings.memory_budget,
     )
-
-
-def _bind_inputs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Any]:
-    """Example inputs by argument name."""
-    signature = inspect.signature(model.forward)
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = {}
-    if isinstance(example_inputs, Mapping):
-        kwargs = example_inputs
-    else:
-        args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    try:
-        return dict(signature.bind(*args, **kwargs).arguments)
-    except TypeError as error:
-        raise ArgumentError(
-            f"`example_inputs` does not fit `{type(model).__name__}.forward{signature}`: {error}. "
-            "Pass a tensor, a tuple of positional inputs, or a dict of keyword inputs."
-        ) from None
 
 
 _RESERVED = (set(dir(fx.GraphModule)) - set(dir(nn.Module))) | {"perexfx", "_graph", "_code", "meta"}

@@ -10,22 +10,27 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
+from perexfx.assemble import Exported
+from perexfx.conditions import Conditions
+from perexfx.export import export
 from perexfx.functional import IN_PLACE_FUNCTIONS, out_of_place
+from perexfx.inputs import named_leaves
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.node import annotate, info_of
-from perexfx.tracer import LIBRARIES, TRACING, NoRandomConstants, Tracer, loose_sizes
+from perexfx.lower import lower_recurrent
+from perexfx.modes import different_work, make_live, other_mode
+from perexfx.traceable.recurrent import PACKED, packs_sequences
+from perexfx.tracer import TRACING, NoRandomConstants, Tracer, line_of, loose_sizes, reason_of, unchanged
+from perexfx.vocabulary import to_public_names
 
 
 @dataclass(frozen=True)
@@ -37,30 +42,93 @@ class Captured:
         fixed_modes: Modules (path -> training flag) whose mode was baked into the graph: it is right in this mode only.
         constants: Tensors that the forward makes out of numbers, by the name that `get_attr` nodes give them.
         baked: Arguments that are no tensors, and the value that the graph is specialised to.
+        conditions: What the graph demands of its inputs besides.
     """
 
     graph: fx.Graph
     fixed_modes: Mapping[str, bool]
     constants: Mapping[str, torch.Tensor]
     baked: Mapping[str, Any]
+    conditions: Conditions = field(default_factory=Conditions)
 
 
-def capture(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Captured:
-    """The forward of `model` as a graph.
+def capture(model: nn.Module, inputs: Mapping[str, Any] | None = None, batch_dim: int = 0) -> Captured:
+    """The forward of `model` as a graph: traced symbolically, or else, where inputs are given, by `torch.export`.
 
     Args:
-        model: Any module that torch.fx can trace.
+        model: Any module.
         inputs: Arguments as callers will pass them, by name; None: a tensor for each argument without a default.
+        batch_dim: The example axis of the inputs.
 
     Raises:
-        CaptureError: The forward cannot be traced, or not faithfully.
+        CaptureError: The forward cannot be captured, or not faithfully.
     """
     _refuse_own_hooks(model)
+    try:
+        return _traced(model, inputs)
+    except CaptureError as error:
+        if inputs is None:
+            raise CaptureError(
+                f"{error} Or pass `example_inputs` to `transform`: with them `torch.export` captures what cannot be "
+                "traced."
+            ) from error.__cause__
+        try:
+            return _exported(model, inputs, batch_dim)
+        except CaptureError as other:
+            raise CaptureError(f"{error}\nNor could it be exported: {other}") from other
+
+
+def _traced(model: nn.Module, inputs: Mapping[str, Any] | None) -> Captured:
     baked = _baked_arguments(model, inputs)
     graph, constants = _trace(model, baked)
     fixed_modes = dict(_baked_statistics(model))
-    fixed_modes.update(_make_modes_live(model, graph, baked))
+    with other_mode(model):
+        try:
+            other, _ = _trace(model, baked)
+        except CaptureError:
+            other = None
+    if other is None or make_live(graph, other, model):
+        fixed_modes = _all_modes(model)
     return Captured(graph, fixed_modes, constants, baked)
+
+
+def _exported(model: nn.Module, inputs: Mapping[str, Any], batch_dim: int) -> Captured:
+    """By `torch.export`; once more for one example in the other mode, to see that the graph holds for both."""
+    exported = export(model, inputs, batch_dim)
+    graph, numbers, conditions = exported.graph, exported.numbers, exported.conditions
+    fixed_modes = dict(_baked_statistics(model))
+    with other_mode(model):
+        other, problem = _try_export(model, inputs, batch_dim, 1)
+    if other is None or make_live(graph, other.graph, model, numbers, other.numbers):
+        single, problem = _try_export(model, inputs, batch_dim, 1)
+        if single is not None:
+            problem = different_work(graph, single.graph, numbers, single.numbers)
+        conditions = replace(conditions, single=problem)
+        with other_mode(model):
+            other, problem = _try_export(model, inputs, batch_dim, None)
+        if other is None or make_live(graph, other.graph, model, numbers, other.numbers):
+            fixed_modes = _all_modes(model)
+    baked = {name: value for name, value in named_leaves(inputs).items() if not isinstance(value, torch.Tensor)}
+    left_out = inspect.signature(model.forward).parameters.items()
+    baked |= {n: p.default for n, p in left_out if n not in inputs and p.default is not inspect.Parameter.empty}
+    _stop_gradients(graph)
+    out_of_place(graph, model)
+    lower_recurrent(graph)
+    return Captured(graph, fixed_modes, exported.constants, baked, conditions)
+
+
+def _try_export(
+    model: nn.Module, inputs: Mapping[str, Any], batch_dim: int, n: int | None
+) -> tuple[Exported | None, str]:
+    """An export, or why there is none."""
+    try:
+        return export(model, inputs, batch_dim, n), ""
+    except CaptureError as error:
+        return None, str(error)
+
+
+def _all_modes(model: nn.Module) -> dict[str, bool]:
+    return {path: module.training for path, module in model.named_modules()}
 
 
 def stop_gradient(value: Any) -> Any:
@@ -69,29 +137,32 @@ def stop_gradient(value: Any) -> Any:
 
 
 def _trace(model: nn.Module, baked: Mapping[str, Any]) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
-    before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    attributes = set(model.__dict__)
     hidden = {name: _hide(value) for name, value in baked.items()}
     tracer = Tracer(model)
     try:
-        with TRACING, torch.enable_grad(), loose_sizes(), NoRandomConstants(), warnings.catch_warnings():
+        with (
+            TRACING,
+            unchanged(model),
+            torch.enable_grad(),
+            loose_sizes(),
+            NoRandomConstants(),
+            warnings.catch_warnings(),
+        ):
             warnings.filterwarnings("ignore", message="Was not able to add assertion")  # `PerExample` checks instead
             graph = tracer.trace(model, concrete_args=hidden)
-        constants = {name: model.__dict__[name] for name in set(model.__dict__) - set(before[0][1])}
-        constants = {name: value for name, value in constants.items() if isinstance(value, torch.Tensor)}
-        _refuse_lost_buffers(model)
+            made = {name: model.__dict__[name] for name in set(model.__dict__) - attributes}
+            constants = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+            _refuse_lost_buffers(model)
     except CaptureError:
         raise
     except Exception as error:
         raise CaptureError(_explain(model, error, tracer.inside)) from error
-    finally:  # fx leaves its constants on the module, and a forward that assigns attributes leaves proxies
-        for module, attributes, buffers in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
     _restore_names(graph, baked)
+    to_public_names(graph)
     _stop_gradients(graph)
     out_of_place(graph, model)
+    lower_recurrent(graph)
     return graph, constants
 
 
@@ -149,7 +220,9 @@ def _baked_arguments(model: nn.Module, inputs: Mapping[str, Any] | None) -> dict
         if parameter.default is not inspect.Parameter.empty and (inputs is None or name not in inputs)
     }
     given = {name: value for name, value in (inputs or {}).items() if not isinstance(value, torch.Tensor)}
-    for name, value in given.items():
+    for name, value in (inputs or {}).items():
+        if isinstance(value, torch.Tensor) and name in parameters:
+            continue
         kind = parameters[name].kind if name in parameters else None
         leaves = pytree.tree_leaves(value)
         if kind not in _NAMED or any(isinstance(leaf, torch.Tensor) for leaf in leaves):
@@ -208,77 +281,14 @@ def _baked_statistics(model: nn.Module) -> Iterator[tuple[str, bool]]:
             yield path, module.training
 
 
-def _make_modes_live(model: nn.Module, graph: fx.Graph, baked_arguments: Mapping[str, Any]) -> dict[str, bool]:
-    """Turns arguments that follow `self.training` into reads of it, found by tracing in the other mode too.
-
-    Returns: The modules whose mode stays baked in, because the forward takes another path in the other mode.
-    """
-    baked = {path: module.training for path, module in model.named_modules()}
-    with _other_mode(model):
-        try:
-            other, _ = _trace(model, baked_arguments)
-        except CaptureError:
-            return baked
-    ours, theirs = list(graph.nodes), list(other.nodes)
-    if [(node.op, node.name, str(node.target)) for node in ours] != [
-        (node.op, node.name, str(node.target)) for node in theirs
-    ]:
-        return baked
-    for node, twin in zip(ours, theirs, strict=True):
-        path = info_of(node).module
-        if node.target in (F.batch_norm, F.instance_norm):
-            continue  # `_baked_statistics` names them
-        if not _follow_mode(graph, node, twin, model.get_submodule(path).training, path):
-            return baked
-    return {}
-
-
-def _follow_mode(graph: fx.Graph, node: fx.Node, twin: fx.Node, training: bool, path: str) -> bool:
-    """Replaces arguments equal to the training flag in both modes by the flag; False where others differ."""
-    flat, spec = pytree.tree_flatten((node.args, node.kwargs))
-    named, named_spec = pytree.tree_flatten(fx.map_arg((node.args, node.kwargs), lambda n: n.name))
-    other, other_spec = pytree.tree_flatten(fx.map_arg((twin.args, twin.kwargs), lambda n: n.name))
-    if named_spec != other_spec:
-        return False
-    differing = [at for at, (a, b) in enumerate(zip(named, other, strict=True)) if a != b]
-    if not differing:
-        return True
-    if any(flat[at] is not training or other[at] is not (not training) for at in differing):
-        return False
-    with graph.inserting_before(node):
-        flag = graph.create_node("get_attr", f"{path}.training" if path else "training")
-        annotate(flag, info_of(node))
-    for at in differing:
-        flat[at] = flag
-    node.args, node.kwargs = pytree.tree_unflatten(flat, spec)
-    return True
-
-
-@contextmanager
-def _other_mode(model: nn.Module) -> Iterator[None]:
-    """Every module with its training flag inverted, and put back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        for module, flag in flags:
-            module.training = not flag
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
 def _explain(model: nn.Module, error: Exception, inside: Sequence[tuple[str, str]]) -> str:
     """What failed, in which line of whose code, and what to do."""
-    line, trace = "", error.__traceback__
-    while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
-        if not name.startswith(LIBRARIES) and not name.startswith("<"):
-            line = f" at {Path(name).name}:{trace.tb_lineno}"
-        trace = trace.tb_next
     where = f" in module `{inside[-1][0]}` ({inside[-1][1]})" if inside else ""
-    reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    what = f"The forward of `{type(model).__name__}` could not be traced{where}{line_of(error)}"
+    if packs_sequences(error.__traceback__):
+        return f"{what}: {PACKED}."
     return (
-        f"The forward of `{type(model).__name__}` could not be traced{where}{line}: {reason}. "
+        f"{what}: {reason_of(error)}. "
         "A traced forward cannot branch on the values or ranks of tensors, call `.item()`, or leave torch. "
         "Rewrite that line with tensor operations, or move it outside the model; replace a module of a library that "
         "does so by one that can be traced."

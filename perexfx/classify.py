@@ -59,7 +59,11 @@ def classify(
             carries = _carries_examples(node, states, batch_dim)
         if carries:
             states[node] = State.EXAMPLE
-        elif _is_constant(node) or not any(states[n] is State.PARAMETER for n in node.all_input_nodes):
+        elif (
+            _is_constant(node)
+            or not any(states[n] is State.PARAMETER for n in node.all_input_nodes)
+            or (analysis is not None and not analysis.has_gradient(node))
+        ):
             states[node] = State.CONSTANT
         else:
             states[node] = State.PARAMETER

@@ -1,29 +1,38 @@
-"""Values that read no example but follow their number: `zeros(B, ...)`, `cls.expand(B, ...)`.
+"""Values that read no example but follow their number: `zeros(B, ...)`, `cls.expand(B, ...)`, `arange(B)`.
 
 Promises: a value is taken to have rows of its own for each example only where every row is alike or drawn at random, so
-that it does not matter whose is whose.
+that it does not matter whose is whose. A value that counts the examples is known as such only while it does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from perexfx.axes import OpCall, axis_from_front
+from perexfx.axes.call import Counting, Mixing, OpCall, Unknown, axis_from_front
+from perexfx.axes.propagate import rule_of
 from perexfx.ir.layout import Layout
 
-_SIZES = frozenset({"size", "sizes", "shape", "repeats", "split_size", "split_sizes", "N", "stride"})
+_SIZES = frozenset({"size", "sizes", "shape", "repeats", "split_size", "split_sizes"})
 
 
-_BOUNDS = frozenset({"start", "end", "length", "index"})
+_OWN_SIZES = {
+    "native_group_norm": {"N"},
+    "as_strided": {"stride"},
+    "empty_strided": {"stride"},
+    "new_empty_strided": {"stride"},
+}
+"""Operations with a size of another name."""
 
 
 MOVES = frozenset(
-    "view _unsafe_view reshape _reshape_alias unsqueeze squeeze permute transpose t expand clone detach alias "
-    "contiguous _to_copy repeat lift_fresh".split()
+    "view _unsafe_view _reshape_alias unsqueeze squeeze permute transpose t expand clone detach alias _to_copy repeat "
+    "lift_fresh slice select".split()
 )
-"""Operations after which equal entries are still equal entries."""
+"""Operations after which equal entries are still equal entries, and after which what counts still counts."""
 
 
 UNIFORM = frozenset(
@@ -33,17 +42,17 @@ UNIFORM = frozenset(
 """Operations that make equal entries (or entries that are written before they are read)."""
 
 
-_DRAWN = frozenset("rand randn rand_like randn_like bernoulli".split())
+_DRAWN = frozenset("rand randn randint normal".split())
 
 
 def sizes_of(call: OpCall) -> set[str]:
     """Names of the arguments of a call that say how large its result is, and so may follow the batch size."""
-    names = set(_SIZES)
-    if call.name in ("slice", "narrow", "select"):
+    names = {*_SIZES, *_OWN_SIZES.get(call.name, ())}
+    if call.name in ("slice", "slice_scatter"):
         value = call.argument("self")
-        layout = call.layout(value)
+        layout = call.layouts.get(id(value))
         if layout is not None and axis_from_front(call.argument("dim", 0), value.dim()) == layout.axis:
-            names |= _BOUNDS
+            names |= {"start", "end"}
     return names
 
 
@@ -68,3 +77,38 @@ def created_layout(call: OpCall, result: Tensor, grown: Sequence[int], is_batch:
         copies = result.shape[axis] // size
         return Layout(axis, copies // call.n, size) if copies % call.n == 0 else None
     return None
+
+
+def stays_uniform(call: OpCall, uniform: set[int]) -> bool:
+    """Whether the result of a call on values of equal entries has equal entries."""
+    if call.name in MOVES:
+        return True
+    is_pointwise = torch.Tag.pointwise in call.func.tags or call.name in ("fill_", "zero_")
+    return is_pointwise and all(id(tensor) in uniform or tensor.numel() == 1 for tensor in call.tensors)
+
+
+def counts_examples(call: OpCall, result: Tensor) -> Counting | None:
+    """How a value made by `arange` counts the examples; None where it does not."""
+    if call.name != "arange" or call.differing != {"end"} or result.dtype not in (torch.int64, torch.int32):
+        return None
+    start, end, step = call.argument("start", 0), call.argument("end"), call.argument("step", 1)
+    counts = start == 0 and isinstance(step, int) and step > 0 and end == step * call.n
+    return Counting(Layout(0), step) if counts else None
+
+
+def still_counts(call: OpCall, counting: Mapping[int, Counting]) -> list[Counting] | None:
+    """How the results of a call on one value that counts the examples count them; None where they do not."""
+    if call.name not in MOVES or len(call.tensors) != 1:
+        return None
+    (value,) = call.tensors
+    count = counting[id(value)]
+    rule = rule_of(call.func)
+    assert rule is not None
+    try:
+        found = rule(replace(call, layouts={id(value): count.layout}, counting={}))
+    except (Mixing, Unknown):
+        return None
+    places = found if isinstance(found, list) else [found] * len(call.results)
+    whole = all(result.dtype in (torch.int64, torch.int32) for result in call.results)
+    kept = [Counting(place, count.step) for place in places if isinstance(place, Layout)]
+    return kept if whole and len(kept) == len(call.results) else None

@@ -6,17 +6,29 @@ number of examples in any other way never meets one. In-place writes are followe
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
+
 from torch import Tensor, fx
 
-from perexfx.axes import OpCall, propagate
-from perexfx.created import MOVES, UNIFORM, created_layout, sizes_of
+from perexfx.axes.call import Counting, Followed, Mixing, Opaque, OpCall, Unknown
+from perexfx.axes.propagate import propagate
+from perexfx.created import (
+    UNIFORM,
+    counts_examples,
+    created_layout,
+    sizes_of,
+    stays_uniform,
+    still_counts,
+)
 from perexfx.inputs import Inputs
 from perexfx.ir.errors import MixingError, RefusedError
 from perexfx.ir.layout import Layout
 from perexfx.ir.node import place_of
 from perexfx.ir.refusal import Refusal
+from perexfx.memory import Memory, is_expanded
 from perexfx.record import Call, Run, leaves_of
-from perexfx.tags import Mixing, Unknown
 
 
 class Refusals:
@@ -77,6 +89,8 @@ class Follower:
 
     Attributes:
         layouts: Tensors with one row, or several, per example.
+        copies: Equal copies of a constant along the example axis, and the size of each: any order of examples fits.
+        counting: Tensors that hold the number of the example that each entry belongs to: `arange(B)`.
         uniform: Tensors of equal entries, as many as the batch size asks for: they go with any layout.
         varying: Tensors that differ with the batch size in any other way: they must not meet examples.
         lost: Results of calls that were refused.
@@ -85,18 +99,23 @@ class Follower:
     def __init__(self, n: int, other_n: int, refusals: Refusals) -> None:
         self.n, self.other_n, self.refusals = n, other_n, refusals
         self.layouts: dict[int, Layout] = {}
+        self.counting: dict[int, Counting] = {}
+        self.copies: dict[int, int] = {}
         self.uniform: set[int] = set()
         self.varying: set[int] = set()
         self.lost: set[int] = set()
-        self.sharing: dict[int, list[Tensor]] = {}
+        self.memory = Memory()
 
     def follow(self, call: Call, twin: Call) -> None:
         """One aten call, and its twin in the run with another batch size."""
         results, given = leaves_of(call.result), leaves_of((call.args, call.kwargs))
+        self.memory.note((*given, *results))
         if any(id(tensor) in self.lost for tensor in given):
             self.lost.update(id(tensor) for tensor in results)
             return
         try:
+            if len(results) != len(leaves_of(twin.result)):
+                raise Mixing("it gives another number of results for another number of examples")
             if any(id(tensor) in self.layouts for tensor in given):
                 self._follow_examples(call, twin, results, given)
             else:
@@ -107,40 +126,75 @@ class Follower:
         except Unknown as reason:
             self.refusals.not_followed(call.node, str(reason))
             self.lost.update(id(tensor) for tensor in results)
-        for tensor in results:
-            self.sharing.setdefault(_storage(tensor), []).append(tensor)
+
+    def op(self, call: Call, twin: Call) -> OpCall:
+        """A recorded call, with what is known about its arguments."""
+        differing = frozenset(call.differing_numbers(twin))
+        counting = {id(t): self.counting[id(t)] for t in leaves_of((call.args, call.kwargs)) if id(t) in self.counting}
+        return OpCall(call.func, call.args, call.kwargs, call.result, self.layouts, self.n, counting, differing)
 
     def _follow_examples(self, call: Call, twin: Call, results: list[Tensor], given: list[Tensor]) -> None:
         if any(id(tensor) in self.varying for tensor in given):
             raise Mixing("it combines examples with a value that depends on their number or position")
-        op = OpCall(call.func, call.args, call.kwargs, call.result, self.layouts, self.n)
-        if unexplained := call.differing_numbers(twin) - sizes_of(op):
+        op = self.op(call, twin)
+        if unexplained := op.differing - sizes_of(op):
             raise Mixing(f"it computes with the number of examples (`{sorted(unexplained)[0]}`)")
-        found = propagate(op)
+        found = self._propagate(op)
         for tensor, other, layout in zip(results, leaves_of(twin.result), found, strict=True):
+            if isinstance(layout, Opaque):
+                self.varying.add(id(tensor))
+                continue
             if layout is None:
                 self._follow_created(op, tensor, other)
                 continue
             for axis, (size, other_size) in enumerate(zip(tensor.shape, other.shape, strict=True)):
                 if axis != layout.axis and size != other_size:
                     raise Mixing("its result has a second axis that grows with the number of examples")
-            self._check_written(tensor, layout, given)
+            if any(tensor is argument for argument in given):
+                self._write_examples(tensor, layout)
             self.layouts[id(tensor)] = layout
+            self.uniform.discard(id(tensor))
+            self.copies.pop(id(tensor), None)
+
+    def _propagate(self, op: OpCall) -> list[Followed]:
+        """Where the results carry examples; copies of a constant take the order of the values that they meet."""
+        try:
+            return propagate(op)
+        except (Mixing, Unknown):
+            given = [id(tensor) for tensor in op.tensors if id(tensor) in self.layouts]
+            free = [key for key in given if key in self.copies]
+            for order in {self.layouts[key] for key in given if key not in free}:
+                fits = {
+                    key: Layout(own.axis, order.before, order.after)
+                    for key in free
+                    if (own := self.layouts[key]).repeats == order.repeats and order.after % self.copies[key] == 0
+                }
+                if fits:
+                    with suppress(Mixing, Unknown):
+                        return propagate(replace(op, layouts={**self.layouts, **fits}, consulted=set()))
+            raise
 
     def _follow_constants(self, call: Call, twin: Call, results: list[Tensor], given: list[Tensor]) -> None:
         """A call that reads no examples: does its result depend on their number?"""
-        op = OpCall(call.func, call.args, call.kwargs, call.result, self.layouts, self.n)
-        reads_varying = any(id(tensor) in self.varying for tensor in given)
+        op = self.op(call, twin)
         reads_uniform = any(id(tensor) in self.uniform for tensor in given)
-        differing = call.differing_numbers(twin) - sizes_of(op)
-        for tensor, other in zip(results, leaves_of(twin.result), strict=True):
-            if reads_varying or differing or (reads_uniform and op.name not in MOVES):
+        varies = any(id(tensor) in self.varying for tensor in given) or bool(op.differing - sizes_of(op))
+        varies |= reads_uniform and not stays_uniform(op, self.uniform)
+        counts = still_counts(op, self.counting) if op.counting and not varies else None
+        varies |= bool(op.counting) and counts is None
+        for at, (tensor, other) in enumerate(zip(results, leaves_of(twin.result), strict=True)):
+            if counts is not None:
+                self.counting[id(tensor)] = counts[at]
+            elif (count := counts_examples(op, tensor)) is not None:
+                self.counting[id(tensor)] = count
+            elif varies:
                 self.varying.add(id(tensor))
             elif tensor.shape != other.shape:
                 if reads_uniform:
                     self.uniform.add(id(tensor))
                 else:
                     self._follow_created(op, tensor, other)
+        self._write_constants(op.written, varies)
 
     def _follow_created(self, op: OpCall, tensor: Tensor, other: Tensor) -> None:
         """A value that reads no example but has rows for each (`cls.expand(B, ..)`, `zeros(B, ..)`)."""
@@ -151,20 +205,35 @@ class Follower:
         layout = created_layout(op, tensor, grown, sizes[grown[0]] == (self.n, self.other_n))
         if layout is not None:
             self.layouts[id(tensor)] = layout
+            if op.name in ("expand", "repeat"):
+                self.copies[id(tensor)] = layout.after
         elif op.name in UNIFORM:
             self.uniform.add(id(tensor))
         else:
             self.varying.add(id(tensor))
 
-    def _check_written(self, tensor: Tensor, layout: Layout, given: list[Tensor]) -> None:
-        """An in-place result must not bring examples into memory that other values know to be free of them."""
-        is_written = any(tensor is argument for argument in given)
-        if not is_written or self.layouts.get(id(tensor)) == layout:
+    def _write_examples(self, tensor: Tensor, layout: Layout) -> None:
+        """After an in-place write of examples: every value that shares the memory sees them."""
+        if is_expanded(tensor):
+            raise Unknown("it writes into an expanded value, several entries of which are one place in memory")
+        if self.layouts.get(id(tensor)) == layout:
             return
-        others = (other for other in self.sharing.get(_storage(tensor), ()) if other is not tensor)
-        if any(id(other) not in self.layouts for other in others):
-            raise Unknown("it writes examples into a part of a value that carried none")
+        for other, seen in self.memory.seen_by_others(tensor, layout, self.layouts, self.n):
+            if id(other) not in self.uniform:
+                raise Unknown("it writes examples into a part of a value that carried none")
+            self.layouts[id(other)] = seen
+            self.uniform.discard(id(other))
 
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    def _write_constants(self, written: Iterable[Tensor], varies: bool) -> None:
+        """After an in-place write of no examples: entries that were alike, or counted, no longer are."""
+        for tensor in written:
+            for seen in (tensor, *self.memory.others(tensor)):
+                key = id(seen)
+                was_known = key in self.counting or (key in self.uniform and seen.numel() != tensor.numel())
+                if not varies and not was_known:
+                    continue
+                if key in self.layouts:
+                    raise Mixing("it writes a value that depends on the number of examples into memory that holds some")
+                self.counting.pop(key, None)
+                self.uniform.discard(key)
+                self.varying.add(key)

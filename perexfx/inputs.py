@@ -6,14 +6,110 @@ number of examples are an error that shows their shapes.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import ArgumentError
+
+GivenInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""Inputs of a forward as users give them: a tensor, a tuple of positional inputs, or a dict of keyword inputs."""
+
+
+def bind_inputs(module: nn.Module, given: GivenInputs, argument: str) -> inspect.BoundArguments:
+    """Inputs bound to the arguments of a module's forward.
+
+    Args:
+        module: Whose forward they are for.
+        given: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        argument: What the caller calls them, for messages.
+
+    Raises:
+        ArgumentError: They do not fit.
+    """
+    signature = inspect.signature(module.forward)
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
+    if isinstance(given, Mapping):
+        kwargs = given
+    else:
+        args = given if isinstance(given, tuple) else (given,)
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentError(
+            f"`{argument}` does not fit `{type(module).__name__}.forward{signature}`: {error}. "
+            "Pass a tensor, a tuple of positional inputs, or a dict of keyword inputs."
+        ) from None
+
+
+def by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """The arguments by name, with those of `**kwargs` among the others."""
+    found = dict(bound.arguments)
+    for parameter in bound.signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            found.update(found.pop(parameter.name, {}))
+    return found
+
+
+def named_leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, with containers that hold tensors taken apart: `batch` becomes `batch['image']`, ..."""
+    leaves: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) or not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+            leaves[name] = value
+        else:
+            found, _ = pytree.tree_flatten_with_path(value)
+            leaves.update({f"{name}{pytree.keystr(path)}": leaf for path, leaf in found})
+    return leaves
+
+
+def arguments_of(graph: fx.Graph, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by the names of a graph's placeholders, in their order."""
+    targets = [str(node.target).lstrip("*") for node in graph.nodes if node.op == "placeholder"]
+    return {target: inputs.get(target) for target in targets}
+
+
+TEMPLATE = "perexfx_template"
+"""Key of the template of an argument that is a container of tensors, in its placeholder's `meta`."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """An argument that is a container of tensors.
+
+    Attributes:
+        spec: Its structure.
+        names: Of its leaves.
+        constants: Its leaves; None where they are tensors.
+    """
+
+    spec: pytree.TreeSpec
+    names: tuple[str, ...]
+    constants: tuple[Any, ...]
+
+
+def arguments_for(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> list[Any]:
+    """The arguments that a graph's placeholders stand for, with given tensors; those of `*args` one by one."""
+    arguments: list[Any] = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            value = _argument_of(node, tensors)
+            arguments.extend(value if str(node.target).startswith("*") else [value])
+    return arguments
+
+
+def _argument_of(placeholder: fx.Node, tensors: Mapping[str, Tensor]) -> Any:
+    template: Template | None = placeholder.meta.get(TEMPLATE)
+    if template is None:
+        return tensors.get(str(placeholder.target), placeholder.args[0] if placeholder.args else None)
+    leaves = [tensors.get(name, c) for name, c in zip(template.names, template.constants, strict=True)]
+    return pytree.tree_unflatten(leaves, template.spec)
 
 
 @dataclass(frozen=True)
@@ -33,6 +129,11 @@ class Inputs:
     dtypes: tuple[torch.dtype, ...]
     devices: tuple[torch.device, ...]
     carriers: tuple[bool, ...]
+
+    @property
+    def carrying(self) -> frozenset[str]:
+        """Names of the tensors that carry examples."""
+        return frozenset(name for name, carries in zip(self.names, self.carriers, strict=True) if carries)
 
     @classmethod
     def of(

@@ -29,6 +29,7 @@ def match(
     module: nn.Module,
     trainable: Collection[str],
     rules: Sequence[Rule],
+    fallback: Rule,
     batch_dim: int,
     analysis: Analysis | None = None,
 ) -> tuple[Site, ...]:
@@ -39,6 +40,7 @@ def match(
         module: Holds what the graph names.
         trainable: Names of the parameters that are trained; all others are constants.
         rules: The layer rules to match with; the first that covers a function wins.
+        fallback: Covers what no rule covers.
         batch_dim: The example axis of the inputs.
         analysis: What is known about the values. Without it, `x.shape[batch_dim]` is taken to be the batch size and
             every other size to be constant; `confirm` checks that once shapes are known.
@@ -47,10 +49,12 @@ def match(
         CoverageError: A use that no rule covers.
     """
     states = classify(graph, trainable, batch_dim, analysis)
-    matcher = _Matcher(graph, module, states, rules, analysis)
+    matcher = _Matcher(graph, module, states, rules, fallback, analysis)
     for node in graph.nodes:
         if node.op == "output" or states[node] is State.EXAMPLE:
             matcher.visit(node)
+    if analysis is not None:
+        matcher.refuse_written(analysis.written_by)
     if matcher.refusals:
         raise CoverageError(matcher.refusals)
     return _with_groups(matcher.sites)
@@ -93,9 +97,11 @@ class _Matcher:
         module: nn.Module,
         states: Mapping[fx.Node, State],
         rules: Sequence[Rule],
+        fallback: Rule,
         analysis: Analysis | None,
     ) -> None:
         self.graph, self.module, self.states, self.analysis = graph, module, states, analysis
+        self.fallback = fallback
         self.rules: dict[Target, Rule] = {}
         for rule in rules:
             for target in rule.targets:
@@ -116,22 +122,10 @@ class _Matcher:
                 "it is returned by the forward, and a loss outside could then use it past clipping",
             )
             return
-        rule = self.rules.get(node.target) if node.op in ("call_function", "call_method") else None
-        if rule is None:
-            in_place = node.target in IN_PLACE_FUNCTIONS or str(node.target).endswith("_")
-            reason = "it writes in place into a value that others may read" if in_place else "no layer rule covers it"
+        if reason := self._beyond_rules(node):
             self._refuse(node, read, reason)
             return
-        try:
-            arguments = rule.bind(node.target, node.args, node.kwargs)
-        except TypeError as error:
-            self._refuse(node, read, f"the call does not fit the layer rule `{rule.kind}`: {error}")
-            return
-        operands = {name: arguments[name] for name in rule.operands if self._is(arguments.get(name), State.PARAMETER)}
-        elsewhere = [n for n in read if n not in operands.values()]
-        if elsewhere:
-            self._refuse(node, elsewhere, f"the layer rule `{rule.kind}` takes no parameter in that place")
-            return
+        rule, arguments, operands = self._rule_for(node, read)
         if reason := rule.refuses(arguments) or self._random(operands.values()):
             self._refuse(node, read, reason)
             return
@@ -146,14 +140,72 @@ class _Matcher:
             )
         )
 
-    def _is(self, value: Any, state: State) -> bool:
-        return isinstance(value, fx.Node) and self.states[value] is state
+    def refuse_written(self, written_by: Mapping[str, Sequence[str]]) -> None:
+        """Refuses writes into what an expression is, or into what it has read: neither is seen when it is pulled back.
+
+        A parameter itself may be changed under `torch.no_grad()`; `perexfx.pull_back` checks its version.
+        """
+        order = {node.name: at for at, node in enumerate(self.graph.nodes)}
+        by_name = {node.name: node for node in self.graph.nodes}
+        found: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            if self.states[node] is not State.PARAMETER or node.op == "get_attr":
+                continue
+            for read in (node, *node.all_input_nodes):
+                for writer in (by_name[name] for name in written_by.get(read.name, ())):
+                    if self.states[read] is State.PARAMETER:
+                        is_seen = info_of(writer).stops_gradient
+                    else:
+                        is_seen = order[writer.name] < order[node.name]
+                    if not is_seen:
+                        found.setdefault(writer, node)
+        for writer, node in found.items():
+            self._refuse(writer, [node], "it writes in place into what a parameter expression is made of")
+
+    def _beyond_rules(self, node: fx.Node) -> str:
+        """Why no rule can cover a node, the fallback neither; "" where one may."""
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if node.op == "call_module":
+            return f"it is passed to the module `{node.target}`, and no layer rule covers calls of modules"
+        if node.target in (*IN_PLACE_FUNCTIONS, operator.setitem) or name.partition(".")[0].endswith("_"):
+            return "it writes in place into a value that others may read"
+        if "out" in node.kwargs:
+            return "it writes into `out=`"
+        if self._is_random(node) and node.target not in self.rules:
+            return "it draws random numbers, which the fallback could not draw again"
+        return ""
+
+    def _rule_for(self, node: fx.Node, read: Sequence[fx.Node]) -> tuple[Rule, dict[str, Any], dict[str, fx.Node]]:
+        """The rule that covers a node, its arguments, and those that are parameter expressions."""
+        rule = self.rules.get(node.target, self.fallback)
+        try:
+            arguments = rule.bind(node.target, node.args, node.kwargs)
+        except TypeError:
+            rule = self.fallback
+            arguments = rule.bind(node.target, node.args, node.kwargs)
+        operands = self._operands(rule, arguments)
+        if not set(read) <= set(operands.values()):
+            rule = self.fallback
+            arguments = rule.bind(node.target, node.args, node.kwargs)
+            operands = self._operands(rule, arguments)
+        return rule, arguments, operands
+
+    def _operands(self, rule: Rule, arguments: Mapping[str, Any]) -> dict[str, fx.Node]:
+        named = {name: arguments[name] for name in rule.operands_of(arguments)}
+        return {
+            name: value
+            for name, value in named.items()
+            if isinstance(value, fx.Node) and self.states[value] is State.PARAMETER
+        }
+
+    def _is_random(self, node: fx.Node) -> bool:
+        return _draws_random_numbers(node, self.module) or bool(self.analysis and self.analysis.is_random(node))
 
     def _random(self, operands: Iterable[fx.Node]) -> str | None:
         """Why an operand cannot be computed once more in the backward."""
         for value in operands:
             for inner in self._inside(value):
-                if _draws_random_numbers(inner, self.module) or (self.analysis and self.analysis.is_random(inner)):
+                if self._is_random(inner):
                     return f"its parameter passes through `{inner.name}`, which draws random numbers"
         return None
 
@@ -175,10 +227,8 @@ class _Matcher:
     def _name(self, node: fx.Node, operands: Sequence[fx.Node]) -> str:
         path = info_of(node).module
         owner = self.module.get_submodule(path) if path else None
-        if owner is not None and type(owner).__module__.startswith("torch.nn"):
-            name = path
-        else:
-            name = self._expression(operands[0]).parameters[0]
+        is_layer = owner is not None and type(owner).__module__.startswith("torch.nn") and hasattr(owner, "weight")
+        name = path if is_layer else self._expression(operands[0]).parameters[0]
         unique, count = name, 1
         while unique in self.names:
             count += 1

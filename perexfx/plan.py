@@ -13,11 +13,12 @@ from functools import cached_property
 
 from perexfx.choose import choose
 from perexfx.ir.alternative import Alternative
+from perexfx.ir.cost import Cost
 from perexfx.ir.errors import ArgumentError, StrategyError
 from perexfx.ir.factors import Signature
 from perexfx.ir.machine import Machine
 from perexfx.ir.refusal import Refusal
-from perexfx.ir.rule import Geometry
+from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Site, are_joined, grouped
 from perexfx.ir.strategy import Strategy
 
@@ -29,18 +30,27 @@ class Decision:
     Attributes:
         site: The site's name.
         operand: The operand's name.
+        kind: Kind of the rule at these shapes.
         signature: Sizes of its factors.
         chosen: The alternative taken.
         alternatives: All of them, in the order of the strategies.
         reason: Why there was no choice: "forced by strategy=", "joined with ...", or "".
+        own_seconds: Predicted time of what the rule does beyond an ordinary backward, whatever the strategy.
     """
 
     site: str
     operand: str
+    kind: str
     signature: Signature
     chosen: Alternative
     alternatives: tuple[Alternative, ...]
     reason: str = ""
+    own_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time, the rule's own included."""
+        return self.chosen.seconds + self.own_seconds
 
     @property
     def runner_up(self) -> Alternative | None:
@@ -56,14 +66,14 @@ class Plan:
     Attributes:
         batch_size: The number of examples it was made for.
         decisions: One per operand of each site, in graph order.
-        geometries: Site name -> shapes and layouts.
+        fitted: Site name -> the rule that covers its shapes, and the shapes.
         machine: Name of the machine profile.
         memory_budget: The bound it was made under, in bytes.
     """
 
     batch_size: int
     decisions: tuple[Decision, ...]
-    geometries: Mapping[str, Geometry] = field(repr=False)
+    fitted: Mapping[str, Fitted] = field(repr=False)
     machine: str
     memory_budget: int | None
 
@@ -75,7 +85,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Predicted time of all norms and clipped sums."""
-        return sum(decision.chosen.seconds for decision in self.decisions)
+        return sum(decision.seconds for decision in self.decisions)
 
     @property
     def bytes_added(self) -> int:
@@ -93,8 +103,7 @@ class Plan:
 
 def make_plan(
     sites: Sequence[Site],
-    geometries: Mapping[str, Geometry],
-    signatures: Mapping[str, Mapping[str, Signature]],
+    fitted: Mapping[str, Fitted],
     strategies: Sequence[Strategy],
     machine: Machine,
     *,
@@ -106,8 +115,7 @@ def make_plan(
 
     Args:
         sites: In graph order.
-        geometries: Site name -> shapes and layouts.
-        signatures: Site name -> operand -> sizes of its factors.
+        fitted: Site name -> the site at its shapes.
         strategies: To choose from; earlier ones win ties.
         machine: Predicts seconds.
         itemsize: Bytes per element.
@@ -124,17 +132,19 @@ def make_plan(
     rows = []
     for site in sites:
         for operand in site.operands:
-            signature = signatures[site.name][operand.name]
+            signature = fitted[site.name].signatures[operand.name]
             wanted = _wanted(site, forced) if operand is site.operands[0] else None
             rows.append(_Row(site, operand.name, signature, alternatives.of(signature), wanted, joined[site.name]))
     _check_applicable(rows, forced)
     picked = choose([row.candidates for row in rows], memory_budget)
-    decisions = tuple(
-        Decision(row.site.name, row.operand, row.signature, chosen, row.alternatives, row.reason)
-        for row, chosen in zip(rows, picked, strict=True)
-    )
-    n = next(iter(geometries.values())).n if geometries else 0
-    return Plan(n, decisions, geometries, machine.name, memory_budget)
+    decisions = []
+    for row, chosen in zip(rows, picked, strict=True):
+        found, is_first = fitted[row.site.name], row.operand == row.site.operands[0].name
+        own = machine.seconds(Cost(found.rule.own_work(found.geometry, itemsize), 0)) if is_first else 0.0
+        name, kind = row.site.name, found.rule.kind
+        decisions.append(Decision(name, row.operand, kind, row.signature, chosen, row.alternatives, row.reason, own))
+    n = next(iter(fitted.values())).geometry.n if fitted else 0
+    return Plan(n, tuple(decisions), fitted, machine.name, memory_budget)
 
 
 class _Alternatives:

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perexfx.inputs import Inputs
+from perexfx.inputs import Inputs, arguments_for
 from perexfx.ir.errors import RefusedError
 from perexfx.ir.node import place_of
 from perexfx.ir.refusal import Refusal
@@ -36,16 +41,41 @@ class Call:
 
     def differing_numbers(self, twin: Call) -> set[str]:
         """Names of the arguments whose numbers are others in the other run."""
-        ours, theirs = self._by_name(), twin._by_name()
-        return {name for name, value in ours.items() if _numbers(value) != _numbers(theirs.get(name))}
+        ours, theirs = self.named_arguments(), twin.named_arguments()
+        shown = {name: (repr(numbers_of(value)), repr(numbers_of(theirs.get(name)))) for name, value in ours.items()}
+        return {name for name, (own, other) in shown.items() if own != other}  # as text, where NaN equals itself
 
-    def _by_name(self) -> dict[str, Any]:
+    def named_arguments(self) -> dict[str, Any]:
+        """Its arguments by their names in the operation's schema."""
         names = [argument.name for argument in self.func._schema.arguments]
         return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
 
 
-def _numbers(value: Any) -> list[float]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, int | float)]
+def leaves(value: Any) -> list[Any]:
+    """The leaves of a value: of containers, and of dataclasses whether torch knows them or not."""
+    found = []
+    for leaf in pytree.tree_leaves(value):
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            found += leaves([getattr(leaf, each.name) for each in fields(leaf)])
+        else:
+            found.append(leaf)
+    return found
+
+
+def leaves_of(value: Any) -> list[Tensor]:
+    """The tensors in a value."""
+    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
+
+
+def numbers_of(value: Any) -> list[float]:
+    """The numbers in a value, those in tensors that were made of numbers included."""
+    found: list[float] = []
+    for leaf in leaves(value):
+        if isinstance(leaf, int | float):
+            found.append(leaf)
+        elif isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor):
+            found += leaf.flatten().tolist()
+    return found
 
 
 @dataclass
@@ -53,29 +83,69 @@ class Run:
     """One run with fake tensors: every aten call in order, and every node's value.
 
     Everything is kept alive, so that the `id` of a tensor stays its own.
+
+    Attributes:
+        n: Number of examples.
+        inputs: The tensors among the graph's inputs, by name.
+        calls: The aten calls, in order.
+        values: Each node's value, by name.
+        reshaped: Nodes whose value was given another shape in place, and the node that did so.
+        node: The node at work.
     """
 
     n: int
     inputs: dict[str, Any] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
+    reshaped: dict[str, fx.Node] = field(default_factory=dict)
     node: fx.Node | None = None
 
+    def swap(self, old: Tensor, new: Tensor) -> None:
+        """Puts one tensor in another's place in all that was recorded so far."""
 
-def leaves_of(value: Any) -> list[Tensor]:
-    """The tensors in a value."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        def swapped(value: Any) -> Any:
+            return pytree.tree_map(lambda leaf: new if leaf is old else leaf, value)
+
+        assert self.node is not None
+        self.reshaped |= {
+            name: self.node for name, value in self.values.items() if any(leaf is old for leaf in leaves_of(value))
+        }
+        self.inputs, self.values = swapped(self.inputs), swapped(self.values)
+        self.calls = [
+            replace(call, args=swapped(call.args), kwargs=swapped(call.kwargs), result=swapped(call.result))
+            for call in self.calls
+        ]
 
 
-class _Recording(TorchDispatchMode):
+_RESHAPING = {
+    "unsqueeze_": torch.ops.aten.unsqueeze,
+    "squeeze_": torch.ops.aten.squeeze,
+    "transpose_": torch.ops.aten.transpose,
+    "t_": torch.ops.aten.t,
+}
+"""Operations that give a value another shape in place, and what they are out of place."""
+
+
+class Recording(TorchDispatchMode):
+    """Keeps every aten call made under it."""
+
     def __init__(self, run: Run) -> None:
         super().__init__()
         self.run = run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        before: Tensor | None = None
+        packet = _RESHAPING.get(func._schema.name.removeprefix("aten::"))
+        if packet is not None:  # what was recorded so far keeps the shape that it had
+            alias = torch.ops.aten.alias.default(args[0])
+            self.run.swap(args[0], alias)
+            before = alias
         result = func(*args, **kwargs)
         assert self.run.node is not None
+        if packet is not None:
+            overload = "int" if func._schema.name == "aten::transpose_" else func._overloadname or "default"
+            func, args = getattr(packet, overload), (before, *args[1:])
         self.run.calls.append(Call(self.run.node, func, args, kwargs, result))
         return result
 
@@ -88,6 +158,9 @@ class _FakeInterpreter(fx.Interpreter):
         self.fake, self.run_record = fake, run
         self.converted: dict[int, Tensor] = {}
         self.extra_traceback = False
+        for node in graph.nodes:  # before anything is recorded: making them fake reads them
+            if node.op == "get_attr":
+                self.fetch_attr(str(node.target))
 
     def run_node(self, n: fx.Node) -> Any:
         """One node."""
@@ -128,13 +201,12 @@ def record(graph: fx.Graph, module: nn.Module, inputs: Inputs, batch_dim: int, n
             size = (*shape[:batch_dim], n, *shape[batch_dim + 1 :]) if carries else shape
             values[name] = torch.empty(size, dtype=dtype, device=device)
         interpreter = _FakeInterpreter(module, graph, fake, run)
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        arguments = [values.get(p.target, p.args[0] if p.args else None) for p in placeholders]
+        arguments = arguments_for(graph, values)
         torch_log = logging.getLogger("torch._subclasses.fake_tensor")
         level = torch_log.level
         torch_log.setLevel(logging.CRITICAL)
         try:
-            with TRACING, _Recording(run), warnings.catch_warnings():
+            with TRACING, Recording(run), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the real run gives them too
                 interpreter.run(*arguments)
         except Exception as error:
@@ -145,13 +217,40 @@ def record(graph: fx.Graph, module: nn.Module, inputs: Inputs, batch_dim: int, n
     return run
 
 
+_VALUES_ASKED = {
+    "_local_scalar_dense": "it takes a number out of a tensor (`.item()`, `int(t)`, `if t:`)",
+    "equal": "it asks whether two tensors are equal",
+}
+_SIZES_ASKED = {
+    "nonzero": "it selects by a mask, or asks where a value is not zero",
+    "masked_select": "it selects by a mask",
+    "repeat_interleave": "it repeats entries a number of times that is itself in a tensor",
+}
+
+
 def _failed(node: fx.Node, n: int, error: Exception) -> Refusal:
     place = place_of(node)
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        name = error.func._schema.name.removeprefix("aten::")
+        if isinstance(error, DataDependentOutputException):
+            asked = _VALUES_ASKED.get(name, f"`{name}` asks for values")
+            return Refusal(
+                what=f"{place} cannot be followed: {asked}.",
+                why="What it does then depends on values, and may differ from batch to batch.",
+                remedy="Keep it a tensor, or compute it outside the model and pass it in.",
+                place=place,
+            )
+        asked = _SIZES_ASKED.get(name, f"`{name}` gives as many entries as the values ask for")
+        return Refusal(
+            what=f"{place} cannot be followed: {asked}.",
+            why="The size of its result depends on values, so it has no axis of examples.",
+            remedy="Keep every entry, and use `torch.where` or a product with a mask.",
+            place=place,
+        )
     reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
     return Refusal(
         what=f"{place} fails when its shapes are worked out for a batch of {n}: {reason}.",
-        why="Either the inputs do not fit the model, or the graph does not hold for every batch size and every value.",
-        remedy="Give sizes that follow the input's (`x.shape[0]`, or -1), and avoid `.item()`, `nonzero` and masks "
-        "that select.",
+        why="Either the inputs do not fit the model, or the graph does not hold for every batch size.",
+        remedy="Give sizes that follow the input's (`x.shape[0]`, or -1).",
         place=place,
     )

@@ -11,14 +11,20 @@ import operator
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from perexfx.ir.errors import CoverageError, MixingError
 from perexfx.ir.node import place_of
-from perexfx.ir.refusal import Refusal
+from perexfx.ir.refusal import Place, Refusal
 
 
-def refuse_batch_statistics(graph: fx.Graph) -> None:
-    """Refuses layers that normalise by batch statistics, which need no shapes to be recognised.
+def refuse_batch_statistics(graph: fx.Graph, module: nn.Module) -> None:
+    """Refuses what normalises by batch statistics, which needs no shapes to be recognised.
+
+    Args:
+        graph: In functional form.
+        module: Holds the layers that it was recorded in.
 
     Raises:
         MixingError: All of them, by name.
@@ -33,13 +39,25 @@ def refuse_batch_statistics(graph: fx.Graph) -> None:
             Refusal(
                 what=f"{place} is {layer} in training mode: its statistics are those of the whole batch.",
                 why="Every example's output then depends on all others, and no example has a gradient of its own.",
-                remedy=f"Replace module `{place.module}` by GroupNorm, or freeze its statistics with "
-                f"`model.get_submodule({place.module!r}).eval()` before the transform.",
+                remedy=_remedy(module, place),
                 place=place,
             )
         )
     if refusals:
         raise MixingError(refusals)
+
+
+def _remedy(module: nn.Module, place: Place) -> str:
+    if not isinstance(module.get_submodule(place.module), _BatchNorm | _InstanceNorm):
+        return (
+            "`perexfx.replace_batchnorm` cannot replace a call of a function: write a normalisation of each example, "
+            "as `torch.nn.functional.group_norm`, or pass running statistics and not to use others."
+        )
+    freeze = f"model.get_submodule({place.module!r}).eval()" if place.module else "model.eval()"
+    return (
+        f"Replace module `{place.module}` by GroupNorm with `perexfx.replace_batchnorm(model)`, which does so for all "
+        f"such layers, or freeze its statistics with `{freeze}` before the transform."
+    )
 
 
 def refuse_other_trainables(graph: fx.Graph, module: nn.Module) -> None:

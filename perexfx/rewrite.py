@@ -8,6 +8,7 @@ Parameter objects under their names, and the model itself is left as it was.
 from __future__ import annotations
 
 import copy
+import copyreg
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +23,16 @@ from perexfx.runtime import clip, norm, per_example
 from perexfx.state import PerExample
 
 STATE = "perexfx"
+
+
+def _overload(name: str, overload: str) -> Any:
+    """An overload by its name: `aten::silu`, `default`."""
+    namespace, operation = name.split("::")
+    return getattr(getattr(getattr(torch.ops, namespace), operation), overload)
+
+
+# torch cannot pickle overloads, and exported graphs name them
+copyreg.pickle(torch._ops.OpOverload, lambda op: (_overload, (op._schema.name, op._overloadname)))
 
 
 class Transformed(fx.GraphModule):
@@ -138,7 +149,8 @@ def _insert_clip(
     graph: fx.Graph, inputs: Sequence[fx.Node], names: tuple[str, ...]
 ) -> tuple[fx.Node, fx.Node, dict[str, fx.Node]]:
     """The tape, the clip node, and what comes out of it: the token and the parameters."""
-    tape = graph.create_node("call_module", STATE, (tuple(str(n.target) for n in inputs), *inputs), name="tape")
+    arguments = tuple(str(node.target).lstrip("*") for node in inputs)
+    tape = graph.create_node("call_module", STATE, (arguments, *inputs), name="tape")
     read = [graph.create_node("get_attr", name) for name in names]
     node = graph.create_node("call_function", clip, (tape, names, *read), name="clip")
     token = graph.create_node("call_function", operator.getitem, (node, 0), name="token")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
 
 from perexfx.clipping import clip_factors_of
 from perexfx.ir.errors import ShapeError
@@ -88,6 +89,27 @@ def norm(tape: Tape, token: Tensor, group: str) -> Tensor:
     return token if tape.plan is None else _Norm.apply(tape, token, group)
 
 
+class _Structure:
+    """How the tensors that a site returns make up its result."""
+
+    def __init__(self) -> None:
+        self.spec: pytree.TreeSpec | None = None
+        self.leaves: list[Any] = []
+
+    def flatten(self, output: Any) -> tuple[Tensor, ...]:
+        """The tensors of a result; all else is remembered."""
+        self.leaves, self.spec = pytree.tree_flatten(output)
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, Tensor))
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+        """The result around its tensors."""
+        assert self.spec is not None
+        left = iter(tensors)
+        leaves = [next(left) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        self.leaves = []
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
 class _PerExampleOp(Function):
     """A layer: its output forward; backward the gradient of its inputs, and its factors onto the tape."""
 
@@ -98,24 +120,29 @@ class _PerExampleOp(Function):
         site: Site,
         _token: Tensor,
         arguments: dict[str, Any],
+        structure: _Structure,
         names: tuple[str, ...],
         *tensors: Tensor,
-    ) -> Tensor:
+    ) -> Any:
         assert tape.plan is not None
-        geometry = tape.plan.geometries[site.name]
+        rule, geometry = tape.plan.fitted[site.name].rule, tape.plan.fitted[site.name].geometry
         given = {**arguments, **dict(zip(names, tensors, strict=True))}
-        output, residuals = site.rule.forward(given, geometry)
-        _check_shape(site, "result", output, geometry.output_shape)
-        if output._is_view():  # torch refuses to let later layers change a custom function's view in place
-            output = torch.ops.aten._unsafe_view.default(output, output.shape)
-        inputs = {name for name, needed in zip(names, ctx.needs_input_grad[5:], strict=True) if needed}
+        output, residuals = rule.forward(given, geometry)
+        outputs = structure.flatten(output)
+        for value, expected in zip(outputs, geometry.outputs, strict=True):
+            _check_shape(site, "result", value, expected.shape)
+        # torch refuses to let later layers change a custom function's view in place
+        outputs = tuple(torch.ops.aten._unsafe_view.default(v, v.shape) if v._is_view() else v for v in outputs)
+        ctx.mark_non_differentiable(*(value for value in outputs if not value.is_floating_point()))
+        inputs = {name for name, needed in zip(names, ctx.needs_input_grad[6:], strict=True) if needed}
         operands = {operand.name for operand in site.operands if _is_active(tape, operand)}
-        read = site.rule.reads(given, inputs, operands)
+        read = rule.reads(given, inputs, operands)
         ctx.saved_names = tuple(name for name in names if name in read)
         ctx.save_for_backward(*(given[name] for name in ctx.saved_names), *residuals)
-        ctx.tape, ctx.site, ctx.arguments, ctx.names, ctx.geometry = tape, site, arguments, names, geometry
+        ctx.tape, ctx.site, ctx.arguments, ctx.names = tape, site, arguments, names
+        ctx.rule, ctx.geometry = rule, geometry
         ctx.inputs, ctx.operands = inputs, operands
-        return output
+        return outputs
 
     @staticmethod
     @once_differentiable
@@ -126,18 +153,18 @@ class _PerExampleOp(Function):
         call = Backward(
             arguments={**ctx.arguments, **dict(zip(saved, tensors, strict=False))},
             residuals=tensors[len(saved) :],
-            grad_output=grad_outputs[0],
+            grad_outputs=grad_outputs,
             geometry=ctx.geometry,
             inputs=ctx.inputs,
             operands=ctx.operands,
         )
-        gradients, factors = site.rule.backward(call)
+        gradients, factors = ctx.rule.backward(call)
         for name, found in factors.items():
             tape.observed[site.name, name] = found
-        return (None,) * 5 + tuple(gradients.get(name) for name in names)
+        return (None,) * 6 + tuple(gradients.get(name) for name in names)
 
 
-def per_example(tape: Tape, token: Tensor, name: str, constants: Any, *args: Any, **kwargs: Any) -> Tensor:
+def per_example(tape: Tape, token: Tensor, name: str, constants: Any, *args: Any, **kwargs: Any) -> Any:
     """The output of a layer.
 
     Args:
@@ -155,15 +182,16 @@ def per_example(tape: Tape, token: Tensor, name: str, constants: Any, *args: Any
     for operand, values in zip(site.operands, constants, strict=True):
         tape.constants[name, operand.name] = values
     names = tuple(key for key, value in arguments.items() if isinstance(value, Tensor))
-    geometry = tape.plan.geometries[name]
+    geometry = tape.plan.fitted[name].geometry
     for key in names:
         if key in geometry.shapes:
             _check_shape(site, key, arguments[key], geometry.shapes[key])
     tensors = [arguments.pop(key) for key in names]
-    return _PerExampleOp.apply(tape, site, token, arguments, names, *tensors)
+    structure = _Structure()
+    return structure.rebuild(_PerExampleOp.apply(tape, site, token, arguments, structure, names, *tensors))
 
 
-def _call(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _call(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(site.target, str):
         return getattr(args[0], site.target)(*args[1:], **kwargs)
     return site.target(*args, **kwargs)

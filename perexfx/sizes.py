@@ -1,44 +1,53 @@
 """The sizes at every site for one batch size: all that a plan is made from.
 
-Promises: from an analysis alone, by arithmetic; a site whose shapes its rule does not cover is refused by name.
+Promises: from an analysis alone, by arithmetic; a site whose shapes its own rule does not cover gets the fallback, and
+one that has no per-example gradient at all is refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from perexfx.analyze import Analysis
 from perexfx.ir.errors import CoverageError
-from perexfx.ir.factors import Signature
 from perexfx.ir.refusal import Refusal
-from perexfx.ir.rule import Geometry
+from perexfx.ir.rule import Fitted, Geometry, Output, Rule
 from perexfx.ir.site import Site
 
 
-def sizes_of(
-    sites: Sequence[Site], graph: fx.Graph, analysis: Analysis, n: int
-) -> tuple[dict[str, Geometry], dict[str, Mapping[str, Signature]]]:
-    """Geometry and factor sizes of every site for a batch of n.
+def fit(
+    sites: Sequence[Site], graph: fx.Graph, analysis: Analysis, n: int, fallback: Callable[[Rule], Rule]
+) -> dict[str, Fitted]:
+    """Every site at the shapes of a batch of n.
+
+    Args:
+        sites: In graph order.
+        graph: Where they are.
+        analysis: What is known about its values.
+        n: Number of examples.
+        fallback: Makes the rule to use where a site's own does not cover its shapes.
 
     Raises:
-        CoverageError: A site has shapes that its rule does not cover.
+        CoverageError: A site has shapes that no rule covers.
     """
     nodes = {node.name: node for node in graph.nodes}
-    geometries, signatures, refusals = {}, {}, []
+    fitted, refusals = {}, []
     for site in sites:
         node = nodes[site.node]
         arguments = site.rule.bind(site.target, node.args, node.kwargs)
-        found = _geometry(site, node, arguments, analysis, n)
-        reason = found if isinstance(found, str) else site.rule.misfits(found)
-        if isinstance(found, Geometry) and not reason:
-            geometries[site.name] = found
-            signatures[site.name] = site.rule.signatures(arguments, found)
+        geometry = _geometry(site, node, arguments, analysis, n)
+        if isinstance(geometry, Geometry):
+            misfit = _constant_input(site, geometry) or site.rule.misfits(arguments, geometry) or ""
+            rule = fallback(site.rule) if misfit else site.rule
+            fitted[site.name] = Fitted(rule, geometry, rule.signatures(arguments, geometry), misfit)
             continue
         refusals.append(
             Refusal(
-                what=f"{site.place} uses {', '.join(f'`{name}`' for name in site.parameters)}: {reason}.",
+                what=f"{site.place} uses {', '.join(f'`{name}`' for name in site.parameters)}: {geometry}.",
                 why="Every use of a trainable parameter must be covered.",
                 remedy="Freeze it (`requires_grad_(False)`), or rewrite that line.",
                 place=site.place,
@@ -46,7 +55,7 @@ def sizes_of(
         )
     if refusals:
         raise CoverageError(refusals)
-    return geometries, signatures
+    return fitted
 
 
 def operand_itemsize(sites: Sequence[Site], graph: fx.Graph, analysis: Analysis) -> int:
@@ -58,23 +67,41 @@ def operand_itemsize(sites: Sequence[Site], graph: fx.Graph, analysis: Analysis)
 
 def _geometry(site: Site, node: fx.Node, arguments: Mapping[str, object], analysis: Analysis, n: int) -> Geometry | str:
     """The shapes at a site, or why it has none that can be used."""
-    output = analysis.tensor(node)
-    if output is None or output.layout is None:
+    results = analysis.nodes[node.name].tensors
+    if not results or results[0].layout is None:
         return "its result has no single axis of examples"
+    if any(result.layout is None and result.depends_on_batch_size for result in results):
+        return "the examples in one of its results cannot be told apart"
     shapes, layouts = {}, {}
     for name, value in arguments.items():
         facts = analysis.tensor(value) if isinstance(value, fx.Node) else None
         if facts is None:
             continue
-        if facts.dtype.is_complex or output.dtype.is_complex:
+        if facts.dtype.is_complex or any(result.dtype.is_complex for result in results):
             return "it computes with complex numbers, which no layer rule covers"
         shapes[name] = facts.shape(n)
         if facts.layout is not None:
             layouts[name] = facts.layout
         elif facts.depends_on_batch_size:
             return f"the examples in its argument `{name}` cannot be told apart"
+    outputs = tuple(Output(r.shape(n), r.layout, r.dtype.is_floating_point) for r in results)
+    return Geometry(n, shapes, layouts, outputs, _for_one(arguments, analysis))
+
+
+def _constant_input(site: Site, geometry: Geometry) -> str:
+    """Why a rule does not cover a call whose input is a constant."""
     operands = {operand.name for operand in site.operands}
     for name in site.rule.inputs:
-        if name in shapes and name not in layouts and name not in operands:
+        if name in geometry.shapes and name not in geometry.layouts and name not in operands:
             return f"its argument `{name}` carries no examples, but its result does"
-    return Geometry(n, shapes, layouts, output.shape(n), output.layout)
+    return ""
+
+
+def _for_one(arguments: Mapping[str, Any], analysis: Analysis) -> dict[str, Any]:
+    """Arguments that are numbers and follow the batch size, for one example."""
+    found = {}
+    for name, value in arguments.items():
+        numbers = [analysis.numbers_for(leaf, 1) for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Node)]
+        if any(number is not None for number in numbers):
+            found[name] = fx.map_arg(value, lambda node: analysis.numbers_for(node, 1))  # pyright: ignore[reportArgumentType, reportReturnType]
+    return found

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from perexfx.analyze import Analysis
 from perexfx.capture import Captured
-from perexfx.inputs import Inputs
+from perexfx.inputs import Inputs, named_leaves
 from perexfx.ir.errors import ArgumentError, ModeError
 from perexfx.ir.site import Site, are_joined, grouped
 from perexfx.plan import Plan
@@ -116,15 +117,31 @@ class PerExample(nn.Module):
 
     def forward(self, names: tuple[str, ...], *values: Any) -> Tape:
         """The tape of one forward: checks that the graph is right for this call, and looks up or makes the plan."""
-        arguments = dict(zip(names, values, strict=True))
+        arguments = named_leaves(dict(zip(names, values, strict=True)))
         self._check_baked(arguments)
+        self.captured.conditions.check(arguments)
         self._check_modes()
         if not torch.is_grad_enabled():
             return Tape(self, None, 0)
         self._check_trainable()
-        kind, n = Inputs.of(arguments, self.settings.batch_dim, self._carriers)
+        kind, n = self.kind_of(arguments)
         self.plan = self._plans.get((kind, n)) or self.prepare(kind, n)
         return Tape(self, self.plan, n)
+
+    def kind_of(self, arguments: Mapping[str, Any]) -> tuple[Inputs, int]:
+        """The kind of some inputs, by name, and their batch size."""
+        return Inputs.of(arguments, self.settings.batch_dim, self._carriers)
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """What is set, planned, or left behind by a backward in the meantime is undone."""
+        before = dict(self.__dict__)
+        self._analyses, self._plans = dict(self._analyses), {}
+        try:
+            yield
+        finally:
+            self.__dict__.clear()
+            self.__dict__.update(before)
 
     def prepare(self, kind: Inputs, n: int) -> Plan:
         """Makes the plan for one kind of input and batch size, and remembers it."""

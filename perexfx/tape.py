@@ -10,12 +10,39 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from perexfx.ir.errors import ModeError
 from perexfx.ir.factors import Factors
 from perexfx.plan import Plan
 
 if TYPE_CHECKING:
     from perexfx.state import PerExample
+
+
+class Constants:
+    """What parameter expressions read besides parameters, by (site, operand)."""
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[str, str], tuple[Any, ...]] = {}
+        self._versions: dict[tuple[str, str], list[int]] = {}
+
+    def __setitem__(self, key: tuple[str, str], values: tuple[Any, ...]) -> None:
+        self._values[key], self._versions[key] = values, _versions(values)
+
+    def __getitem__(self, key: tuple[str, str]) -> tuple[Any, ...]:
+        """Raises: ModeError where they have been overwritten since."""
+        values = self._values[key]
+        if _versions(values) != self._versions[key]:
+            raise ModeError(
+                f"A tensor that the parameter expression at site `{key[0]}` reads was changed between the forward and "
+                "the backward, which needs its old value. Change it before it is read, or give the expression a clone."
+            )
+        return values
+
+
+def _versions(values: tuple[Any, ...]) -> list[int]:
+    return [value._version for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
 
 
 class Tape:
@@ -26,7 +53,7 @@ class Tape:
         self.active: frozenset[str] = frozenset()
         self.parameters: dict[str, Tensor] = {}
         self.versions: dict[str, int] = {}
-        self.constants: dict[tuple[str, str], tuple[Any, ...]] = {}
+        self.constants = Constants()
         self._task: int | None = None
         self.observed: dict[tuple[str, str], Factors] = {}
         self.held: dict[tuple[str, str], Factors] = {}

@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.node import NodeInfo, annotate
+from perexfx.traceable import forward_of, traceable
 
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -101,13 +99,18 @@ class Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Normalisation layers check ranks by control flow; their functional form does the same work."""
-        if isinstance(m, _InstanceNorm | _BatchNorm):
-            forward = _functional_norm(m)
+        """Torch's own modules that look at values or ranks are traced by forwards that do not."""
         self.inside.append((self.path_of_module(m), type(m).__name__))
-        result = super().call_module(m, forward, args, kwargs)
+        with traceable(m):
+            result = super().call_module(m, forward, args, kwargs)
         self.inside.pop()
         return result
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """The model may be such a module itself."""
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        forward = forward_of(self.root)
+        return (function if forward is None else lambda _, *given: forward(*given)), args
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Adds the place, and what fx does not record: `torch.no_grad()` and autocast."""
@@ -120,7 +123,7 @@ class Tracer(fx.Tracer):
                 f"The forward switches autocast at {source}, which a traced graph does not record. "
                 "Convert the model to the dtype you want instead."
             )
-        if not torch.is_grad_enabled() and _writes_into_activation(node, self.root):
+        if not torch.is_grad_enabled() and writes_into_activation(node, self.root):
             raise CaptureError(
                 f"The forward writes in place under torch.no_grad() at {source}: autograd does not see the write, and "
                 "a traced graph would record it. Compute a new value and `detach()` it instead."
@@ -128,40 +131,45 @@ class Tracer(fx.Tracer):
         return annotate(node, NodeInfo(module, source, stops_gradient=not torch.is_grad_enabled()))
 
 
-def _states_outside_torch() -> tuple[Any, ...]:
+def states_outside_torch() -> tuple[Any, ...]:
     """Of the generators that torch does not know."""
     numpy = sys.modules.get("numpy")
     drawn = () if numpy is None else tuple(map(repr, numpy.random.get_state()))
     return random.getstate(), *drawn
 
 
-def _functional_norm(module: _InstanceNorm | _BatchNorm) -> Any:
-    def instance_norm(x: Any) -> Any:
-        return F.instance_norm(
-            x,
-            module.running_mean,
-            module.running_var,
-            module.weight,
-            module.bias,
-            module.training or not module.track_running_stats,
-            module.momentum if module.momentum is not None else 0.0,
-            module.eps,
-        )
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Puts back attributes, lists among them, and buffers of all modules: a forward may assign stand-ins to them."""
+    before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    lists = [(value, list(value)) for _, found, _ in before for value in found.values() if type(value) is list]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for value, content in lists:
+            value[:] = content
 
-    def batch_norm(x: Any) -> Any:
-        uses_batch = module.training or not module.track_running_stats
-        return F.batch_norm(
-            x,
-            module.running_mean,
-            module.running_var,
-            module.weight,
-            module.bias,
-            uses_batch,
-            module.momentum if module.momentum is not None else 0.0,
-            module.eps,
-        )
 
-    return instance_norm if isinstance(module, _InstanceNorm) else batch_norm
+def line_of(error: BaseException) -> str:
+    """` at file.py:line`: the innermost line of an error that is neither torch's nor ours."""
+    line, trace = "", error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if not name.startswith(LIBRARIES) and not name.startswith("<"):
+            line = f" at {Path(name).name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return line
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error, without its full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def user_line() -> str:
@@ -175,7 +183,7 @@ def user_line() -> str:
     return ""
 
 
-def _writes_into_activation(node: fx.Node, root: nn.Module) -> bool:
+def writes_into_activation(node: fx.Node, root: nn.Module) -> bool:
     """Whether a node changes a value that was computed (parameters and buffers may be changed)."""
     written = node.args[0] if node.args else None
     if not isinstance(written, fx.Node) or written.op == "get_attr":
@@ -226,12 +234,12 @@ class NoRandomConstants(TorchFunctionMode):
     """
 
     def __enter__(self) -> Any:
-        self.outside = _states_outside_torch()
+        self.outside = states_outside_torch()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        if error[0] is None and _states_outside_torch() != self.outside:
+        if error[0] is None and states_outside_torch() != self.outside:
             raise CaptureError(
                 "The forward draws random numbers from Python's `random` or from NumPy: a traced graph would use the "
                 "same ones for ever. Draw them with `torch.rand_like(x)` or the like."

@@ -265,6 +265,32 @@ def group_norm_no_affine() -> nn.Module:
     return nn.Sequential(nn.Conv1d(3, 4, 3), nn.GroupNorm(2, 4, affine=False), nn.Conv1d(4, 2, 1))
 
 
+@case(images(4, 5))
+class strided_scales(nn.Module):
+    """Scales and shifts that are columns of a matrix, and copies of one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales, self.shift = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.shift.expand(4)
+        y = F.group_norm(F.instance_norm(x, weight=self.scales[:, 0], bias=shift), 2, self.scales[:, 1], shift)
+        y = F.layer_norm(torch.tanh(y).transpose(1, 2), (4,), self.scales[:, 2], shift)
+        return F.rms_norm(torch.tanh(y), (4,), self.scales[:, 3])
+
+
+@case(images(4, 5))
+class instance_norm_bias_alone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(F.instance_norm(x, bias=self.first))
+        return F.instance_norm(y, bias=self.second).cumsum(2)
+
+
 @case(images(3, 5, 5))
 def instance_norm() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.Tanh(), nn.InstanceNorm2d(4))
@@ -644,5 +670,9 @@ def dropout_and_pooling() -> nn.Module:
         nn.Linear(16, 2),
     )
 
+
+import cases_attention  # noqa: E402, F401 (registers its cases)
+import cases_recurrent  # noqa: E402, F401
+import cases_uses  # noqa: E402, F401
 
 BY_NAME = {c.name: c for c in CASES}

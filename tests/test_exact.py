@@ -167,5 +167,5 @@ def test_every_rule_and_every_strategy_is_among_the_pairs() -> None:
     for case in CASES:
         gm = perexfx.transform(case.build(), batch_dim=case.batch_dim)
         kinds |= {site.kind for site in gm.perexfx.sites}
-    assert kinds == {rule.kind for rule in RULES}
+    assert kinds - {"fallback"} == {rule.kind for rule in RULES}
     assert {strategy for _, _, strategy in PAIRS} == {strategy.name for strategy in STRATEGIES}

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "perexfx"
-TOP = ("views", "bench", "cli", "__main__", "__init__")
+TOP = ("quantities", "check", "verify", "passes", "views", "bench", "cli", "__main__", "__init__")
 
 
 def imports() -> dict[str, set[str]]:
@@ -47,6 +47,17 @@ def test_layers_and_strategies_know_ir_and_not_each_other() -> None:
     for module, names in imports().items():
         if floor(module) in ("layers", "strategies"):
             assert {floor(name) for name in names} <= {"ir", floor(module)}, module
+
+
+def test_other_passes_know_ir_alone() -> None:
+    for module, names in imports().items():
+        if floor(module) == "passes":
+            assert {floor(name) for name in names} <= {"ir", "passes"}, module
+
+
+def test_the_parts_of_the_check_are_its_own() -> None:
+    users = {floor(module) for module, names in imports().items() if "verify" in {floor(name) for name in names}}
+    assert users == {"check", "verify"}
 
 
 def test_only_the_api_names_rules_and_strategies() -> None:

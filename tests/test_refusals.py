@@ -43,8 +43,8 @@ MIXING: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "einsum": (lambda h: torch.einsum("nd,md->nm", h, h), "."),
     "roll": (lambda h: h - h.roll(1, 0), "moves examples"),
     "flip": (lambda h: h + h.flip(0), "moves examples"),
-    "first": (lambda h: h - h[0], "moves examples"),
-    "every_second": (lambda h: h[::2], "moves examples"),
+    "first": (lambda h: h - h[0], "picks one example by its position"),
+    "every_second": (lambda h: h[::2], "picks examples by their position"),
     "by_index": (lambda h: h[torch.tensor([1, 0, 2])], "picks examples by position"),
     "split_batch": (lambda h: torch.cat(h.chunk(2)[::-1]), "."),
     "all_pairs": (lambda h: h[:, None] - h[None], "carry their examples differently"),
@@ -137,7 +137,8 @@ def test_batch_norm_in_training_is_refused_at_once(layer: nn.Module) -> None:
     message = str(refused.value)
     assert "in module `1.0`" in message
     assert "BatchNorm in training mode" in message
-    assert "Replace module `1.0` by GroupNorm" in message
+    assert "Replace module `1.0` by GroupNorm with `perexfx.replace_batchnorm(model)`" in message
+    assert "`model.get_submodule('1.0').eval()` before the transform" in message
     assert "test_refusals.py:" in message
 
 
@@ -145,6 +146,29 @@ def test_running_statistics_of_instance_norm_are_refused() -> None:
     model = nn.Sequential(nn.Conv1d(3, 4, 3), nn.InstanceNorm1d(4, track_running_stats=True))
     with pytest.raises(perexfx.MixingError, match="InstanceNorm with running statistics in training mode"):
         perexfx.transform(model)
+
+
+def test_a_call_of_batch_norm_is_told_what_it_can_do() -> None:
+    model = Wrapped(lambda h: F.batch_norm(h, None, None, training=True))
+    with pytest.raises(perexfx.MixingError, match=r"`perexfx.replace_batchnorm` cannot replace a call of a function"):
+        perexfx.transform(model)
+
+
+def test_batch_norm_with_a_forward_of_its_own_is_not_taken_for_torchs() -> None:
+    class Activated(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu()
+
+    with pytest.raises(perexfx.CaptureError, match=r"in module `1` \(Activated\)"):
+        perexfx.transform(nn.Sequential(nn.Conv2d(3, 4, 3), Activated(4)).eval())
+
+
+def test_hooks_of_batch_norm_are_captured() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    model[1].register_forward_hook(lambda module, inputs, output: output * 2)
+    x = torch.randn(2, 3, 5, 5)
+    assert torch.equal(perexfx.transform(model)(x), model(x))
+    assert "forward" not in vars(model[1])
 
 
 def test_frozen_batch_norm_stays_frozen() -> None:
@@ -166,14 +190,14 @@ def test_all_refusals_are_collected() -> None:
             self.a, self.b = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.maximum(x, self.a) + torch.minimum(x, self.b)
+            return torch.div(x, self.a, rounding_mode="floor") + torch.div(x, self.b, rounding_mode="trunc")
 
     with pytest.raises(perexfx.CoverageError) as refused:
         perexfx.transform(Two())
-    assert [refusal.place.node for refusal in refused.value.refusals] == ["maximum", "minimum"]
+    assert [refusal.place.node for refusal in refused.value.refusals] == ["div", "div_1"]
     message = str(refused.value)
-    assert "Parameter `a` is used by `maximum` (test_refusals.py:" in message
-    assert "no layer rule covers it" in message
+    assert "Parameter `a` is used by `div` (test_refusals.py:" in message
+    assert "a rounded quotient has no gradient" in message
     assert "Every use of a trainable parameter must be covered. Freeze it" in message
 
 
@@ -184,9 +208,9 @@ def test_an_uncovered_use_names_all_its_parameters() -> None:
             self.a, self.b = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.where(x > 0, self.a, self.b)
+            return torch.div(x, self.a * self.b, rounding_mode="floor")
 
-    with pytest.raises(perexfx.CoverageError, match="Parameters `a`, `b` are used by `where`"):
+    with pytest.raises(perexfx.CoverageError, match="Parameters `a`, `b` are used by `div`"):
         perexfx.transform(Both())
 
 
@@ -232,11 +256,30 @@ def test_embedding_options_are_refused(options: dict[str, Any], reason: str) -> 
         perexfx.transform(nn.Embedding(5, 3, **options))
 
 
-def test_layers_without_a_rule_are_refused() -> None:
-    with pytest.raises(
-        perexfx.CoverageError, match=r"Parameters? `0.weight`.*used by `conv_transpose2d` in module `0`"
-    ):
-        perexfx.transform(nn.Sequential(nn.ConvTranspose2d(3, 4, 3)))
+def test_parameters_passed_to_modules_are_refused() -> None:
+    class Similar(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.similarity, self.center = nn.CosineSimilarity(), nn.Parameter(torch.randn(1, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.similarity(x, self.center)
+
+    with pytest.raises(perexfx.CoverageError, match=r"`center` is used by `similarity`.*passed to the module"):
+        perexfx.transform(Similar())
+
+
+def test_random_operations_have_no_fallback() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.rand(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.normal(x, self.a.abs())
+
+    with pytest.raises(perexfx.CoverageError, match="draws random numbers, which the fallback could not draw again"):
+        perexfx.transform(Noisy())
 
 
 def test_control_flow_names_the_line() -> None:
@@ -258,12 +301,14 @@ def test_modules_that_cannot_be_traced_are_named() -> None:
     class Tagger(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.parts = nn.ModuleDict({"rnn": nn.LSTM(3, 3), "head": nn.Linear(3, 2)})
+            loss = nn.AdaptiveLogSoftmaxWithLoss(3, 9, [4], div_value=1.0)
+            self.parts = nn.ModuleDict({"first": nn.Linear(3, 3), "loss": loss})
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.parts["head"](self.parts["rnn"](x)[0])
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.parts["loss"](self.parts["first"](x), y).output
 
-    with pytest.raises(perexfx.CaptureError, match=r"in module `parts.rnn` \(LSTM\) at test_refusals.py:\d+"):
+    place = r"in module `parts.loss` \(AdaptiveLogSoftmaxWithLoss\) at test_refusals.py:\d+"
+    with pytest.raises(perexfx.CaptureError, match=place):
         perexfx.transform(Tagger())
 
 
@@ -498,7 +543,7 @@ def test_an_optimizer_step_before_the_backward_is_an_error() -> None:
 def test_baked_modes_of_submodules_are_checked_without_grad_too() -> None:
     class Doubles(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x * (2 if self.training else 1)
+            return x * 2 if self.training else x
 
     gm = perexfx.transform(nn.Sequential(nn.Linear(3, 3), Doubles()))
     gm.get_submodule("1").eval()
@@ -549,3 +594,66 @@ def test_inputs_that_disagree() -> None:
 def test_strategies_of_the_wrong_type(strategy: Any) -> None:
     with pytest.raises(perexfx.ArgumentError, match="`strategy` should be one of auto, outer"):
         perexfx.transform(nn.Linear(2, 2), strategy=strategy)
+
+
+def _through_a_view(module: Any, x: Tensor) -> Tensor:
+    w = module.weight * 2
+    w[:1].mul_(3)
+    return F.linear(x, w)
+
+
+def _under_its_old_name(module: Any, x: Tensor) -> Tensor:
+    w = module.weight * 2
+    w.relu_()
+    return F.linear(x, w)
+
+
+def _between_two_uses(module: Any, x: Tensor) -> Tensor:
+    w = module.weight * 2
+    y = F.linear(x, w)
+    w.clamp_(min=0)
+    return y + F.linear(x, w)
+
+
+def _into_constants(module: Any, x: Tensor) -> Tensor:
+    w = module.table.clone()
+    w.view(-1).add_(module.weight.view(-1) ** 2)
+    return F.linear(F.linear(x, module.weight), w)
+
+
+def _what_was_read(module: Any, x: Tensor) -> Tensor:
+    shift = module.table.clone()
+    w = (module.weight + shift) ** 2
+    shift.view(-1).mul_(3)
+    return F.linear(x, w)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize(
+    "use", [_through_a_view, _under_its_old_name, _between_two_uses, _into_constants, _what_was_read]
+)
+def test_writes_into_parameter_expressions_are_refused(use: Callable[[Any, Tensor], Tensor], ahead: bool) -> None:
+    model, x = Uses(use), torch.randn(4, 6)
+    model.register_buffer("table", torch.randn(6, 6))
+    with pytest.raises(perexfx.CoverageError, match="writes in place into what a parameter expression is made of"):
+        perexfx.transform(model, x if ahead else None)(x)
+
+
+def test_weights_may_be_clamped_under_no_grad() -> None:
+    def use(module: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            module.weight.clamp_(min=0)
+        return F.linear(x, module.weight)
+
+    model, x = Uses(use), torch.randn(4, 6)
+    perexfx.transform(model, x)(x).sum().backward()
+    assert bool(model.weight.ge(0).all())
+
+
+def test_a_buffer_changed_before_the_backward_is_an_error() -> None:
+    model = Uses(lambda m, x: F.linear(x, (m.weight + m.count) ** 2))
+    gm = perexfx.transform(model)
+    loss = gm(torch.randn(2, 6)).sum()
+    model.count += 1
+    with pytest.raises(perexfx.ModeError, match="at site `weight` reads was changed between the forward and the"):
+        loss.backward()

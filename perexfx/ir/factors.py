@@ -154,11 +154,14 @@ class Product:
         left: The layer input. Shape `[n, g, t, i]`.
         right: The gradient of the layer output. Shape `[n, g, t, o]`.
         shape: Shape of the parameter, with `g * o * i` elements.
+        axes: Which of the parameter's axes the groups, outputs and inputs are, in that order; empty where they are
+            all of them in order.
     """
 
     left: Tensor
     right: Tensor
     shape: tuple[int, ...]
+    axes: tuple[int, ...] = ()
 
     @property
     def signature(self) -> ProductSignature:
@@ -168,7 +171,7 @@ class Product:
 
     def gradients(self) -> Tensor:
         """One batched matrix product."""
-        return (self.right.transpose(2, 3) @ self.left).reshape(self.left.shape[0], *self.shape)
+        return self._shaped(self.right.transpose(2, 3) @ self.left, self.left.shape[0])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """One matrix product over examples and positions together."""
@@ -176,10 +179,19 @@ class Product:
         o = self.right.shape[3]
         right = scale_examples(self.right, weights)
         if g == 1:
-            total = right.reshape(n * t, o).t() @ self.left.reshape(n * t, i)
+            axes = (2, 0, 1, 3) if right.stride(2) > right.stride(0) else (0, 2, 1, 3)  # as they lie in memory
+            total = right.permute(axes).reshape(n * t, o).t() @ self.left.permute(axes).reshape(n * t, i)
         else:
             total = right.permute(1, 3, 0, 2).reshape(g, o, n * t) @ self.left.transpose(0, 1).reshape(g, n * t, i)
-        return total.reshape(self.shape)
+        return self._shaped(total)
+
+    def _shaped(self, value: Tensor, *lead: int) -> Tensor:
+        """`[*lead, g, o, i]` as the parameter has it."""
+        if not self.axes:
+            return value.reshape((*lead, *self.shape))
+        value = value.reshape(*lead, *(self.shape[axis] for axis in self.axes))
+        order = sorted(range(len(self.axes)), key=self.axes.__getitem__)
+        return value.permute(*range(len(lead)), *(at + len(lead) for at in order))
 
     def without(self, dropped: Tensor) -> Product:
         """Zeros in the dropped rows of both factors."""

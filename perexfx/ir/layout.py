@@ -43,6 +43,12 @@ class Layout:
         first = split.movedim((self.axis + 1, self.axis, self.axis + 2), (0, 1, 2))
         return first.reshape(n, self.repeats, *first.shape[3:])
 
+    def split(self, value: Tensor) -> Tensor:
+        """`value` as `[n, ...]`, where the example axis keeps its place and one example's `repeats` positions."""
+        n = value.shape[self.axis] // self.repeats
+        apart = value.unflatten(self.axis, (self.before, n, self.after)).movedim(self.axis + 1, 0)
+        return apart.flatten(self.axis + 1, self.axis + 2)
+
     def __str__(self) -> str:
         if self.repeats == 1:
             return f"examples on axis {self.axis}"

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from perexfx.ir.cost import Work
 from perexfx.ir.factors import Factors, Signature
 from perexfx.ir.layout import Layout
 
 Shape = tuple[int, ...]
 Arguments = Mapping[str, Any]
 Target = Callable[..., Any] | str
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor that a site returns.
+
+    Attributes:
+        shape: Its shape.
+        layout: Where it has its examples; None where it carries none.
+        is_floating: Whether it can have a gradient.
+    """
+
+    shape: Shape
+    layout: Layout | None
+    is_floating: bool = True
 
 
 @dataclass(frozen=True)
@@ -25,15 +41,44 @@ class Geometry:
         n: Number of examples.
         shapes: Shape of each tensor argument, parameter expressions included.
         layouts: Where each argument that carries examples has them.
-        output_shape: Shape of the result.
-        output_layout: Where the result has its examples.
+        outputs: The tensors it returns, in pytree order; most sites return one.
+        for_one: Arguments that are numbers and depend on the batch size: what they are for one example.
     """
 
     n: int
     shapes: Mapping[str, Shape]
     layouts: Mapping[str, Layout]
-    output_shape: Shape
-    output_layout: Layout
+    outputs: tuple[Output, ...]
+    for_one: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def output_shape(self) -> Shape:
+        """Shape of the first result."""
+        return self.outputs[0].shape
+
+    @property
+    def output_layout(self) -> Layout:
+        """Where the first result has its examples."""
+        layout = self.outputs[0].layout
+        assert layout is not None
+        return layout
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A site at known shapes.
+
+    Attributes:
+        rule: That covers them: the site's own, or the fallback.
+        geometry: The shapes.
+        signatures: Operand -> sizes of its factors.
+        misfit: Why the site's own rule does not cover them; "" where it does.
+    """
+
+    rule: Rule
+    geometry: Geometry
+    signatures: Mapping[str, Signature]
+    misfit: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,7 +88,7 @@ class Backward:
     Attributes:
         arguments: The arguments of the forward, by name.
         residuals: What the forward saved.
-        grad_output: Gradient of the result.
+        grad_outputs: Gradients of the results, in pytree order.
         geometry: Shapes and layouts.
         inputs: Names of the arguments whose gradient autograd asks for.
         operands: Names of the trainable arguments whose factors are wanted.
@@ -51,10 +96,15 @@ class Backward:
 
     arguments: Arguments
     residuals: tuple[Tensor, ...]
-    grad_output: Tensor
+    grad_outputs: tuple[Tensor, ...]
     geometry: Geometry
     inputs: Collection[str]
     operands: Collection[str]
+
+    @property
+    def grad_output(self) -> Tensor:
+        """Gradient of the first result."""
+        return self.grad_outputs[0]
 
     def examples_first(self, name: str) -> Tensor:
         """An argument as `[n, repeats, *other axes]`."""
@@ -91,13 +141,21 @@ class Rule(ABC):
         """The arguments of one call by name, defaults filled in. Raises: TypeError where the call does not fit."""
         return self.named(*args, **kwargs)
 
+    def operands_of(self, arguments: Arguments) -> Sequence[str]:
+        """Names of the arguments of one call that may be a parameter expression."""
+        return [name for name in self.operands if name in arguments]
+
     def refuses(self, arguments: Arguments) -> str | None:
         """Why this call is not covered, from its constant arguments; None where it is."""
         return None
 
-    def misfits(self, geometry: Geometry) -> str | None:
-        """Why these shapes or layouts are not covered; None where they are."""
+    def misfits(self, arguments: Arguments, geometry: Geometry) -> str | None:
+        """Why these shapes or layouts are not covered, so that the fallback must be; None where they are."""
         return None
+
+    def own_work(self, geometry: Geometry, itemsize: int) -> tuple[Work, ...]:
+        """What `backward` does beyond an ordinary backward, for the plan."""
+        return ()
 
     def reads(self, arguments: Arguments, inputs: Collection[str], operands: Collection[str]) -> Collection[str]:
         """Names of the tensor arguments that `backward` reads; no other is kept, and later layers may overwrite those.
@@ -114,8 +172,8 @@ class Rule(ABC):
         """The sizes of each operand's factors: what `backward` would leave, from shapes alone."""
 
     @abstractmethod
-    def forward(self, arguments: Arguments, geometry: Geometry) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The layer's output, and the tensors its backward needs besides the arguments."""
+    def forward(self, arguments: Arguments, geometry: Geometry) -> tuple[Any, tuple[Tensor, ...]]:
+        """The layer's output (a tensor, or a pytree of them), and what its backward needs besides the arguments."""
 
     @abstractmethod
     def backward(self, call: Backward) -> tuple[dict[str, Tensor], dict[str, Factors]]:

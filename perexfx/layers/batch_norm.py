@@ -36,7 +36,7 @@ class FrozenBatchNorm(Rule):
         """As `torch.nn.functional.batch_norm`."""
         return dict(locals())
 
-    def misfits(self, geometry: Geometry) -> str | None:
+    def misfits(self, arguments: Arguments, geometry: Geometry) -> str | None:
         """Inputs without a batch axis."""
         if geometry.layouts["input"].axis != 0:
             return "its input must be [examples, channels, ...]"

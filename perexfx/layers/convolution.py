@@ -16,7 +16,7 @@ from perexfx.ir.factors import Factors, Gradient, GradientSignature, Signature
 from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, Target, sum_positions
 
 
-def _per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+def per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     """One number per spatial axis; torch takes one number, or a list of one, for all of them."""
     numbers = (value,) if isinstance(value, int) else tuple(value)
     return numbers * rank if len(numbers) == 1 else numbers
@@ -37,9 +37,9 @@ class _Padding:
         if padding == "valid":
             padding = 0
         if padding == "same":
-            totals = [d * (k - 1) for d, k in zip(_per_axis(arguments["dilation"], rank), kernel, strict=True)]
+            totals = [d * (k - 1) for d, k in zip(per_axis(arguments["dilation"], rank), kernel, strict=True)]
             return cls(tuple(total // 2 for total in totals), tuple(total % 2 for total in totals))
-        return cls(_per_axis(padding, rank), (0,) * rank)
+        return cls(per_axis(padding, rank), (0,) * rank)
 
     def extend(self, layer_input: Tensor) -> Tensor:
         """The input with its extra positions."""
@@ -91,7 +91,7 @@ class ConvolutionRule(Rule):
         computed = [name for name in names if isinstance(arguments[name], torch.fx.Node)]
         return f"its {' and '.join(computed)} must be constant" if computed else None
 
-    def misfits(self, geometry: Geometry) -> str | None:
+    def misfits(self, arguments: Arguments, geometry: Geometry) -> str | None:
         """Inputs without a batch axis."""
         if len(geometry.shapes["input"]) != self.rank + 2 or geometry.layouts["input"].axis != 0:
             return f"its input must be [examples, channels, {self.rank} spatial axes]"
@@ -99,7 +99,7 @@ class ConvolutionRule(Rule):
 
     def _slide(self, arguments: Arguments, kernel: Sequence[int]) -> tuple[ConvolutionGeometry, _Padding]:
         padding = _Padding.of(arguments, kernel)
-        stride, dilation = (_per_axis(arguments[name], self.rank) for name in ("stride", "dilation"))
+        stride, dilation = (per_axis(arguments[name], self.rank) for name in ("stride", "dilation"))
         return ConvolutionGeometry(stride, padding.symmetric, dilation, arguments["groups"]), padding
 
     def signatures(self, arguments: Arguments, geometry: Geometry) -> dict[str, Signature]:

@@ -28,7 +28,7 @@ class Expand(Rule):
         value, *sizes = args
         return {"target": target, "input": value, "sizes": tuple(sizes), "names": dict(kwargs)}
 
-    def misfits(self, geometry: Geometry) -> str | None:
+    def misfits(self, arguments: Arguments, geometry: Geometry) -> str | None:
         """Copies whose rows cannot be told apart."""
         shape, layout = geometry.shapes["input"], geometry.output_layout
         axis = layout.axis - len(geometry.output_shape) + len(shape)

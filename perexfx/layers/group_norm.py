@@ -29,7 +29,7 @@ class _ChannelNorm(Rule):
     def _groups(self, arguments: Arguments) -> int:
         """Into how many groups the channels are split."""
 
-    def misfits(self, geometry: Geometry) -> str | None:
+    def misfits(self, arguments: Arguments, geometry: Geometry) -> str | None:
         """Inputs without a batch axis."""
         if geometry.layouts["input"].axis != 0:
             return "its input must be [examples, channels, ...]"
@@ -42,9 +42,10 @@ class _ChannelNorm(Rule):
 
     def forward(self, arguments: Arguments, geometry: Geometry) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The ordinary layer; mean and inverse deviation are kept."""
-        x, weight, bias, eps = (arguments[name] for name in ("input", "weight", "bias", "eps"))
+        x, eps = arguments["input"], arguments["eps"]
+        weight, bias = (value if value is None else value.contiguous() for value in map(arguments.get, self.operands))
         rows, channels, *size = x.shape
-        output, mean, rstd = torch.native_group_norm(
+        output, mean, rstd = torch.native_group_norm(  # takes every argument to be contiguous, without a look
             x.contiguous(), weight, bias, rows, channels, math.prod(size), self._groups(arguments), eps
         )
         return output, (mean, rstd)
@@ -57,12 +58,15 @@ class _ChannelNorm(Rule):
         if rows == 0:
             empty = Gradient(x.new_zeros(0, channels))
             return {name: torch.zeros_like(x) for name in call.inputs}, dict.fromkeys(call.operands, empty)
+        scale = None if weight is None else weight.repeat(rows)
+        if scale is None and call.operands:  # the kernel asks for a weight wherever it gives a bias gradient
+            scale = x.new_ones(rows * channels)
         grad_input, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
             call.grad_output.contiguous(),
             x.contiguous(),
             mean.reshape(1, -1),
             rstd.reshape(1, -1),
-            None if weight is None else weight.repeat(rows),
+            scale,
             1,
             rows * channels,
             math.prod(size),

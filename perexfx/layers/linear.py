@@ -28,7 +28,7 @@ class Linear(Rule):
         """As `torch.nn.functional.linear`."""
         return {"input": input, "weight": weight, "bias": bias}
 
-    def misfits(self, geometry: Geometry) -> str | None:
+    def misfits(self, arguments: Arguments, geometry: Geometry) -> str | None:
         """Weights that are not matrices."""
         if len(geometry.shapes["weight"]) != 2:
             return "its weight is not a matrix"

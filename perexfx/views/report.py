@@ -137,12 +137,14 @@ def _row(site: Site, plan: Plan) -> Row:
     next_best, why_not = _rival(first, plan.memory_budget)
     if first.reason.endswith("does not apply"):
         why_not = f"{why_not}; {first.reason}"
+    if misfit := plan.fitted[site.name].misfit:
+        why_not = f"{why_not}; {misfit}"
     return Row(
         site=site.name,
-        kind=site.kind,
+        kind=first.kind,
         shapes=first.signature.describe(),
         strategy=first.chosen.strategy.name,
-        seconds=sum(decision.chosen.seconds for decision in decisions),
+        seconds=sum(decision.seconds for decision in decisions),
         bytes_held=sum(decision.chosen.bytes_held for decision in decisions),
         next_best=next_best,
         why_not=why_not,

@@ -1,0 +1,1 @@
+"""How tensor operations treat the example axis, at the level of aten: one rule per operation, or a probe."""

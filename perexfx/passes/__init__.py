@@ -1,0 +1,1 @@
+"""Other rewrites of models and graphs, each usable by itself."""

@@ -1,0 +1,1 @@
+"""What `perexfx.check` is made of: the reference, the comparison, and the result."""
