@@ -13,6 +13,7 @@ from typing import Any
 
 import networkx as nx
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from perexfx.analyze import Analysis
 from perexfx.classify import State, classify
@@ -109,6 +110,7 @@ class _Matcher:
         self.sites: list[Site] = []
         self.refusals: list[Refusal] = []
         self.names: set[str] = set()
+        self.expressions: set[fx.Node] = set()
 
     def visit(self, node: fx.Node) -> None:
         """Adds a site, or a refusal, where a node reads a parameter expression."""
@@ -129,6 +131,7 @@ class _Matcher:
         if reason := rule.refuses(arguments) or self._random(operands.values()):
             self._refuse(node, read, reason)
             return
+        self.expressions.update(*map(self._inside, operands.values()))
         self.sites.append(
             Site(
                 name=self._name(node, list(operands.values())),
@@ -149,7 +152,7 @@ class _Matcher:
         by_name = {node.name: node for node in self.graph.nodes}
         found: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
-            if self.states[node] is not State.PARAMETER or node.op == "get_attr":
+            if node not in self.expressions:
                 continue
             for read in (node, *node.all_input_nodes):
                 for writer in (by_name[name] for name in written_by.get(read.name, ())):
@@ -227,7 +230,7 @@ class _Matcher:
     def _name(self, node: fx.Node, operands: Sequence[fx.Node]) -> str:
         path = info_of(node).module
         owner = self.module.get_submodule(path) if path else None
-        is_layer = owner is not None and type(owner).__module__.startswith("torch.nn") and hasattr(owner, "weight")
+        is_layer = owner is not None and type(owner).__module__.startswith("torch.nn") and _has_weight(owner)
         name = path if is_layer else self._expression(operands[0]).parameters[0]
         unique, count = name, 1
         while unique in self.names:
@@ -272,6 +275,14 @@ class _Matcher:
             fx.GraphModule(root, inner, class_name="Expression"),
             reindexes=len(parameters) == 1 and all(_reindexes(node) for node in nodes),
         )
+
+
+def _has_weight(layer: nn.Module) -> bool:
+    """Whether a layer has an attribute `weight`, without reading it: a parametrization that is read may move."""
+    names = [*layer._parameters, *vars(layer)]
+    if is_parametrized(layer):
+        names += layer.get_submodule("parametrizations")._modules
+    return "weight" in names
 
 
 _RANDOM = frozenset(

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import perexfx
 from perexfx.capture import capture
+from perexfx.ir.recurrent import lstm_layer
 from perexfx.rewrite import twin_of
 from perexfx.traceable import forward_of
 
@@ -253,15 +254,14 @@ def test_recurrent_layers(kind: str, options: dict[str, Any]) -> None:
 
 
 def test_a_recurrent_layer_is_one_call() -> None:
-    """With its parameters in torch's order, for the rule that covers it."""
-    graph = capture(nn.Sequential(nn.LSTM(3, 2, num_layers=2))).graph
-    (call,) = [node for node in graph.nodes if node.target is torch.lstm]
-    _, state, parameters, *rest = call.args
-    assert [node.target for node in parameters] == [f"0.{name}" for name in nn.LSTM(3, 2, 2)._flat_weights_names]
-    assert len(state) == 2
-    assert rest[:3] == [True, 2, 0.0]
-    assert rest[3].target == "0.training"
-    assert rest[4:] == [False, False]
+    """Per layer and direction, with its parameters in torch's order, for the rule that covers it."""
+    layer = nn.LSTM(3, 2, num_layers=2, bidirectional=True)
+    graph = capture(nn.Sequential(layer)).graph
+    calls = [node for node in graph.nodes if node.target is lstm_layer]
+    names = [node.target for call in calls for node in call.args[3:]]
+    assert names == [f"0.{name}" for name in layer._flat_weights_names]
+    assert [call.kwargs["reverse"] for call in calls] == [False, True, False, True]
+    assert all(call.args[1:3] == (None, None) for call in calls)
 
 
 @pytest.mark.parametrize("bias", [True, False])
