@@ -152,7 +152,8 @@ class _Matcher:
         by_name = {node.name: node for node in self.graph.nodes}
         found: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
-            if node not in self.expressions:
+            carries_gradient = self.states[node] is State.PARAMETER and not info_of(node).stops_gradient
+            if node.op == "get_attr" or not (carries_gradient or node in self.expressions):
                 continue
             for read in (node, *node.all_input_nodes):
                 for writer in (by_name[name] for name in written_by.get(read.name, ())):
