@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
 from perexfx.assemble import Exported
@@ -27,7 +25,7 @@ from perexfx.inputs import named_leaves
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.node import annotate, info_of
 from perexfx.lower import lower_recurrent
-from perexfx.modes import different_work, make_live, other_mode
+from perexfx.modes import different_work, fixed_by_statistics, make_live, other_mode
 from perexfx.traceable.recurrent import PACKED, packs_sequences
 from perexfx.tracer import TRACING, NoRandomConstants, Tracer, line_of, loose_sizes, reason_of, unchanged
 from perexfx.vocabulary import to_public_names
@@ -81,7 +79,7 @@ def capture(model: nn.Module, inputs: Mapping[str, Any] | None = None, batch_dim
 def _traced(model: nn.Module, inputs: Mapping[str, Any] | None) -> Captured:
     baked = _baked_arguments(model, inputs)
     graph, constants = _trace(model, baked)
-    fixed_modes = dict(_baked_statistics(model))
+    fixed_modes = fixed_by_statistics(model)
     with other_mode(model):
         try:
             other, _ = _trace(model, baked)
@@ -96,7 +94,7 @@ def _exported(model: nn.Module, inputs: Mapping[str, Any], batch_dim: int) -> Ca
     """By `torch.export`; once more for one example in the other mode, to see that the graph holds for both."""
     exported = export(model, inputs, batch_dim)
     graph, numbers, conditions = exported.graph, exported.numbers, exported.conditions
-    fixed_modes = dict(_baked_statistics(model))
+    fixed_modes = fixed_by_statistics(model)
     with other_mode(model):
         other, problem = _try_export(model, inputs, batch_dim, 1)
     if other is None or make_live(graph, other.graph, model, numbers, other.numbers):
@@ -272,13 +270,6 @@ def _stop_gradients(graph: fx.Graph) -> None:
             stopped = annotate(graph.call_function(stop_gradient, (node,)), info_of(node))
         for user in outside:
             user.replace_input_with(node, stopped)
-
-
-def _baked_statistics(model: nn.Module) -> Iterator[tuple[str, bool]]:
-    """Layers whose choice between batch and running statistics is an argument in the graph."""
-    for path, module in model.named_modules():
-        if isinstance(module, _BatchNorm | _InstanceNorm) and module.track_running_stats:
-            yield path, module.training
 
 
 def _explain(model: nn.Module, error: Exception, inside: Sequence[tuple[str, str]]) -> str:

@@ -11,17 +11,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
 from perexfx.ir.node import annotate, info_of
 
 
+def fixed_by_statistics(model: nn.Module) -> dict[str, bool]:
+    """The mode of each layer that must keep it: its choice between batch and running statistics is in the graph."""
+    return {
+        path: module.training
+        for path, module in model.named_modules()
+        if isinstance(module, _BatchNorm | _InstanceNorm) and module.track_running_stats
+    }
+
+
 @contextmanager
 def other_mode(model: nn.Module) -> Iterator[None]:
-    """Every module with its training flag inverted, and put back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
+    """Every module that may change its mode with its training flag inverted, and put back afterwards."""
+    fixed = {id(model.get_submodule(path)) for path in fixed_by_statistics(model)}
+    flags = [(module, module.training) for module in model.modules() if id(module) not in fixed]
     try:
         for module, flag in flags:
             module.training = not flag
@@ -47,7 +58,7 @@ def make_live(
 
     Args:
         graph: Captured in the modes that the modules are in. Is changed, if the graphs differ in such arguments alone.
-        other: Captured with every flag inverted.
+        other: Captured in the other mode.
         model: Holds the flags.
         numbers: Nodes that compute sizes, which the other graph may have as constants.
         other_numbers: The same in the other graph.
@@ -60,7 +71,7 @@ def make_live(
         if isinstance(pair, str):
             return pair
         node, differing = pair.node, pair.differing
-        if differing == {} or node.target in (F.batch_norm, F.instance_norm):  # `Captured.fixed_modes` has those
+        if differing == {}:
             continue
         if differing is None or not all(_is_constant(a) and _is_constant(b) for a, b in differing.values()):
             return f"`{node.name}` has other arguments"
