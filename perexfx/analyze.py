@@ -161,7 +161,7 @@ def _check_same_work(graph: fx.Graph, runs: Sequence[Run], refusals: Refusals) -
 def _check_agreement(runs: Sequence[Run], first: Follower, second: Follower, refusals: Refusals) -> None:
     """A layout that fits one batch size by accident (`reshape(6, -1)` of 3 examples) does not fit the other."""
     for call, twin in zip(runs[0].calls, runs[1].calls, strict=True):
-        pairs = zip(leaves_of(call.result), leaves_of(twin.result), strict=False)
+        pairs = zip(call.results, twin.results, strict=False)
         if any(first.layouts.get(id(a)) != second.layouts.get(id(b)) for a, b in pairs):
             refusals.mixes(call.node, "it moves examples so that no axis holds all of them in order")
 

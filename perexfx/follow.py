@@ -28,7 +28,7 @@ from perexfx.ir.layout import Layout
 from perexfx.ir.node import place_of
 from perexfx.ir.refusal import Refusal
 from perexfx.memory import Memory, is_expanded
-from perexfx.record import Call, Run, leaves_of
+from perexfx.record import Call, Run
 
 
 class Refusals:
@@ -108,13 +108,13 @@ class Follower:
 
     def follow(self, call: Call, twin: Call) -> None:
         """One aten call, and its twin in the run with another batch size."""
-        results, given = leaves_of(call.result), leaves_of((call.args, call.kwargs))
+        results, given = call.results, call.given
         self.memory.note((*given, *results))
         if any(id(tensor) in self.lost for tensor in given):
             self.lost.update(id(tensor) for tensor in results)
             return
         try:
-            if len(results) != len(leaves_of(twin.result)):
+            if len(results) != len(twin.results):
                 raise Mixing("it gives another number of results for another number of examples")
             if any(id(tensor) in self.layouts for tensor in given):
                 self._follow_examples(call, twin, results, given)
@@ -130,7 +130,7 @@ class Follower:
     def op(self, call: Call, twin: Call) -> OpCall:
         """A recorded call, with what is known about its arguments."""
         differing = frozenset(call.differing_numbers(twin))
-        counting = {id(t): self.counting[id(t)] for t in leaves_of((call.args, call.kwargs)) if id(t) in self.counting}
+        counting = {id(t): self.counting[id(t)] for t in call.given if id(t) in self.counting}
         return OpCall(call.func, call.args, call.kwargs, call.result, self.layouts, self.n, counting, differing)
 
     def _follow_examples(self, call: Call, twin: Call, results: list[Tensor], given: list[Tensor]) -> None:
@@ -140,7 +140,7 @@ class Follower:
         if unexplained := op.differing - sizes_of(op):
             raise Mixing(f"it computes with the number of examples (`{sorted(unexplained)[0]}`)")
         found = self._propagate(op)
-        for tensor, other, layout in zip(results, leaves_of(twin.result), found, strict=True):
+        for tensor, other, layout in zip(results, twin.results, found, strict=True):
             if isinstance(layout, Opaque):
                 self.varying.add(id(tensor))
                 continue
@@ -182,7 +182,7 @@ class Follower:
         varies |= reads_uniform and not stays_uniform(op, self.uniform)
         counts = still_counts(op, self.counting) if op.counting and not varies else None
         varies |= bool(op.counting) and counts is None
-        for at, (tensor, other) in enumerate(zip(results, leaves_of(twin.result), strict=True)):
+        for at, (tensor, other) in enumerate(zip(results, twin.results, strict=True)):
             if counts is not None:
                 self.counting[id(tensor)] = counts[at]
             elif (count := counts_examples(op, tensor)) is not None:

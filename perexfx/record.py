@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,10 +40,25 @@ class Call:
     kwargs: dict[str, Any]
     result: Any
 
+    @cached_property
+    def given(self) -> list[Tensor]:
+        """The tensors among its arguments."""
+        return leaves_of((self.args, self.kwargs))
+
+    @cached_property
+    def results(self) -> list[Tensor]:
+        """The tensors that it returned."""
+        return leaves_of(self.result)
+
     def differing_numbers(self, twin: Call) -> set[str]:
         """Names of the arguments whose numbers are others in the other run."""
         ours, theirs = self.named_arguments(), twin.named_arguments()
-        shown = {name: (repr(numbers_of(value)), repr(numbers_of(theirs.get(name)))) for name, value in ours.items()}
+        pairs = {
+            name: (numbers_of(value), numbers_of(theirs.get(name)))
+            for name, value in ours.items()
+            if not isinstance(value, FakeTensor)
+        }
+        shown = {name: (repr(own), repr(other)) for name, (own, other) in pairs.items() if own or other}
         return {name for name, (own, other) in shown.items() if own != other}  # as text, where NaN equals itself
 
     def named_arguments(self) -> dict[str, Any]:
@@ -53,6 +69,10 @@ class Call:
 
 def leaves(value: Any) -> list[Any]:
     """The leaves of a value: of containers, and of dataclasses whether torch knows them or not."""
+    if value is None or isinstance(value, Tensor | int | float | str):  # most are; the general way is slow
+        return [value]
+    if type(value) in (list, tuple):
+        return [leaf for part in value for leaf in leaves(part)]
     found = []
     for leaf in pytree.tree_leaves(value):
         if is_dataclass(leaf) and not isinstance(leaf, type):
@@ -196,11 +216,11 @@ def record(graph: fx.Graph, module: nn.Module, inputs: Inputs, batch_dim: int, n
     values = run.inputs
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     rows = zip(inputs.names, inputs.shapes, inputs.dtypes, inputs.devices, inputs.carriers, strict=True)
+    interpreter = _FakeInterpreter(module, graph, fake, run)
     with fake, torch.no_grad():
         for name, shape, dtype, device, carries in rows:
             size = (*shape[:batch_dim], n, *shape[batch_dim + 1 :]) if carries else shape
             values[name] = torch.empty(size, dtype=dtype, device=device)
-        interpreter = _FakeInterpreter(module, graph, fake, run)
         arguments = arguments_for(graph, values)
         torch_log = logging.getLogger("torch._subclasses.fake_tensor")
         level = torch_log.level

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from perexfx.record import Run, leaves_of
+from perexfx.record import Call, Run, leaves_of
 
 
 def written_by(graph: fx.Graph, run: Run) -> dict[str, tuple[str, ...]]:
@@ -23,12 +23,10 @@ def written_by(graph: fx.Graph, run: Run) -> dict[str, tuple[str, ...]]:
             makers.update((_memory(tensor), node) for tensor in leaves_of(run.values[node.name]))
     writers: dict[int, dict[str, None]] = {}
     for call in run.calls:
-        for argument, value in call.named_arguments().items():
-            info = next(a.alias_info for a in call.func._schema.arguments if a.name == argument)
-            for tensor in leaves_of(value) if info is not None and info.is_write else ():
-                if makers.get(_memory(tensor)) is not call.node:
-                    writers.setdefault(_memory(tensor), {})[call.node.name] = None
-        for tensor in leaves_of(call.result):
+        for tensor in _written_into(call):
+            if makers.get(_memory(tensor)) is not call.node:
+                writers.setdefault(_memory(tensor), {})[call.node.name] = None
+        for tensor in call.results:
             makers.setdefault(_memory(tensor), call.node)
     return {
         node.name: tuple(writers[memory])
@@ -36,6 +34,14 @@ def written_by(graph: fx.Graph, run: Run) -> dict[str, tuple[str, ...]]:
         for memory in map(_memory, leaves_of(run.values[node.name]))
         if memory in writers
     }
+
+
+def _written_into(call: Call) -> list[Tensor]:
+    names = [a.name for a in call.func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    if not names:
+        return []
+    given = call.named_arguments()
+    return [tensor for name in names for tensor in leaves_of(given.get(name))]
 
 
 def _memory(tensor: Tensor) -> int:

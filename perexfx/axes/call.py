@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
 from torch import Tensor
@@ -75,12 +76,12 @@ class OpCall:
         """Name of the operation without namespace and overload."""
         return self.func._schema.name.split("::")[1]
 
-    @property
+    @cached_property
     def tensors(self) -> list[Tensor]:
         """The tensors among its arguments."""
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
-    @property
+    @cached_property
     def results(self) -> list[Tensor]:
         """The tensors it returned."""
         return [leaf for leaf in pytree.tree_leaves(self.result) if isinstance(leaf, Tensor)]
@@ -89,6 +90,8 @@ class OpCall:
     def written(self) -> list[Tensor]:
         """The tensors among its arguments that it writes into."""
         writes = [p.name for p in self.func._schema.arguments if p.alias_info is not None and p.alias_info.is_write]
+        if not writes:
+            return []
         leaves = pytree.tree_leaves([self.argument(name) for name in writes])
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
