@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from torch.utils import _pytree as pytree
 
+from perexfx import bags
 from perexfx.conditions import Conditions
 from perexfx.inputs import TEMPLATE, Template
 from perexfx.ir.errors import CaptureError
@@ -55,6 +57,8 @@ _DROPPED = (
     aten.sym_constrain_range.default,
     aten.sym_constrain_range_for_size.default,
 )
+_PURE = ("size", aten.sym_numel.default, torch.arange, torch.reshape)
+"""What is left without a reader when the arguments of an operation are read in another way."""
 _ENTER_GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
 _ENTER_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
@@ -88,7 +92,7 @@ class Assembly:
         annotate(self.graph.output(self.output.rebuild(self.graph, list(result))), NodeInfo())
         to_public_names(self.graph)
         for node in reversed(self.graph.nodes):
-            if not node.users and node.op == "get_attr":
+            if not node.users and (node.op == "get_attr" or node.target in _PURE):
                 self.graph.erase_node(node)
         return Exported(self.graph, self.constants, conditions, frozenset(self.numbers))
 
@@ -175,6 +179,9 @@ class Assembly:
             return self._inline(body, args[5:], in_no_grad=in_no_grad)
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(f"`{node.name}` ({info.source}) is control flow, `{node.target}`, which is not covered.")
+        if node.target in bags.OVERLOADS and (size := bags.size_of_bags(node)) is not None:
+            found = self._embedding_bag(_mapped(bags.arguments_by_name(node), values), _mapped(size, values), info)
+            return found, None, None, None
         kwargs = _mapped(node.kwargs, values)
         copied = annotate(self.graph.create_node("call_function", node.target, args, kwargs, node.name), info)
         if in_no_grad and writes_into_activation(copied, self.model):
@@ -185,6 +192,17 @@ class Assembly:
         if isinstance(node.meta.get("val"), _NUMBERS):
             self.numbers.add(copied)
         return copied
+
+    def _embedding_bag(self, given: dict[str, Any], size: Any, info: NodeInfo) -> fx.Node:
+        """With ids of shape `[bags, ids]`, as the rule takes them."""
+        rows, weights = (
+            value if value is None else annotate(self.graph.call_function(torch.reshape, (value, [-1, size])), info)
+            for value in (given["indices"], given["per_sample_weights"])
+        )
+        options = {name: given[name] for name in ("scale_grad_by_freq", "sparse") if given[name]}
+        options |= {"mode": bags.MODES[given["mode"]], "per_sample_weights": weights}
+        options |= {"padding_idx": given.get("padding_idx")}
+        return annotate(self.graph.call_function(F.embedding_bag, (rows, given["weight"]), options), info)
 
     def _inline(self, body: fx.GraphModule, operands: Sequence[Any], *, in_no_grad: bool) -> Sequence[Any]:
         inner = [node for node in body.graph.nodes if node.op == "placeholder"]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from perexfx.ir.errors import ArgumentError
@@ -59,11 +60,23 @@ class Conditions:
             raise ArgumentError(f"The captured graph holds for inputs with `{guard}` alone. {_AGAIN}")
 
     def broken_guard(self, leaves: Mapping[str, Any]) -> str:
-        """The first relation that does not hold, in the arguments' own names; "" where all do."""
+        """The first relation that does not hold, in the arguments' own names; "" where all do.
+
+        `torch.export` takes sizes below two apart, and says so in relations as well. Batches of one have an export of
+        their own to compare with (`single`), so that relations are asked of a batch of two in their stead.
+        """
+        given = [self._of_two(name, leaves[name]) for name in self.sizes] if self.guards else []
         for guard in self.guards:
-            if not eval(guard, {"L": {"leaves": [leaves[name] for name in self.sizes]}}):
+            if not eval(guard, {"L": {"leaves": given}}):
                 return re.sub(r"L\['leaves'\]\[(\d+)\]", lambda found: list(self.sizes)[int(found[1])], guard)
         return ""
+
+    def _of_two(self, name: str, value: Tensor) -> Tensor:
+        """A tensor of such a shape, with two examples instead of fewer."""
+        axis, shape = self.batch_dim, value.shape
+        if name not in self.carriers or shape[axis] >= 2:
+            return value
+        return torch.empty((*shape[:axis], 2, *shape[axis + 1 :]), device="meta")
 
     def _check_sizes(self, name: str, bounds: tuple[Bounds, ...], found: tuple[int, ...]) -> None:
         fits = len(found) == len(bounds)

@@ -26,10 +26,6 @@ def cannot_be_traced(*_: Any) -> Any:
 
 NOT_EXPORTED = {
     "transformer": "looks at the values of its mask",
-    "embedding_bag_sum": "ids spread by offsets",
-    "embedding_bag_mean": "ids spread by offsets",
-    "embedding_bag_max": "ids spread by offsets",
-    "embedding_bag_weighted": "ids spread by offsets",
 }
 """What torch.export, or the analysis of its graph, refuses, and why; traced, these are exact."""
 
