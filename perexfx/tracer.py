@@ -75,6 +75,10 @@ class _AttributeProxy(_Proxy):
         return self.known_shape[0]
 
 
+_OF_SEVERAL_INPUTS = ("torch.nn.modules.distance", "torch.nn.modules.loss")
+"""Where parameter-free modules may be given parameters together with examples, which layer rules then cover."""
+
+
 class Tracer(fx.Tracer):
     """Traces through every module that has parameters or buffers, and notes where each node comes from."""
 
@@ -87,8 +91,8 @@ class Tracer(fx.Tracer):
         self.autocast_outside = torch.is_autocast_enabled("cpu")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Parameter-free torch modules stay modules."""
-        if not super().is_leaf_module(m, module_qualified_name):
+        """Parameter-free torch modules of one input stay modules."""
+        if not super().is_leaf_module(m, module_qualified_name) or type(m).__module__ in _OF_SEVERAL_INPUTS:
             return False
         return next(m.parameters(), None) is None and next(m.buffers(), None) is None
 

@@ -327,3 +327,17 @@ class fallback_reads_sizes(nn.Module):
         n, t, d = x.shape
         h = torch.hypot(x, self.a).reshape(n * t, d)
         return F.linear(h, torch.ones(2, d, dtype=x.dtype)).reshape(n, t, 2)
+
+
+@case(images(6))
+class distances_to_prototypes(nn.Module):
+    """Parameter-free modules that are given parameters and examples together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.prototypes = nn.Linear(6, 4), parameter(3, 4)
+        self.cosine, self.distance = nn.CosineSimilarity(dim=2), nn.PairwiseDistance(keepdim=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)[:, None]
+        return self.cosine(h, self.prototypes[None]) + self.distance(h, self.prototypes)
