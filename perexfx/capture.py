@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from perexfx.assemble import Exported
 from perexfx.conditions import Conditions
+from perexfx.custom import custom_functions
 from perexfx.export import export
 from perexfx.functional import IN_PLACE_FUNCTIONS, out_of_place
 from perexfx.inputs import named_leaves
@@ -145,6 +146,7 @@ def _trace(model: nn.Module, baked: Mapping[str, Any]) -> tuple[fx.Graph, dict[s
             torch.enable_grad(),
             loose_sizes(),
             NoRandomConstants(),
+            custom_functions(tracer.record_custom),
             warnings.catch_warnings(),
         ):
             warnings.filterwarnings("ignore", message="Was not able to add assertion")  # `PerExample` checks instead

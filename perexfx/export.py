@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import Function
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import config as fx_config
@@ -24,10 +25,11 @@ from torch.utils import _pytree as pytree
 
 from perexfx.assemble import Assembly, Exported
 from perexfx.conditions import Bounds, Conditions
+from perexfx.custom import custom_functions
 from perexfx.inputs import Inputs, named_leaves
 from perexfx.ir.errors import CaptureError
 from perexfx.outputs import OutputTemplate
-from perexfx.tracer import TRACING, line_of, reason_of, states_outside_torch, unchanged
+from perexfx.tracer import TRACING, line_of, reason_of, states_outside_torch, unchanged, user_line
 
 
 def export(model: nn.Module, arguments: Mapping[str, Any], batch_dim: int, n: int | None = None) -> Exported:
@@ -109,7 +111,7 @@ def _free_axes(value: Tensor, batch_dim: int, carries: bool) -> dict[int, Any] |
 def _run(model: nn.Module, examples: tuple[Tensor, ...], axes: tuple[dict[int, Any] | None, ...]) -> ExportedProgram:
     outside = states_outside_torch()
     try:
-        with TRACING, unchanged(model), _quiet(), torch.enable_grad():
+        with TRACING, unchanged(model), _quiet(), torch.enable_grad(), custom_functions(_refuse_custom):
             program = torch.export.export(model, examples, dynamic_shapes=(axes,), strict=False)
     except CaptureError:
         raise
@@ -121,6 +123,13 @@ def _run(model: nn.Module, examples: tuple[Tensor, ...], axes: tuple[dict[int, A
             "same ones for ever. Draw them with `torch.rand_like(x)` or the like."
         )
     return program
+
+
+def _refuse_custom(function: type[Function], _args: Any, _kwargs: Any) -> Any:
+    raise CaptureError(
+        f"The forward applies the torch.autograd.Function `{function.__name__}` at {user_line()}, whose own backward "
+        "an exported graph does not record. Write it with torch's operations, or make the model one that can be traced."
+    )
 
 
 @contextmanager

@@ -1,13 +1,13 @@
 """Pulling gradients of parameter expressions back to their parameters.
 
-Promises: exact, by one vjp of the expression (vmapped for per-example gradients); a parameter that was changed since
+Promises: exact, by the expression's own backward (vmapped for per-example gradients); a parameter that was changed since
 the forward is an error.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,8 +17,39 @@ from perexfx.ir.site import Expression
 from perexfx.tape import Tape
 
 
-def _vjp(tape: Tape, key: tuple[str, str], expression: Expression) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """From the gradient of an expression's value to those of its parameters."""
+def pull_back(tape: Tape, key: tuple[str, str], expression: Expression, gradient: Tensor) -> dict[str, Tensor]:
+    """The gradient of an expression's parameters from that of its value."""
+    if expression.function is None:
+        return {expression.parameters[0]: gradient}
+    value, leaves = _evaluated(tape, key, expression)
+    found = torch.autograd.grad(value, leaves, gradient, materialize_grads=True)
+    return dict(zip(expression.parameters, found, strict=True))
+
+
+def pull_back_each(tape: Tape, key: tuple[str, str], expression: Expression, gradients: Tensor) -> dict[str, Tensor]:
+    """The same for each example's gradient, `[n, *shape]`."""
+    if expression.function is None:
+        return {expression.parameters[0]: gradients}
+    if gradients.shape[0] == 0:
+        values = {name: tape.parameters[name] for name in expression.parameters}
+        return {name: value.new_zeros(0, *value.shape) for name, value in values.items()}
+    value, leaves = _evaluated(tape, key, expression)
+
+    def pulled(gradient: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(value, leaves, gradient, retain_graph=True, materialize_grads=True)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*batching rule")  # slower, not wrong
+        try:
+            found: Sequence[Tensor] = torch.func.vmap(pulled)(gradients)
+        except RuntimeError:  # a custom function, or an operation that vmap cannot take
+            rows = [pulled(gradient) for gradient in gradients]
+            found = [torch.stack(parts) for parts in zip(*rows, strict=True)]
+    return dict(zip(expression.parameters, found, strict=True))
+
+
+def _evaluated(tape: Tape, key: tuple[str, str], expression: Expression) -> tuple[Tensor, list[Tensor]]:
+    """An expression's value, and the copies of its parameters that it was computed from."""
     function, constants = expression.function, tape.constants[key]
     assert function is not None
     values = [tape.parameters[name] for name in expression.parameters]
@@ -29,28 +60,8 @@ def _vjp(tape: Tape, key: tuple[str, str], expression: Expression) -> Callable[[
                 "Call `backward()` before `optimizer.step()`."
             )
     with torch.enable_grad():
-        _, vjp, *_ = torch.func.vjp(lambda *given: function(*given, *constants), *values)
-    return vjp
-
-
-def pull_back(tape: Tape, key: tuple[str, str], expression: Expression, gradient: Tensor) -> dict[str, Tensor]:
-    """The gradient of an expression's parameters from that of its value."""
-    if expression.function is None:
-        return {expression.parameters[0]: gradient}
-    return dict(zip(expression.parameters, _vjp(tape, key, expression)(gradient), strict=True))
-
-
-def pull_back_each(tape: Tape, key: tuple[str, str], expression: Expression, gradients: Tensor) -> dict[str, Tensor]:
-    """The same for each example's gradient, `[n, *shape]`."""
-    if expression.function is None:
-        return {expression.parameters[0]: gradients}
-    if gradients.shape[0] == 0:
-        values = {name: tape.parameters[name] for name in expression.parameters}
-        return {name: value.new_zeros(0, *value.shape) for name, value in values.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*batching rule")  # slower, not wrong
-        pulled = torch.func.vmap(_vjp(tape, key, expression))(gradients)
-    return dict(zip(expression.parameters, pulled, strict=True))
+        leaves = [value.detach().requires_grad_() for value in values]
+        return function(*leaves, *constants), leaves
 
 
 def add_pulled(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from perexfx.custom import CustomFunction, gradients_of
 from perexfx.inputs import Inputs, arguments_for
 from perexfx.ir.errors import RefusedError
 from perexfx.ir.node import place_of
@@ -178,9 +180,12 @@ class _FakeInterpreter(fx.Interpreter):
         self.fake, self.run_record = fake, run
         self.converted: dict[int, Tensor] = {}
         self.extra_traceback = False
+        self.of_inputs: set[fx.Node] = set()
         for node in graph.nodes:  # before anything is recorded: making them fake reads them
             if node.op == "get_attr":
                 self.fetch_attr(str(node.target))
+            if node.op == "placeholder" or self.of_inputs.intersection(node.all_input_nodes):
+                self.of_inputs.add(node)
 
     def run_node(self, n: fx.Node) -> Any:
         """One node."""
@@ -188,6 +193,20 @@ class _FakeInterpreter(fx.Interpreter):
         value = super().run_node(n)
         self.run_record.values[n.name] = value
         return value
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call; of a custom function its backward too."""
+        if not isinstance(target, CustomFunction):
+            return super().call_function(target, args, kwargs)
+        run, start = self.run_record, len(self.run_record.calls)
+        assert run.node is not None
+        free = [t for node in run.node.all_input_nodes if node in self.of_inputs for t in leaves_of(self.env[node])]
+        result, gradients = gradients_of(target, args, kwargs, free)
+        # a gradient belongs to the examples of its input, or these additions are refused
+        sums = [torch.add(given, gradient) for given, gradient in gradients]
+        # what was computed for gradients of parameters is theirs to sum
+        run.calls[start:] = _needed(run.calls[start:], [*leaves_of(result), *sums])
+        return result
 
     def fetch_attr(self, target: str) -> Any:
         """Parameters and buffers as fake tensors, each always the same one."""
@@ -197,6 +216,16 @@ class _FakeInterpreter(fx.Interpreter):
         if id(value) not in self.converted:
             self.converted[id(value)] = self.fake.from_tensor(value.detach(), static_shapes=True)
         return self.converted[id(value)]
+
+
+def _needed(calls: list[Call], results: Sequence[Any]) -> list[Call]:
+    """Those calls that some results are computed by."""
+    wanted, kept = {id(result) for result in results}, []
+    for call in reversed(calls):
+        if any(id(tensor) in wanted for tensor in call.results):
+            wanted.update(id(tensor) for tensor in call.given)
+            kept.append(call)
+    return kept[::-1]
 
 
 def record(graph: fx.Graph, module: nn.Module, inputs: Inputs, batch_dim: int, n: int) -> Run:

@@ -17,8 +17,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
+from perexfx.custom import CustomFunction
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.node import NodeInfo, annotate
 from perexfx.traceable import forward_of, traceable
@@ -109,6 +112,12 @@ class Tracer(fx.Tracer):
             result = super().call_module(m, forward, args, kwargs)
         self.inside.pop()
         return result
+
+    def record_custom(self, function: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A custom function as one node, where it is given what is traced."""
+        if not any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+            return NotImplemented
+        return self.create_proxy("call_function", CustomFunction(function), args, kwargs)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """The model may be such a module itself."""

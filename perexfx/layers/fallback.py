@@ -76,12 +76,8 @@ class Fallback(Rule):
 
     def backward(self, call: Backward) -> tuple[dict[str, Tensor], dict[str, Factors]]:
         """A vjp for the inputs, and one per example for the operands."""
-        gradients: dict[str, Tensor] = {}
-        if call.inputs:
-            inputs = {name: call.arguments[name] for name in call.inputs}
-            with torch.enable_grad():
-                _, vjp, *_ = torch.func.vjp(lambda given: self._floating({**call.arguments, **given}, call), inputs)
-            (gradients,) = vjp(_floating(call.grad_outputs, call.geometry))
+        inputs = {name: call.arguments[name] for name in call.inputs}
+        gradients = self._vjp(call.arguments, inputs, call.grad_outputs, call) if inputs else {}
         factors: dict[str, Factors] = {
             name: Gradient(value) for name, value in self._each(call).items() if name in call.operands
         }
@@ -113,13 +109,32 @@ class Fallback(Rule):
         ]
         axes = tuple(None if output.layout is None else 0 for output in geometry.outputs)
 
-        def one(row: Tensors, *gradients: Tensor) -> Tensors:
+        def mapped(row: Tensors, *gradients: Tensor) -> Tensors:
             given = {**call.arguments, **geometry.for_one, **row}
             _, vjp, *_ = torch.func.vjp(lambda values: self._floating({**given, **values}, call), operands)
             (found,) = vjp(_floating(gradients, geometry))
             return found
 
-        return _for_each_example(one, (0, *axes), rows, *cotangents)
+        def single(row: Tensors, *gradients: Tensor) -> Tensors:
+            return self._vjp({**call.arguments, **geometry.for_one, **row}, operands, gradients, call)
+
+        return _for_each_example(mapped, single, (0, *axes), rows, *cotangents)
+
+    def _vjp(self, arguments: Arguments, values: Tensors, grad_outputs: Sequence[Tensor], call: Backward) -> Tensors:
+        """The gradients of some arguments, by autograd."""
+        leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+        with torch.enable_grad():
+            outputs = self._floating({**arguments, **leaves}, call)
+        pairs = [
+            (output, gradient)
+            for output, gradient in zip(outputs, _floating(grad_outputs, call.geometry), strict=True)
+            if output.requires_grad
+        ]
+        if not pairs:
+            return {name: torch.zeros_like(value) for name, value in values.items()}
+        given, gradients = zip(*pairs, strict=True)
+        found = torch.autograd.grad(given, list(leaves.values()), gradients, materialize_grads=True)
+        return dict(zip(leaves, found, strict=True))
 
 
 def _floating(gradients: Sequence[Tensor], geometry: Geometry) -> tuple[Tensor, ...]:
@@ -127,16 +142,18 @@ def _floating(gradients: Sequence[Tensor], geometry: Geometry) -> tuple[Tensor, 
     return tuple(g for g, output in zip(gradients, geometry.outputs, strict=True) if output.is_floating)
 
 
-def _for_each_example(function: Callable[..., Tensors], axes: tuple[int | None, ...], *arguments: Any) -> Tensors:
-    """`function` of every example: vmapped, or one after the other where vmap cannot."""
+def _for_each_example(
+    mapped: Callable[..., Tensors], single: Callable[..., Tensors], axes: tuple[int | None, ...], *arguments: Any
+) -> Tensors:
+    """A function of every example: vmapped, or one after the other, in the form for that, where vmap cannot."""
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.filterwarnings("ignore", message=".*batching rule")  # slower, not wrong
         try:
-            return torch.func.vmap(function, in_dims=axes)(*arguments)
+            return torch.func.vmap(mapped, in_dims=axes)(*arguments)
         except (RuntimeError, NotImplementedError):
             n = pytree.tree_leaves(arguments[0])[0].shape[0]
             rows = [
-                function(*(_row(value, axis, i) for value, axis in zip(arguments, axes, strict=True))) for i in range(n)
+                single(*(_row(value, axis, i) for value, axis in zip(arguments, axes, strict=True))) for i in range(n)
             ]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
