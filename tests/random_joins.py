@@ -1,0 +1,92 @@
+"""Steps of random models that join a value with others, with inputs, and with constants."""
+
+from __future__ import annotations
+
+from random_layers import Step
+from random_moves import without
+from random_writer import Writer
+
+
+def each_with_each(w: Writer) -> None:
+    """Products between what an example has: attention, inner products."""
+    v = w.pick(lambda v: v.images(3) and v.plain)
+    u, (_, t, d) = w.partner(v), v.sizes
+    ways = [
+        (f"torch.softmax({v.name} @ {u}.transpose(-1, -2), -1) @ {v.name}", v.sizes),
+        (f"F.scaled_dot_product_attention({v.name}, {u}, {v.name})", v.sizes),
+        (f"F.scaled_dot_product_attention({v.name}, {u}, {v.name}, is_causal=True)", v.sizes),
+        (f"torch.bmm({v.name}, {u}.mT)", (1, t, t)),
+        (f'torch.einsum("nti,ntj->nij", {v.name}, {u})', (1, d, d)),
+    ]
+    how, sizes = w.choice(ways)
+    w.emit(how, v, sizes=sizes)
+
+
+def scalar_per_example(w: Writer) -> None:
+    """A weight per example, brought into place."""
+    given = w.choice([at for at, given in enumerate(w.inputs) if given.kind == "float" and not given.sizes])
+    v = w.pick(lambda v: v.plain)
+    shape = ", ".join("-1" if i == v.axis else "1" for i in range(v.rank))
+    ones = ", ".join(":" if i == v.axis else "None" for i in range(v.rank))
+    weight = w.choice([f"x{given}.view({shape})", f"x{given}[{ones}]", f"x{given}.reshape({shape})"])
+    w.emit(w.choice([f"{v.name} * {weight}", f"{weight} + {v.name}"]), v)
+
+
+def masked(w: Writer) -> None:
+    """By a mask or by lengths of the inputs; what an example's own number picks."""
+    at = w.choice([at for at, given in enumerate(w.inputs) if given.kind in ("mask", "lengths")])
+    given = w.inputs[at]
+    if given.kind == "mask":
+        v = w.pick(lambda v: v.plain and v.axis == 0 and v.rank >= 2 and v.sizes[1] == given.sizes[0])
+        mask = f"x{at}.view({', '.join([f'{v.name}.shape[0]', str(v.sizes[1]), *['1'] * (v.rank - 2)])})"
+        w.emit(w.choice([f"{v.name} * {mask}", f"{v.name}.masked_fill({mask}, -1.0)"]), v)
+        return
+    v = w.pick(lambda v: v.plain and v.axis == 0 and v.rank >= 2 and v.sizes[1] == given.limit)
+    ones = ", 1" * (v.rank - 2)
+    if w.chance(0.5):
+        index = f"x{at}.view(-1, 1{ones}).expand(n, 1, {', '.join(map(str, v.sizes[2:])) or ''})".replace(", )", ")")
+        w.emit(f"{v.name}.gather(1, {index}).squeeze(1)", v, **without(v, 1))
+    elif w.chance(0.5):
+        w.emit(f"{v.name}[torch.arange(n), x{at}]", v, **without(v, 1))
+    else:
+        mask = f"(torch.arange({given.limit}) < x{at}[:, None]).view(n, {given.limit}{ones})"
+        w.emit(f"{v.name} * {mask}", v)
+
+
+def constants(w: Writer) -> None:
+    """Tensors made in the forward, some of them by the number of examples."""
+    v = w.pick(lambda v: v.plain)
+    table = w.broadcast(v)
+    rows = ", ".join("n" if i == v.axis else "1" for i in range(v.rank))
+    made = [f"torch.ones({rows}, dtype={v.name}.dtype)", f"{v.name}.new_zeros({rows})", f"torch.zeros_like({v.name})"]
+    made += [w.buffer(f"torch.rand({list(table)})"), f"torch.full(({rows},), 0.5, dtype={v.name}.dtype)"]
+    if v.own and v.axis != v.rank - 1:
+        made += [f"torch.arange({v.sizes[-1]}, dtype={v.name}.dtype)", f"torch.linspace(0, 1, {v.sizes[-1]})"]
+    w.emit(f"{v.name} {w.choice('+*')} {w.choice(made)}", v)
+
+
+def stopped(w: Writer) -> None:
+    v = w.pick()
+    if w.chance(0.5):
+        w.emit(f"{v.name} * {w.partner(v)}.detach()", v)
+        return
+    name = f"h{len(w.lines)}"
+    w.line(f"with torch.no_grad():\n            {name} = {w.choice(['{} * 2', 'torch.tanh({})']).format(v.name)}")
+    w.emit(f"{v.name} + {name}", v)
+
+
+def combined(w: Writer) -> None:
+    v = w.pick()
+    a, b = v.name, w.partner(v)
+    how = ["{} + {}", "{} * {}", "torch.where({0} > 0, {0}, {1})", "torch.maximum({}, {})", "{}.lerp({}, 0.3)"]
+    w.emit(w.choice([*how, "{0}.masked_fill({1} > 0, 0.5)"]).format(a, b), v)
+
+
+JOINS: dict[Step, int] = {
+    combined: 4,
+    each_with_each: 2,
+    scalar_per_example: 3,
+    masked: 3,
+    constants: 3,
+    stopped: 1,
+}
