@@ -82,7 +82,41 @@ def combined(w: Writer) -> None:
     w.emit(w.choice([*how, "{0}.masked_fill({1} > 0, 0.5)"]).format(a, b), v)
 
 
+def with_merged_copies(w: Writer) -> None:
+    """Rows of a table beside merged rows, in their order."""
+    v = w.pick(lambda v: not v.plain and v.axis == 0 and v.rank >= 2 and 1 in (v.before, v.after))
+    k, rest = max(v.before, v.after), v.sizes[1:]
+    p, sizes = w.parameter(k, *rest), ", ".join(map(str, rest))
+    if v.before == 1:
+        hows = [f"{p}.repeat(n{', 1' * len(rest)})", f"{p}.expand(n, {k}, {sizes}).reshape(n * {k}, {sizes})"]
+    else:
+        hows = [f"{p}.repeat_interleave(n, 0)", f"{p}[:, None].expand({k}, n, {sizes}).flatten(0, 1)"]
+    w.emit(f"{v.name} {w.choice('+*-')} {w.choice(hows)}", v)
+
+
+def by_own_ids(w: Writer) -> None:
+    """What an example picks by ids of its own, along its own axes or from a table."""
+    at = w.choice([at for at, given in enumerate(w.inputs) if given.kind in ("ids", "lengths")])
+    v = w.pick(lambda v: v.plain and v.axis == 0 and v.rank >= 2)
+    size, tail = v.sizes[1], v.sizes[2:]
+    first = f"(x{at}.reshape(n, -1)[:, :1] % {size})"
+    rows = f"{first}.view(n, 1{', 1' * len(tail)}).expand(n, 1, {', '.join(map(str, tail))})".replace(", )", ")")
+    ways = [
+        (f"{v.name}.gather(1, {rows})", (1, 1, *tail)),
+        (f"{v.name}[torch.arange(n)[:, None], {first}]", (1, 1, *tail)),
+        (f"torch.zeros_like({v.name}).scatter_add(1, {rows}, {v.name})", v.sizes),
+        (f"{v.name}.scatter(1, {rows}, 0.5)", v.sizes),
+        (f"torch.take_along_dim({v.name}, {rows}, 1)", (1, 1, *tail)),
+    ]
+    if not tail:
+        ways += [(f"{v.name} * F.one_hot({first}[:, 0], {size})", v.sizes)]
+    how, sizes = w.choice(ways)
+    w.emit(how, v, sizes=sizes)
+
+
 JOINS: dict[Step, int] = {
+    with_merged_copies: 3,
+    by_own_ids: 3,
     combined: 4,
     each_with_each: 2,
     scalar_per_example: 3,

@@ -98,7 +98,9 @@ def added_product(w: Writer) -> None:
 def batched_product(w: Writer) -> None:
     v = w.pick(lambda v: v.images(3) and v.plain)
     out, rows = w.size(), v.sizes[1]
-    m = f"{w.parameter(v.sizes[2], out)}.expand(n, {v.sizes[2]}, {out})"
+    p = w.parameter(v.sizes[2], out)
+    copies = [f"{p}.expand(n, {v.sizes[2]}, {out})", f"{p}.repeat(n, 1, 1)", f"{p}[None].repeat_interleave(n, 0)"]
+    m = w.choice([*copies, f"{p}.repeat(n, 1).view(n, {v.sizes[2]}, {out})"])
     addend = w.parameter(*w.choice([(rows, out), (1, out), (1, rows, out)]))
     how = w.choice(
         [f"torch.baddbmm({addend}, {v.name}, {m}{w.choice(['', ', beta=0.5'])})", f"torch.bmm({v.name}, {m})"]
@@ -153,6 +155,7 @@ def channels(w: Writer) -> None:
     c = v.sizes[1]
     groups = w.choice([g for g in range(1, c + 1) if c % g == 0])
     texts = [f"nn.GroupNorm({groups}, {c})", f"nn.PReLU({c})", "nn.PReLU()"]
+    texts += [f"nn.BatchNorm1d({c}).eval()"] if v.rank == 3 else []
     if v.rank == 3 and v.sizes[2] > 1:
         texts.append(f"nn.InstanceNorm1d({c}, affine=True)")
     w.emit(f"{w.layer(w.choice(texts))}({v.name})", v)
@@ -222,6 +225,37 @@ def into_unfolded(w: Writer) -> None:
     w.emit(how, v, sizes=(v.sizes[0], t, out))
 
 
+def again(w: Writer) -> None:
+    """A weight that there is already, wherever it fits: as matrix, transposed, or added."""
+    v = w.pick(lambda v: v.axis != v.rank - 1)
+    d = v.sizes[-1]
+    name, shape = w.choice([(name, shape) for name, shape in w.weights if len(shape) == 2 and d in shape])
+    out = shape[0] if shape[1] == d else shape[1]
+    if shape[1] == d and w.chance(0.6):
+        hows = [f"F.linear({v.name}, {name})", f"{v.name} @ {name}.t()", f"{v.name} @ {name}.T.tanh()"]
+    elif shape[0] == d:
+        out = shape[1]
+        hows = [
+            f"{v.name} @ {name}",
+            f"F.linear({v.name}, {name}.t())",
+            f'torch.einsum("...i,io->...o", {v.name}, {name})',
+        ]
+    else:
+        out = d
+        hows = [f"{v.name} + {name}[0]", f"{v.name} * {name}.mean(0)", f"{v.name} - {name}[-1] * {name}[0]"]
+    w.emit(w.choice(hows), v, sizes=(*v.sizes[:-1], out))
+
+
+def whole(w: Writer) -> None:
+    """A matrix over all that an example has, or over an axis in front of the examples."""
+    v = w.pick(lambda v: v.axis == 0 and v.plain)
+    d, out = math.prod(v.sizes[1:]), w.size()
+    if d * out > 100 or v.rank < 2:
+        raise DoesNotFitError
+    how = w.choice([f"{v.name}.flatten(1)", f"{v.name}.reshape(-1, {d})", f"{v.name}.view(n, -1)"])
+    w.emit(f"F.linear({how.replace('.view', '.contiguous().view')}, {matrix(w, out, d)})", v, sizes=(1, out))
+
+
 def embedding(w: Writer) -> None:
     """Ids of their own, looked up in a table that may be used elsewhere too."""
     ids = [at for at, given in enumerate(w.inputs) if given.kind == "ids"]
@@ -260,4 +294,6 @@ PARAMETERS: dict[Step, int] = {
     attention: 2,
     into_unfolded: 1,
     embedding: 2,
+    again: 4,
+    whole: 2,
 }

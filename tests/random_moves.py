@@ -141,6 +141,7 @@ def along(w: Writer) -> None:
     axis = w.choice(v.own)
     d = w.choice([axis, axis - v.rank])
     hows = ["softmax({d})", "cumsum({d})", "roll(1, {d})", "flip({d})", "sort({d}).values", "log_softmax(dim={d})"]
+    hows += ["diff(dim={d}, prepend={v}.narrow({d}, 0, 1))", "cummax({d}).values", "cumprod({d})"]
     hows += ["gather({d}, {v}.argsort({d}))", "softmax({d}) * {v}.mean({d}, keepdim=True)"]
     w.emit(f"{v.name}.{w.choice(hows).format(d=d, v=v.name)}", v)
 

@@ -14,7 +14,7 @@ SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_
 
 
 @settings(
-    max_examples=120,
+    max_examples=70,
     derandomize=True,
     database=None,
     deadline=None,
@@ -34,12 +34,12 @@ def test_random_models_are_exact_or_refused(random: Random) -> None:
 def test_independent_models_are_accepted_and_mixing_ones_met_and_refused() -> None:
     """What the test above says would hold as well if all were refused, or if nothing were ever mixed."""
     counts: Counter[tuple[bool, str]] = Counter()
-    for seed in range(150):
+    for seed in range(100):
         program = generate(Random(seed))
         outcome = judge(program)
         assert outcome.kind != "wrong", f"seed {seed}\n{program}\n{outcome.detail}"
         if outcome.mixes or not program.mistakes:
             counts[outcome.mixes, outcome.kind] += 1
     assert counts[False, "exact"] >= 4 * counts[False, "refused"], counts
-    assert counts[True, "refused"] >= 15, counts
+    assert counts[True, "refused"] >= 12, counts
     assert not counts[True, "exact"], counts
