@@ -203,15 +203,16 @@ def main() -> None:
     torch.set_num_threads(1)
     counts: Counter[tuple[str, ...]] = Counter()
     start = time.perf_counter()
-    for seed in range(arguments.seed, arguments.seed + arguments.count):
+    for done in range(1, arguments.count + 1):
+        seed = arguments.seed + done - 1
         program = generate(Random(seed))
         outcome = judge(program)
         counts["mixing" if outcome.mixes else "independent", outcome.kind] += 1
         if outcome.kind in ("wrong", *arguments.show.split()):
             print(f"==== seed {seed}: {outcome.kind}\n{program}\n{outcome.detail}\n", flush=True)
-    print(f"{arguments.count} programs in {time.perf_counter() - start:.0f} s")
-    for (mixing, kind), count in sorted(counts.items()):
-        print(f"{mixing:12s} {kind:8s} {count}")
+        if done % 250 == 0 or done == arguments.count:
+            found = ", ".join(f"{count} {kind} ({mixing})" for (mixing, kind), count in sorted(counts.items()))
+            print(f"{done} programs in {time.perf_counter() - start:.0f} s: {found}", flush=True)
 
 
 if __name__ == "__main__":

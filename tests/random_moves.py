@@ -197,7 +197,11 @@ def more_rows(w: Writer) -> None:
 def in_place(w: Writer) -> None:
     v = w.pick()
     name = f"h{len(w.lines)}"
-    w.line(f"{name} = {w.choice([f'{v.name}.clone()', f'{v.name} * 1', f'torch.zeros_like({v.name})'])}")
+    made = [f"{v.name}.clone()", f"{v.name} * 1", f"torch.zeros_like({v.name})"]
+    shape = ", ".join("n" if i == v.axis else str(size) for i, size in enumerate(v.sizes))
+    if v.plain:
+        made += [f"torch.zeros({shape}, dtype={v.name}.dtype)", f"{v.name}.new_ones({shape})"]
+    w.line(f"{name} = {w.choice(made)}")
     writes = [f"{name} += {w.partner(v)}", f"{name}.mul_(0.5)", f"{name}.tanh_()", f"{name}.add_({w.partner(v)})"]
     if v.own:
         axis = w.choice(v.own)
@@ -205,9 +209,11 @@ def in_place(w: Writer) -> None:
         writes += [f"{name}{part} = {v.name}{part} * 2", f"{name}{part} += 1", f"{name}{part}.mul_(3)"]
         writes += [f"{name}.select({axis}, 0).copy_({v.name}.sin().select({axis}, 0))"]
         writes += [f"{name}{w.at(v.rank, axis, ':1')} += {w.parameter(*w.broadcast(v, 0))}"]
+    view = f"view{len(w.lines)}"
+    w.line(f"{view} = {name}[...]")
     for _ in range(w.choice([1, 1, 2])):
         w.line(w.choice(writes))
-    w.emit(name, v)
+    w.emit(w.choice([name, name, view]), v)
 
 
 def pooled(w: Writer) -> None:

@@ -82,19 +82,22 @@ def generate(random: Random) -> Program:
     w = Writer(random, n, batch_dim=int(random.random() < 0.1))
     _draw_inputs(w)
     mistakes: list[str] = []
-    wanted = random.randrange(2, 9)
+    mistaken: list[Value] = []
+    wanted = random.randrange(2, 11)
     at_mistake = random.randrange(wanted) if random.random() < 0.45 else -1
     done = tries = 0
     while (done < wanted or not _last_trained(w)) and tries < 80:
         tries += 1
         wrong = done == at_mistake and not mistakes
-        steps = MIXING if wrong else PARAMETERS if not _last_trained(w) or w.chance(0.35) else {**MOVES, **JOINS}
+        steps = MIXING if wrong else PARAMETERS if not _last_trained(w) or w.chance(0.45) else {**MOVES, **JOINS}
         step = random.choices(list(steps), list(steps.values()))[0]
         if _tried(w, step):
             done += 1
-            mistakes += [step.__name__] * wrong
+            if wrong:
+                mistakes.append(step.__name__)
+                mistaken.append(w.values[-1])
     capture = w.choice(["traced", "traced", "exported", "late"])
-    returned = _returned(w)
+    returned = _returned(w, mistaken)
     return Program(
         _source(w, returned),
         tuple(w.inputs),
@@ -143,12 +146,12 @@ def _draw_inputs(w: Writer) -> None:
             w.values.append(Value(f"x{at}", shape, w.batch_dim))
 
 
-def _returned(w: Writer) -> str:
+def _returned(w: Writer, mistaken: list[Value]) -> str:
     """Of the last value and perhaps others: examples first, all else flat."""
     found = []
     last = _last_trained(w) or w.values[-1]
-    others = [v for v in w.values if v != last and w.chance(0.15)][:2]
-    for v in [last, *others]:
+    others = [v for v in w.values if w.chance(0.25)][:3]
+    for v in dict.fromkeys([last, *mistaken, *others]):
         plain = v if v.plain else split_axis(w, v)
         text = plain.name if plain.axis == 0 else f"{plain.name}.movedim({plain.axis}, 0)"
         found.append(f"{text}.flatten(1)" if plain.rank > 1 else f"{text}.unsqueeze(1)")

@@ -74,6 +74,7 @@ class Writer:
     weights: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     layers: list[tuple[str, str]] = field(default_factory=list)
     trained: set[str] = field(default_factory=set)
+    palette: list[int] = field(default_factory=list)
 
     def chance(self, probability: float) -> bool:
         return self.random.random() < probability
@@ -84,14 +85,16 @@ class Writer:
         return options[self.random.randrange(len(options))]
 
     def size(self) -> int:
-        """Often the number of examples, or one that the analysis tries: coincidences are what misleads it."""
-        return self.choice([self.n, self.n, 3, 5, 2, 4, 1, 6])
+        """One of a few, often the number of examples or one that the analysis tries: coincidences mislead."""
+        while len(self.palette) < 3:
+            self.palette.append(self.choice([self.n, self.n, 3, 5, 2, 4, 1, 6]))
+        return self.choice(self.palette)
 
     # Values
 
     def pick(self, fits: Callable[[Value], bool] = lambda _: True) -> Value:
         fitting = [v for v in self.values[-5:] if fits(v)]
-        return fitting[-1] if fitting and self.chance(0.5) else self.choice(fitting)
+        return fitting[-1] if fitting and self.chance(0.65) else self.choice(fitting)
 
     def pick_image(self, rank: int) -> Value:
         """A value `[n, channels, *sizes]`; one of one rank less is made to fit."""
@@ -130,7 +133,7 @@ class Writer:
 
     def parameter(self, *sizes: int) -> str:
         known = [name for name, shape in self.weights if shape == sizes]
-        if known and self.chance(0.3):
+        if known and self.chance(0.45):
             return self.choice(known)
         name = self.name("w")
         frozen = self.chance(0.1)
@@ -148,7 +151,7 @@ class Writer:
     def layer(self, text: str, **weights: tuple[int, ...]) -> str:
         """A module, or one of the same kind that there is already; its weights may be used elsewhere too."""
         known = [name for name, same in self.layers if same == text]
-        if known and self.chance(0.4):
+        if known and self.chance(0.5):
             return self.choice(known)
         name = self.name("layer")
         self.setup.append(f"self.{name} = {text}")
