@@ -61,7 +61,11 @@ class Conditions:
     def broken_guard(self, leaves: Mapping[str, Any]) -> str:
         """The first relation that does not hold, in the arguments' own names; "" where all do."""
         for guard in self.guards:
-            if not eval(guard, {"L": {"leaves": [leaves[name] for name in self.sizes]}}):
+            try:
+                holds = eval(guard, {"L": {"leaves": [leaves[name] for name in self.sizes]}})
+            except ZeroDivisionError:  # `a % b == 0` of sizes, one of which is zero
+                holds = False
+            if not holds:
                 return re.sub(r"L\['leaves'\]\[(\d+)\]", lambda found: list(self.sizes)[int(found[1])], guard)
         return ""
 
