@@ -263,7 +263,7 @@ def test_relations_that_no_examples_cannot_have_are_an_error() -> None:
 
     gm = perexfx.transform(Rows(), (torch.randn(4, 5, 6),))
     gm(torch.randn(3, 5, 6))
-    with pytest.raises(perexfx.ArgumentError, match="captured graph holds for inputs with .*%"):
+    with pytest.raises(perexfx.ArgumentError, match=r"captured graph holds for inputs with .*%"):
         gm(torch.randn(0, 5, 6))
 
 

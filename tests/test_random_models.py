@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from random import Random
 
+import pytest
 import torch
 from hypothesis import HealthCheck, event, given, reject, settings
 from hypothesis import strategies as st
-from random_models import generate, judge
+from random_models import judge
+from random_programs import Program, generate
+from random_writer import Input
+
+from perexfx.axes.table import RULES
 
 SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
@@ -43,3 +48,26 @@ def test_independent_models_are_accepted_and_mixing_ones_met_and_refused() -> No
     assert counts[False, "exact"] >= 4 * counts[False, "refused"], counts
     assert counts[True, "refused"] >= 12, counts
     assert not counts[True, "exact"], counts
+
+
+MIXES = """
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x0):
+        return self.layer(x0).softmax(0)
+"""
+
+
+def test_a_mixing_model_counts_as_wrong_where_it_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = Program(MIXES, (Input("float", (3,)),), 0, 3, (2,), "traced", "auto", "mean", ())
+    assert judge(program).kind == "refused"
+    monkeypatch.setitem(RULES, "_softmax", lambda call: call.layout(call.tensors[0]))
+    outcome = judge(program)
+    assert (outcome.kind, outcome.mixes) == ("wrong", True)
