@@ -114,7 +114,20 @@ def by_own_ids(w: Writer) -> None:
     w.emit(how, v, sizes=sizes)
 
 
+def written_weight(w: Writer) -> None:
+    """An expression of parameters that is written in place, perhaps through a view and after it was used."""
+    v = w.pick(lambda v: v.axis != v.rank - 1)
+    d, name = v.sizes[-1], f"m{len(w.lines)}"
+    w.line(f"{name} = {w.parameter(d, d)}{w.choice([' * 2', '.tanh()', '.clone()'])}")
+    used = f"F.linear({v.name}, {name})"
+    if w.chance(0.3):
+        v = w.emit(used, v)
+    w.line(w.choice([f"{name}[:1].mul_(3)", f"{name} += 1", f"{name}.tanh_()", f"{name}.view(-1).clamp_(min=0)"]))
+    w.emit(used, v)
+
+
 JOINS: dict[Step, int] = {
+    written_weight: 1,
     with_merged_copies: 3,
     by_own_ids: 3,
     combined: 4,
