@@ -1,7 +1,8 @@
 """`torch.autograd.Function`s in a forward: gradients that are what somebody wrote, not what autograd would find.
 
 Promises: while a forward is captured, a custom function is recorded as one call of itself, so that its own backward
-runs later; a reentrant checkpoint is recorded as what it checkpoints. Where a capture cannot record one, it is an error.
+runs later; a reentrant checkpoint is recorded as what it checkpoints. Where a capture cannot record one, or a backward
+is not linear, it is an error.
 """
 
 from __future__ import annotations
@@ -34,16 +35,73 @@ class CustomFunction:
         return self.function.apply(*args, **kwargs)
 
 
+@dataclass(frozen=True)
+class CustomRun:
+    """One run of a custom function and of its backward.
+
+    Attributes:
+        result: What it returned.
+        gradients: Pairs of a tensor that it was given and the gradient for that.
+        seeds: The gradients that the backward was given.
+    """
+
+    result: Any
+    gradients: list[tuple[torch.Tensor, torch.Tensor]]
+    seeds: list[torch.Tensor]
+
+
+_LINEAR = frozenset(
+    "view _unsafe_view _reshape_alias reshape permute transpose t unsqueeze squeeze expand slice select clone detach "
+    "alias _to_copy neg sum mean cumsum flip roll cat stack split split_with_sizes unbind diagonal as_strided pad "
+    "constant_pad_nd contiguous copy lift_fresh index index_select gather repeat zeros_like ones_like empty_like "
+    "full_like new_zeros new_ones new_empty zero zeros ones split_with_sizes_copy movedim triu tril".split()
+)
+"""Operations that are linear in all tensors that they read, or constant."""
+_BILINEAR = frozenset("mul mm bmm matmul mv dot convolution linear einsum outer ger conv2d conv1d multiply".split())
+_LINEAR_IN_FIRST = frozenset("div divide true_divide masked_fill threshold_backward".split())
+
+
+def nonlinear_in(calls: Sequence[Any], seeds: Sequence[torch.Tensor]) -> str:
+    """The first recorded operation that may be other than linear in what comes from the seeds; "" where there is none.
+
+    A clipped gradient is a sum of scaled gradients, and so must be what a backward makes of one.
+    """
+    reached = {id(seed) for seed in seeds}
+    for call in calls:
+        read = [id(tensor) in reached for tensor in call.given]
+        if not any(read) or not call.results:
+            continue
+        name = call.func._schema.name.split("::")[1].removesuffix("_")
+        first_alone = read[0] and not any(read[1:])
+        is_linear = (
+            name in _LINEAR
+            or (name in _BILINEAR and sum(read) == 1)
+            or (first_alone and (name in _LINEAR_IN_FIRST or name.endswith("_backward")))
+            or (name in ("add", "sub", "where") and _adds(call, read, name))
+        )
+        if name == "masked_fill":
+            is_linear = is_linear and call.named_arguments()["value"] == 0
+        if not is_linear:
+            return name
+        reached.update(id(tensor) for tensor in call.results)
+    return ""
+
+
+def _adds(call: Any, read: list[bool], name: str) -> bool:
+    """Whether a sum, or a choice between two values, is of gradients alone."""
+    return len(read) == 3 and read[1:] == [True, True] if name == "where" else read == [True, True]
+
+
 def gradients_of(
     function: CustomFunction, args: tuple[Any, ...], kwargs: dict[str, Any], free: Sequence[torch.Tensor]
-) -> tuple[Any, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """The result of a custom function, and pairs of a tensor and the gradient that its backward gives for it.
+) -> CustomRun:
+    """One run of a custom function and of its backward.
 
     Args:
         function: Is called once, and its backward with gradients of ones.
         args: Its arguments.
         kwargs: Its keyword arguments.
-        free: Those tensors among them whose gradient is asked for.
+        free: The tensors among them whose gradient is asked for.
     """
     read = [tensor for tensor in free if tensor.is_floating_point()]
     leaves = {id(tensor): tensor.detach().requires_grad_() for tensor in read}
@@ -52,11 +110,12 @@ def gradients_of(
         result = function(*own_args, **own_kwargs)
         outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     detached = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, result)
-    if not outputs:
-        return detached, []
-    given = list(leaves.values())
-    found = torch.autograd.grad(outputs, given, [torch.ones_like(o) for o in outputs], allow_unused=True)
-    return detached, [(leaf, gradient) for leaf, gradient in zip(given, found, strict=True) if gradient is not None]
+    if not outputs or not leaves:
+        return CustomRun(detached, [], [])
+    given, seeds = list(leaves.values()), [torch.ones_like(output) for output in outputs]
+    found = torch.autograd.grad(outputs, given, seeds, allow_unused=True)
+    pairs = [(leaf, gradient) for leaf, gradient in zip(given, found, strict=True) if gradient is not None]
+    return CustomRun(detached, pairs, seeds)
 
 
 Recorder = Callable[[type[Function], tuple[Any, ...], dict[str, Any]], Any]

@@ -1,7 +1,7 @@
 """Pulling gradients of parameter expressions back to their parameters.
 
-Promises: exact, by the expression's own backward (vmapped for per-example gradients); a parameter that was changed since
-the forward is an error.
+Promises: exact, by the expression's own backward (vmapped for per-example gradients); a parameter that was changed
+since the forward is an error.
 """
 
 from __future__ import annotations

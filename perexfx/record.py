@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perexfx.custom import CustomFunction, gradients_of
+from perexfx.custom import CustomFunction, gradients_of, nonlinear_in
 from perexfx.inputs import Inputs, arguments_for
 from perexfx.ir.errors import RefusedError
 from perexfx.ir.node import place_of
@@ -200,13 +200,17 @@ class _FakeInterpreter(fx.Interpreter):
             return super().call_function(target, args, kwargs)
         run, start = self.run_record, len(self.run_record.calls)
         assert run.node is not None
-        free = [t for node in run.node.all_input_nodes if node in self.of_inputs for t in leaves_of(self.env[node])]
-        result, gradients = gradients_of(target, args, kwargs, free)
+        of_inputs = [
+            t for node in run.node.all_input_nodes if node in self.of_inputs for t in leaves_of(self.env[node])
+        ]
+        found = gradients_of(target, args, kwargs, of_inputs or leaves_of((args, kwargs)))
+        if name := nonlinear_in(run.calls[start:], found.seeds):
+            raise RefusedError([_not_linear(run.node, name)])
         # a gradient belongs to the examples of its input, or these additions are refused
-        sums = [torch.add(given, gradient) for given, gradient in gradients]
+        sums = [torch.add(*pair) for pair in found.gradients if of_inputs]
         # what was computed for gradients of parameters is theirs to sum
-        run.calls[start:] = _needed(run.calls[start:], [*leaves_of(result), *sums])
-        return result
+        run.calls[start:] = _needed(run.calls[start:], [*leaves_of(found.result), *sums])
+        return found.result
 
     def fetch_attr(self, target: str) -> Any:
         """Parameters and buffers as fake tensors, each always the same one."""
@@ -258,6 +262,8 @@ def record(graph: fx.Graph, module: nn.Module, inputs: Inputs, batch_dim: int, n
             with TRACING, Recording(run), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the real run gives them too
                 interpreter.run(*arguments)
+        except RefusedError:
+            raise
         except Exception as error:
             assert run.node is not None
             raise RefusedError([_failed(run.node, n, error)]) from error
@@ -275,6 +281,16 @@ _SIZES_ASKED = {
     "masked_select": "it selects by a mask",
     "repeat_interleave": "it repeats entries a number of times that is itself in a tensor",
 }
+
+
+def _not_linear(node: fx.Node, name: str) -> Refusal:
+    place = place_of(node)
+    return Refusal(
+        what=f"{place} has a backward that is not known to be linear in the gradient it is given (`{name}`).",
+        why="A clipped sum of gradients is then not what the backward gives for the clipped sum.",
+        remedy="Write the backward with products, sums and moves of the gradient alone.",
+        place=place,
+    )
 
 
 def _failed(node: fx.Node, n: int, error: Exception) -> Refusal:

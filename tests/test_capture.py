@@ -244,6 +244,25 @@ def test_relations_between_sizes_are_checked() -> None:
         gm(torch.randn(4, 6, 3), y)
 
 
+def test_relations_that_no_examples_cannot_have_are_an_error() -> None:
+    """The export keeps a size modulo another, which is zero."""
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, *xs: Tensor) -> Tensor:
+            n, t, d = xs[0].shape
+            h = self.layer(xs[0])
+            return h if (15 * n) % (n * t) == 0 else h.reshape(n, d, t).tanh()
+
+    gm = perexfx.transform(Rows(), (torch.randn(4, 5, 6),))
+    gm(torch.randn(3, 5, 6))
+    with pytest.raises(perexfx.ArgumentError, match=r"captured graph holds for inputs with .*%"):
+        gm(torch.randn(0, 5, 6))
+
+
 def test_a_fixed_number_of_examples_is_refused() -> None:
     class Fixed(nn.Module):
         def __init__(self) -> None:
