@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import copyreg
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -50,6 +51,13 @@ class Transformed(fx.GraphModule):
         self.graph = graph
         self.perexfx.belongs_to(self)
 
+    def recompile(self) -> Any:
+        """Keeps torch.compile out of the forward: it would lose what the nodes leave for the backward."""
+        code = super().recompile()
+        cls: Any = type(self)
+        cls.forward = _uncompiled(cls.forward)
+        return code
+
     def _body(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_graph", "_code", "_tracer_cls")}
 
@@ -61,6 +69,19 @@ class Transformed(fx.GraphModule):
         copied = _rebuild(copy.deepcopy(self._body(), memo), copy.deepcopy(self.graph), type(self).__name__)
         memo[id(self)] = copied
         return copied
+
+
+def _uncompiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that runs eagerly inside of torch.compile, whose machinery is loaded when it is first called."""
+    disabled: list[Callable[..., Any]] = []
+
+    @wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not disabled:
+            disabled.append(torch.compiler.disable(forward))
+        return disabled[0](*args, **kwargs)
+
+    return call
 
 
 def _rebuild(body: Mapping[str, Any], graph: fx.Graph, class_name: str) -> Transformed:
