@@ -106,6 +106,11 @@ class Analysis:
         value = at_small + (n - small) * (at_large - at_small) / (large - small)
         return int(value) if isinstance(at_small, int) else value
 
+    def example_axis_of_output(self) -> int | None:
+        """The axis on which the first returned tensor that carries examples does."""
+        layouts = [facts.layout for facts in self.nodes["output"].tensors if facts.layout is not None]
+        return layouts[0].axis if layouts else None
+
     def tensor(self, node: fx.Node) -> TensorFacts | None:
         """The facts of a node whose value is one tensor."""
         tensors = self.nodes[node.name].tensors

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from perexfx.analyze import Analysis, analyze
 from perexfx.capture import Captured, capture
-from perexfx.inputs import GivenInputs, Inputs, arguments_of, bind_inputs, by_name, named_leaves
-from perexfx.ir.errors import ArgumentError
+from perexfx.inputs import GivenInputs, Inputs, arguments_of, batch_sizes, bind_inputs, by_name, named_leaves
+from perexfx.ir.errors import ArgumentError, PerexError
 from perexfx.ir.machine import BUILT_IN
 from perexfx.ir.rule import Rule
 from perexfx.ir.site import Site
@@ -79,11 +79,7 @@ def transform(
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
 
-    captured = capture(model, inputs, batch_dim)
-    twin = twin_of(model, captured.constants)
-    refuse_batch_statistics(captured.graph, twin)
-    refuse_other_trainables(captured.graph, twin)
-    known = None if inputs is None else _analyze_for(captured, twin, inputs, batch_dim)
+    captured, twin, known = _understand(model, inputs, batch_dim)
     analysis = None if known is None else known.analysis
     sites = match(captured.graph, twin, trainable, (*rules, *RULES), Fallback(), batch_dim, analysis)
     _check_reached(sites, trainable)
@@ -105,8 +101,39 @@ class _Known:
     analysis: Analysis
 
 
-def _analyze_for(captured: Captured, twin: nn.Module, inputs: Mapping[str, Any], batch_dim: int) -> _Known:
-    kind, n = Inputs.of(named_leaves(arguments_of(captured.graph, inputs)), batch_dim)
+def _understand(
+    model: nn.Module, inputs: Mapping[str, Any] | None, batch_dim: int
+) -> tuple[Captured, nn.Module, _Known | None]:
+    """The captured graph, the module that it runs on, and what the inputs tell.
+
+    Where the inputs have different sizes on the example axis, the batch is what reaches that axis of the output.
+    """
+    sizes = [None] if inputs is None else batch_sizes(named_leaves(inputs), batch_dim) or [None]
+    found: list[tuple[Captured, nn.Module, _Known | None]] = []
+    refused: list[PerexError] = []
+    for examples in sizes:
+        try:
+            captured = capture(model, inputs, batch_dim, examples)
+            twin = twin_of(model, captured.constants)
+            refuse_batch_statistics(captured.graph, twin)
+            refuse_other_trainables(captured.graph, twin)
+            known = None if inputs is None else _analyze_for(captured, twin, inputs, batch_dim, examples)
+        except PerexError as error:
+            refused.append(error)
+            continue
+        found.append((captured, twin, known))
+        if known is None or known.analysis.example_axis_of_output() == batch_dim:
+            return found[-1]
+    if not found:
+        raise refused[0]
+    return found[0]
+
+
+def _analyze_for(
+    captured: Captured, twin: nn.Module, inputs: Mapping[str, Any], batch_dim: int, examples: int | None
+) -> _Known:
+    leaves = named_leaves(arguments_of(captured.graph, inputs))
+    kind, n = Inputs.of(leaves, batch_dim, examples=examples)
     return _Known(kind, n, analyze(captured.graph, twin, kind, batch_dim))
 
 

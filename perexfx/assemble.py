@@ -27,7 +27,8 @@ from perexfx.inputs import TEMPLATE, Template
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.node import NodeInfo, annotate
 from perexfx.outputs import OutputTemplate
-from perexfx.tracer import LIBRARIES, writes_into_activation
+from perexfx.places import LIBRARIES
+from perexfx.tracer import writes_into_activation
 from perexfx.vocabulary import to_public_names
 
 aten = torch.ops.aten

@@ -19,16 +19,18 @@ from torch.utils import _pytree as pytree
 
 from perexfx.assemble import Exported
 from perexfx.conditions import Conditions
-from perexfx.custom import custom_functions
+from perexfx.custom import custom_functions, no_tensor_hooks
 from perexfx.export import export
 from perexfx.functional import IN_PLACE_FUNCTIONS, out_of_place
 from perexfx.inputs import named_leaves
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.node import annotate, info_of
 from perexfx.lower import lower_recurrent
+from perexfx.memories import Attributes
 from perexfx.modes import different_work, fixed_by_statistics, make_live, other_mode
+from perexfx.places import line_of, reason_of
 from perexfx.traceable.recurrent import PACKED, packs_sequences
-from perexfx.tracer import TRACING, NoRandomConstants, Tracer, line_of, loose_sizes, reason_of, unchanged
+from perexfx.tracer import TRACING, NoRandomConstants, Tracer, loose_sizes, record_custom, unchanged
 from perexfx.vocabulary import to_public_names
 
 
@@ -51,18 +53,21 @@ class Captured:
     conditions: Conditions = field(default_factory=Conditions)
 
 
-def capture(model: nn.Module, inputs: Mapping[str, Any] | None = None, batch_dim: int = 0) -> Captured:
+def capture(
+    model: nn.Module, inputs: Mapping[str, Any] | None = None, batch_dim: int = 0, examples: int | None = None
+) -> Captured:
     """The forward of `model` as a graph: traced symbolically, or else, where inputs are given, by `torch.export`.
 
     Args:
         model: Any module.
         inputs: Arguments as callers will pass them, by name; None: a tensor for each argument without a default.
         batch_dim: The example axis of the inputs.
+        examples: How many examples the inputs hold; None: as many as the first tensor.
 
     Raises:
         CaptureError: The forward cannot be captured, or not faithfully.
     """
-    _refuse_own_hooks(model)
+    _refuse_hooks(model)
     try:
         return _traced(model, inputs)
     except CaptureError as error:
@@ -72,8 +77,10 @@ def capture(model: nn.Module, inputs: Mapping[str, Any] | None = None, batch_dim
                 "traced."
             ) from error.__cause__
         try:
-            return _exported(model, inputs, batch_dim)
+            return _exported(model, inputs, batch_dim, examples)
         except CaptureError as other:
+            if str(other) == str(error):
+                raise
             raise CaptureError(f"{error}\nNor could it be exported: {other}") from other
 
 
@@ -91,20 +98,20 @@ def _traced(model: nn.Module, inputs: Mapping[str, Any] | None) -> Captured:
     return Captured(graph, fixed_modes, constants, baked)
 
 
-def _exported(model: nn.Module, inputs: Mapping[str, Any], batch_dim: int) -> Captured:
+def _exported(model: nn.Module, inputs: Mapping[str, Any], batch_dim: int, examples: int | None) -> Captured:
     """By `torch.export`; once more for one example in the other mode, to see that the graph holds for both."""
-    exported = export(model, inputs, batch_dim)
+    exported = export(model, inputs, batch_dim, examples)
     graph, numbers, conditions = exported.graph, exported.numbers, exported.conditions
     fixed_modes = fixed_by_statistics(model)
     with other_mode(model):
-        other, problem = _try_export(model, inputs, batch_dim, 1)
+        other, problem = _try_export(model, inputs, batch_dim, examples, 1)
     if other is None or make_live(graph, other.graph, model, numbers, other.numbers):
-        single, problem = _try_export(model, inputs, batch_dim, 1)
+        single, problem = _try_export(model, inputs, batch_dim, examples, 1)
         if single is not None:
             problem = different_work(graph, single.graph, numbers, single.numbers)
         conditions = replace(conditions, single=problem)
         with other_mode(model):
-            other, problem = _try_export(model, inputs, batch_dim, None)
+            other, problem = _try_export(model, inputs, batch_dim, examples, None)
         if other is None or make_live(graph, other.graph, model, numbers, other.numbers):
             fixed_modes = _all_modes(model)
     baked = {name: value for name, value in named_leaves(inputs).items() if not isinstance(value, torch.Tensor)}
@@ -117,11 +124,11 @@ def _exported(model: nn.Module, inputs: Mapping[str, Any], batch_dim: int) -> Ca
 
 
 def _try_export(
-    model: nn.Module, inputs: Mapping[str, Any], batch_dim: int, n: int | None
+    model: nn.Module, inputs: Mapping[str, Any], batch_dim: int, examples: int | None, n: int | None
 ) -> tuple[Exported | None, str]:
     """An export, or why there is none."""
     try:
-        return export(model, inputs, batch_dim, n), ""
+        return export(model, inputs, batch_dim, examples, n), ""
     except CaptureError as error:
         return None, str(error)
 
@@ -136,7 +143,7 @@ def stop_gradient(value: Any) -> Any:
 
 
 def _trace(model: nn.Module, baked: Mapping[str, Any]) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
-    attributes = set(model.__dict__)
+    known = set(model.__dict__)
     hidden = {name: _hide(value) for name, value in baked.items()}
     tracer = Tracer(model)
     try:
@@ -146,14 +153,18 @@ def _trace(model: nn.Module, baked: Mapping[str, Any]) -> tuple[fx.Graph, dict[s
             torch.enable_grad(),
             loose_sizes(),
             NoRandomConstants(),
-            custom_functions(tracer.record_custom),
+            custom_functions(record_custom),
+            no_tensor_hooks(),
             warnings.catch_warnings(),
         ):
             warnings.filterwarnings("ignore", message="Was not able to add assertion")  # `PerExample` checks instead
+            attributes = Attributes(model)
             graph = tracer.trace(model, concrete_args=hidden)
-            made = {name: model.__dict__[name] for name in set(model.__dict__) - attributes}
+            made = {name: model.__dict__[name] for name in set(model.__dict__) - known}
             constants = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
             _refuse_lost_buffers(model)
+            attributes.refuse_numbers()
+            attributes.refuse_kept(lambda: different_work(graph, Tracer(model).trace(model, concrete_args=hidden)))
     except CaptureError:
         raise
     except Exception as error:
@@ -186,13 +197,20 @@ def _hide(value: Any) -> Any:
     return value
 
 
-def _refuse_own_hooks(model: nn.Module) -> None:
-    """Hooks of submodules are traced; those of the model itself run outside of its forward."""
+def _refuse_hooks(model: nn.Module) -> None:
+    """Forward hooks of submodules are traced; those of the model itself run outside of its forward."""
     if model._forward_hooks or model._forward_pre_hooks:
         raise CaptureError(
             f"`{type(model).__name__}` has forward hooks of its own, which are not part of its forward: what they do "
             "would not be checked. Remove them, or make the model a submodule of another and transform that."
         )
+    for path, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise CaptureError(
+                f"Module `{path}` ({type(module).__name__}) has backward hooks, which a captured graph does not "
+                "record: gradients would not pass through them. Remove them (`handle.remove()`), or write what they "
+                "do as a `torch.autograd.Function` in the forward."
+            )
 
 
 def _refuse_lost_buffers(model: nn.Module) -> None:

@@ -1,8 +1,8 @@
-"""`torch.autograd.Function`s in a forward: gradients that are what somebody wrote, not what autograd would find.
+"""Gradients that somebody wrote, and not autograd: `torch.autograd.Function`s in a forward, and hooks.
 
 Promises: while a forward is captured, a custom function is recorded as one call of itself, so that its own backward
 runs later; a reentrant checkpoint is recorded as what it checkpoints. Where a capture cannot record one, or a backward
-is not linear, it is an error.
+is not linear, it is an error; so are hooks.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch import fx
 from torch._functorch import utils as functorch
 from torch.autograd import Function
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
+
+from perexfx.ir.errors import CaptureError
+from perexfx.places import user_line
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,26 @@ def custom_functions(record: Recorder) -> Iterator[None]:
                 delattr(function, name)
             else:
                 setattr(function, name, original)
+
+
+@contextmanager
+def no_tensor_hooks() -> Iterator[None]:
+    """Raises where a forward registers a hook on a tensor that it computes, which no capture records."""
+
+    def refuse(*_: Any) -> Any:
+        raise CaptureError(
+            f"The forward registers a hook on a tensor at {user_line()}, which a captured graph does not record. Write "
+            "what it does to the gradient as a `torch.autograd.Function`."
+        )
+
+    original = torch.Tensor.register_hook
+    try:
+        torch.Tensor.register_hook = refuse  # pyright: ignore[reportAttributeAccessIssue]
+        fx.Proxy.register_hook = refuse  # pyright: ignore[reportAttributeAccessIssue]
+        yield
+    finally:
+        torch.Tensor.register_hook = original
+        del fx.Proxy.register_hook  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _subclasses(kind: type[Any]) -> list[type[Any]]:

@@ -25,35 +25,38 @@ from torch.utils import _pytree as pytree
 
 from perexfx.assemble import Assembly, Exported
 from perexfx.conditions import Bounds, Conditions
-from perexfx.custom import custom_functions
+from perexfx.custom import custom_functions, no_tensor_hooks
 from perexfx.inputs import Inputs, named_leaves
 from perexfx.ir.errors import CaptureError
+from perexfx.memories import Attributes
 from perexfx.outputs import OutputTemplate
-from perexfx.tracer import TRACING, line_of, reason_of, states_outside_torch, unchanged, user_line
+from perexfx.places import line_of, reason_of, user_line
+from perexfx.tracer import TRACING, states_outside_torch, unchanged
 
 
-def export(model: nn.Module, arguments: Mapping[str, Any], batch_dim: int, n: int | None = None) -> Exported:
+def export(
+    model: nn.Module, arguments: Mapping[str, Any], batch_dim: int, examples: int | None = None, n: int | None = None
+) -> Exported:
     """The forward of a model as `torch.export` records it, in the modes that its modules are in.
 
     Args:
         model: Is left as it is.
         arguments: Of the forward, by name.
         batch_dim: The example axis of the inputs.
+        examples: How many examples the arguments hold; None: as many as the first tensor.
         n: The batch size to export for, to compare with another export: nodes have no source lines; None: any size.
 
     Raises:
         CaptureError: It cannot be exported, or not faithfully.
     """
     leaves = {name: leaf for name, leaf in named_leaves(arguments).items() if isinstance(leaf, Tensor)}
-    kind, _ = Inputs.of(leaves, batch_dim)
+    kind, _ = Inputs.of(leaves, batch_dim, examples=examples)
     size = n or _distinct_size(kind)
-    examples = {
-        name: _of_size(leaf, batch_dim, size) if name in kind.carrying else leaf for name, leaf in leaves.items()
-    }
-    axes = [None if n else _free_axes(leaf, batch_dim, name in kind.carrying) for name, leaf in examples.items()]
+    sized = {name: _of_size(leaf, batch_dim, size) if name in kind.carrying else leaf for name, leaf in leaves.items()}
+    axes = [None if n else _free_axes(leaf, batch_dim, name in kind.carrying) for name, leaf in sized.items()]
     flat = _Flat(model, arguments, tuple(leaves))
     with _without_source_lines() if n else nullcontext():
-        program = _run(flat, tuple(examples.values()), tuple(axes))
+        program = _run(flat, tuple(sized.values()), tuple(axes))
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     specs = zip(placeholders, program.graph_signature.input_specs, strict=True)
     inputs = dict(zip(leaves, [node for node, spec in specs if spec.kind is InputKind.USER_INPUT], strict=True))
@@ -74,7 +77,11 @@ class _Flat(nn.Module):
         given = _replaced(self.arguments, dict(zip(self.names, leaves, strict=True)))
         bound = inspect.signature(self.model.forward).bind_partial()
         bound.arguments.update({name: given.pop(name) for name in bound.signature.parameters if name in given})
-        return self.output.flatten(self.model(*bound.args, **bound.kwargs, **given))
+        attributes = Attributes(self.model)
+        result = self.model(*bound.args, **bound.kwargs, **given)
+        attributes.refuse_numbers()
+        attributes.refuse_tensors()
+        return self.output.flatten(result)
 
 
 def _replaced(arguments: Mapping[str, Any], leaves: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -109,9 +116,9 @@ def _free_axes(value: Tensor, batch_dim: int, carries: bool) -> dict[int, Any] |
 
 
 def _run(model: nn.Module, examples: tuple[Tensor, ...], axes: tuple[dict[int, Any] | None, ...]) -> ExportedProgram:
-    outside = states_outside_torch()
+    outside, functions = states_outside_torch(), custom_functions(_refuse_custom)
     try:
-        with TRACING, unchanged(model), _quiet(), torch.enable_grad(), custom_functions(_refuse_custom):
+        with TRACING, unchanged(model), _quiet(), torch.enable_grad(), no_tensor_hooks(), functions:
             program = torch.export.export(model, examples, dynamic_shapes=(axes,), strict=False)
     except CaptureError:
         raise

@@ -112,6 +112,13 @@ def _argument_of(placeholder: fx.Node, tensors: Mapping[str, Tensor]) -> Any:
     return pytree.tree_unflatten(leaves, template.spec)
 
 
+def batch_sizes(arguments: Mapping[str, Any], batch_dim: int) -> list[int]:
+    """The sizes that the batch may have, the likeliest first: that of the first tensor; 1 only where all have it."""
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor) and value.dim() > batch_dim]
+    sizes = list(dict.fromkeys(value.shape[batch_dim] for value in tensors))
+    return sorted(sizes, key=lambda size: size == 1)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The shapes of one kind of input: all a plan depends on besides the batch size.
@@ -137,22 +144,27 @@ class Inputs:
 
     @classmethod
     def of(
-        cls, arguments: Mapping[str, Any], batch_dim: int, carriers: tuple[bool, ...] | None = None
+        cls,
+        arguments: Mapping[str, Any],
+        batch_dim: int,
+        carriers: tuple[bool, ...] | None = None,
+        examples: int | None = None,
     ) -> tuple[Inputs, int]:
         """The kind of some inputs, and their batch size.
 
         Args:
             arguments: The forward's arguments by name; those that are no tensors are left out.
             batch_dim: The example axis of the inputs.
-            carriers: Which tensors carry examples; None: those that have the first one's size along that axis.
+            carriers: Which tensors carry examples; None: those that have as many along that axis as there are.
+            examples: How many there are; None: as many as the first of `batch_sizes`.
 
         Raises:
             ArgumentError: No tensor has an axis `batch_dim`, or they disagree about the number of examples.
         """
         tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
         if carriers is None or len(carriers) != len(tensors):
-            first = next((value.shape[batch_dim] for value in tensors.values() if value.dim() > batch_dim), None)
-            carriers = tuple(t.dim() > batch_dim and t.shape[batch_dim] == first for t in tensors.values())
+            size = examples if examples is not None else next(iter(batch_sizes(tensors, batch_dim)), None)
+            carriers = tuple(t.dim() > batch_dim and t.shape[batch_dim] == size for t in tensors.values())
         found = {
             name: value.shape[batch_dim] if value.dim() > batch_dim else None
             for (name, value), carries in zip(tensors.items(), carriers, strict=True)

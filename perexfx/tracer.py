@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +23,8 @@ from torch.utils import _pytree as pytree
 from perexfx.custom import CustomFunction
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.node import NodeInfo, annotate
+from perexfx.places import user_line
 from perexfx.traceable import forward_of, traceable
-
-LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-
 
 TRACING = threading.RLock()
 """fx patches torch.nn.Module while it traces: one thread at a time may trace, or run a graph for its shapes."""
@@ -113,12 +110,6 @@ class Tracer(fx.Tracer):
         self.inside.pop()
         return result
 
-    def record_custom(self, function: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A custom function as one node, where it is given what is traced."""
-        if not any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
-            return NotImplemented
-        return self.create_proxy("call_function", CustomFunction(function), args, kwargs)
-
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """The model may be such a module itself."""
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
@@ -144,6 +135,14 @@ class Tracer(fx.Tracer):
         return annotate(node, NodeInfo(module, source, stops_gradient=not torch.is_grad_enabled()))
 
 
+def record_custom(function: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A custom function as one node, where it is given what is traced."""
+    given = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)), None)
+    if given is None:
+        return NotImplemented
+    return given.tracer.create_proxy("call_function", CustomFunction(function), args, kwargs)
+
+
 def states_outside_torch() -> tuple[Any, ...]:
     """Of the generators that torch does not know."""
     numpy = sys.modules.get("numpy")
@@ -166,34 +165,6 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
         for value, content in lists:
             value[:] = content
-
-
-def line_of(error: BaseException) -> str:
-    """` at file.py:line`: the innermost line of an error that is neither torch's nor ours."""
-    line, trace = "", error.__traceback__
-    while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
-        if not name.startswith(LIBRARIES) and not name.startswith("<"):
-            line = f" at {Path(name).name}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return line
-
-
-def reason_of(error: BaseException) -> str:
-    """The first line of an error, without its full stop."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-def user_line() -> str:
-    """`file.py:line` of the innermost frame that is neither torch's nor ours."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith(LIBRARIES) and not name.startswith("<"):
-            return f"{Path(name).name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
 
 
 def writes_into_activation(node: fx.Node, root: nn.Module) -> bool:
