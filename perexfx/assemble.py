@@ -118,7 +118,8 @@ class Assembly:
             return {name: annotate(self.graph.create_node("placeholder", target, default), NodeInfo())}
         flat, spec = pytree.tree_flatten_with_path(value)
         if not any(isinstance(leaf, Tensor) for _, leaf in flat):
-            annotate(self.graph.create_node("placeholder", target, (value,)), NodeInfo())
+            written = (value,) if _can_be_written(value) else (None,)  # None stands for any other in the graph's code
+            annotate(self.graph.create_node("placeholder", target, written), NodeInfo())
             return {}
         node = annotate(self.graph.create_node("placeholder", target, default), NodeInfo())
         names = [f"{name}{pytree.keystr(path)}" for path, _ in flat]
@@ -178,6 +179,11 @@ class Assembly:
                     "mixed precision are not covered. Convert the model to the dtype you want instead."
                 )
             return self._inline(body, args[5:], in_no_grad=in_no_grad)
+        if getattr(node.target, "__module__", "") == "torch._C._functorch":
+            raise CaptureError(
+                f"The forward uses a transform of torch.func (`vmap`, `grad`, `jvp`) at {info.source}, which is not "
+                "covered. Write it on whole batches, or with a loop."
+            )
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(f"`{node.name}` ({info.source}) is control flow, `{node.target}`, which is not covered.")
         if node.target in bags.OVERLOADS and (size := bags.size_of_bags(node)) is not None:
@@ -208,6 +214,12 @@ class Assembly:
     def _inline(self, body: fx.GraphModule, operands: Sequence[Any], *, in_no_grad: bool) -> Sequence[Any]:
         inner = [node for node in body.graph.nodes if node.op == "placeholder"]
         return self._copy(body, dict(zip(inner, operands, strict=True)), in_no_grad=in_no_grad)
+
+
+def _can_be_written(value: Any) -> bool:
+    """Whether Python code can say a value."""
+    plain = (bool, int, float, str, type(None), torch.dtype, torch.device)
+    return all(isinstance(leaf, plain) for leaf in pytree.tree_leaves(value))
 
 
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)

@@ -95,7 +95,14 @@ def _traced(model: nn.Module, inputs: Mapping[str, Any] | None) -> Captured:
             other = None
     if other is None or make_live(graph, other, model):
         fixed_modes = _all_modes(model)
-    return Captured(graph, fixed_modes, constants, baked)
+    return Captured(graph, fixed_modes, constants, {**baked, **_left_out(graph)})
+
+
+def _left_out(graph: fx.Graph) -> dict[str, Any]:
+    """The values of `*args` and `**kwargs` that a traced graph holds for: none were given."""
+    targets = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
+    none: dict[int, Any] = {1: (), 2: {}}
+    return {target.lstrip("*"): none[target.count("*")] for target in targets if target.startswith("*")}
 
 
 def _exported(model: nn.Module, inputs: Mapping[str, Any], batch_dim: int, examples: int | None) -> Captured:
@@ -296,6 +303,8 @@ def _explain(model: nn.Module, error: Exception, inside: Sequence[tuple[str, str
     """What failed, in which line of whose code, and what to do."""
     where = f" in module `{inside[-1][0]}` ({inside[-1][1]})" if inside else ""
     what = f"The forward of `{type(model).__name__}` could not be traced{where}{line_of(error)}"
+    if "co_varnames" in str(error):
+        return f"{what}: torch.fx does not trace a decorated forward that takes any number of arguments."
     if packs_sequences(error.__traceback__):
         return f"{what}: {PACKED}."
     return (

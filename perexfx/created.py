@@ -68,6 +68,8 @@ def created_layout(call: OpCall, result: Tensor, grown: Sequence[int], is_batch:
     if len(grown) != 1:
         return None
     axis = grown[0]
+    if result.numel() == 0 and is_batch:  # no entries, and so nobody's
+        return Layout(axis)
     if call.name in UNIFORM or call.name in _DRAWN:
         return Layout(axis) if is_batch else None
     if call.name in ("expand", "repeat"):  # equal copies of a constant: whose is whose does not matter

@@ -100,7 +100,7 @@ def arguments_for(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> list[Any]:
     for node in graph.nodes:
         if node.op == "placeholder":
             value = _argument_of(node, tensors)
-            arguments.extend(value if str(node.target).startswith("*") else [value])
+            arguments.extend((value or ()) if str(node.target).startswith("*") else [value])
     return arguments
 
 

@@ -173,7 +173,7 @@ class _Matcher:
             return f"it is passed to the module `{node.target}`, and no layer rule covers calls of modules"
         if node.target in (*IN_PLACE_FUNCTIONS, operator.setitem) or name.partition(".")[0].endswith("_"):
             return "it writes in place into a value that others may read"
-        if "out" in node.kwargs:
+        if node.kwargs.get("out") is not None:
             return "it writes into `out=`"
         if self._is_random(node) and node.target not in self.rules:
             return "it draws random numbers, which the fallback could not draw again"

@@ -148,6 +148,13 @@ _RESHAPING = {
 """Operations that give a value another shape in place, and what they are out of place."""
 
 
+def _same_places(value: Tensor, size: Any, stride: Any, storage_offset: int | None = None) -> bool:
+    """Whether `as_strided_` leaves every entry where it is, and says a memory format: pooling to one pixel does."""
+    same_start = storage_offset is None or storage_offset == value.storage_offset()
+    steps = zip(value.shape, value.stride(), stride, strict=False)
+    return tuple(size) == tuple(value.shape) and same_start and all(n == 1 or old == new for n, old, new in steps)
+
+
 class Recording(TorchDispatchMode):
     """Keeps every aten call made under it."""
 
@@ -163,7 +170,10 @@ class Recording(TorchDispatchMode):
             alias = torch.ops.aten.alias.default(args[0])
             self.run.swap(args[0], alias)
             before = alias
+        only_restrides = func is torch.ops.aten.as_strided_.default and _same_places(*args)
         result = func(*args, **kwargs)
+        if only_restrides:
+            return result
         assert self.run.node is not None
         if packet is not None:
             overload = "int" if func._schema.name == "aten::transpose_" else func._overloadname or "default"
@@ -193,6 +203,10 @@ class _FakeInterpreter(fx.Interpreter):
         value = super().run_node(n)
         self.run_record.values[n.name] = value
         return value
+
+    def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An argument; keyword arguments without a name of their own are none, which every call is checked for."""
+        return {} if target.startswith("**") else super().placeholder(target, args, kwargs)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call; of a custom function its backward too."""

@@ -30,8 +30,11 @@ def refuse_batch_statistics(graph: fx.Graph, module: nn.Module) -> None:
         MixingError: All of them, by name.
     """
     refusals = []
+    of_inputs: set[fx.Node] = set()
     for node in graph.nodes:
-        if not _uses_batch_statistics(node):
+        if node.op == "placeholder" or of_inputs.intersection(node.all_input_nodes):
+            of_inputs.add(node)
+        if node not in of_inputs or not _uses_batch_statistics(node):
             continue
         place = place_of(node)
         layer = "BatchNorm" if node.target is F.batch_norm else "InstanceNorm with running statistics"

@@ -10,6 +10,7 @@ import operator
 import random
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -109,6 +110,12 @@ class Tracer(fx.Tracer):
             result = super().call_module(m, forward, args, kwargs)
         self.inside.pop()
         return result
+
+    def create_arg(self, a: Any) -> Any:
+        """Ordered dicts stay what they are; torch.fx would make plain ones of them."""
+        if type(a) is OrderedDict:
+            return self.create_node("call_function", OrderedDict, (self.create_arg(list(a.items())),), {})
+        return super().create_arg(a)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """The model may be such a module itself."""

@@ -88,6 +88,13 @@ def _index(node: fx.Node) -> None:
     node.args = (value, tuple(slice(None) if index is None else index for index in indices))
 
 
+def _index_put(node: fx.Node) -> None:
+    """Stays an overload where some axes have no index: torch's method does not take those."""
+    indices: Any = node.args[1]
+    if None not in indices:
+        node.op, node.target = "call_method", node.target._schema.name.split("::")[1]  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
+
+
 def _size(node: fx.Node) -> None:
     """`x.size(dim)`."""
     node.op, node.target = "call_method", "size"
@@ -134,6 +141,8 @@ _SPECIAL: dict[Any, Callable[[fx.Node], None]] = {
     aten.alias.default: _alias,
     aten.slice.Tensor: _slice,
     aten.index.Tensor: _index,
+    aten.index_put.default: _index_put,
+    aten.index_put_.default: _index_put,
     aten.scaled_dot_product_attention.default: _attention,
     aten.sym_size.int: _size,
     aten.einsum.default: _operator(torch.einsum),

@@ -147,9 +147,11 @@ def gather(call: OpCall) -> Result:
 
 def along_constant_positions(call: OpCall) -> Result:
     """`index_select`, `index_add` and their kin: constant positions along `dim`."""
-    if call.layout(call.argument("index")):
+    value, chosen = call.argument("self"), call.layout(call.argument("index"))
+    if chosen is not None:
+        if call.name == "index_select" and call.layout(value) is None:
+            return at_axis(chosen, axis_from_front(call.argument("dim"), value.dim()))
         raise Mixing("it picks from every example what is meant for one")
-    value = call.argument("self")
     layout = agree([call.layout(tensor) for tensor in call.tensors])
     if layout is not None and layout.axis == axis_from_front(call.argument("dim"), value.dim()):
         raise Mixing("it picks examples by position")
