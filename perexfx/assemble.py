@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from torch.utils import _pytree as pytree
 
-from perexfx import bags
+from perexfx.bags import MODES, OVERLOADS, arguments_by_name, size_of_bags
 from perexfx.conditions import Conditions
 from perexfx.inputs import TEMPLATE, Template
 from perexfx.ir.errors import CaptureError
@@ -179,15 +179,15 @@ class Assembly:
                     "mixed precision are not covered. Convert the model to the dtype you want instead."
                 )
             return self._inline(body, args[5:], in_no_grad=in_no_grad)
-        if getattr(node.target, "__module__", "") == "torch._C._functorch":
+        if str(getattr(node.target, "__module__", "")).startswith("torch._functorch"):
             raise CaptureError(
                 f"The forward uses a transform of torch.func (`vmap`, `grad`, `jvp`) at {info.source}, which is not "
                 "covered. Write it on whole batches, or with a loop."
             )
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(f"`{node.name}` ({info.source}) is control flow, `{node.target}`, which is not covered.")
-        if node.target in bags.OVERLOADS and (size := bags.size_of_bags(node)) is not None:
-            found = self._embedding_bag(_mapped(bags.arguments_by_name(node), values), _mapped(size, values), info)
+        if node.target in OVERLOADS and (size := size_of_bags(node)) is not None:
+            found = self._embedding_bag(_mapped(arguments_by_name(node), values), _mapped(size, values), info)
             return found, None, None, None
         kwargs = _mapped(node.kwargs, values)
         copied = annotate(self.graph.create_node("call_function", node.target, args, kwargs, node.name), info)
@@ -207,7 +207,7 @@ class Assembly:
             for value in (given["indices"], given["per_sample_weights"])
         )
         options = {name: given[name] for name in ("scale_grad_by_freq", "sparse") if given[name]}
-        options |= {"mode": bags.MODES[given["mode"]], "per_sample_weights": weights}
+        options |= {"mode": MODES[given["mode"]], "per_sample_weights": weights}
         options |= {"padding_idx": given.get("padding_idx")}
         return annotate(self.graph.call_function(F.embedding_bag, (rows, given["weight"]), options), info)
 

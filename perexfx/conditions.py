@@ -67,11 +67,7 @@ class Conditions:
         """
         given = [self._of_two(name, leaves[name]) for name in self.sizes] if self.guards else []
         for guard in self.guards:
-            try:
-                holds = eval(guard, {"L": {"leaves": given}})
-            except ZeroDivisionError:  # `a % b == 0` of sizes, one of which is zero
-                holds = False
-            if not holds:
+            if not eval(guard, {"L": {"leaves": given}}):
                 return re.sub(r"L\['leaves'\]\[(\d+)\]", lambda found: list(self.sizes)[int(found[1])], guard)
         return ""
 

@@ -28,7 +28,7 @@ from perexfx.conditions import Bounds, Conditions
 from perexfx.custom import custom_functions, no_tensor_hooks
 from perexfx.inputs import Inputs, named_leaves
 from perexfx.ir.errors import CaptureError
-from perexfx.memories import Attributes
+from perexfx.memories import Attributes, empty, refuse_kept
 from perexfx.outputs import OutputTemplate
 from perexfx.places import line_of, reason_of, user_line
 from perexfx.tracer import TRACING, states_outside_torch, unchanged
@@ -71,6 +71,7 @@ class _Flat(nn.Module):
         super().__init__()
         self.model, self.arguments, self.names = model, arguments, tuple(names)
         self.output = OutputTemplate()
+        self.emptied: tuple[str, ...] = ()
 
     def forward(self, *leaves: Tensor) -> tuple[Any, ...]:
         """The tensors and sizes of the model's output."""
@@ -78,10 +79,17 @@ class _Flat(nn.Module):
         bound = inspect.signature(self.model.forward).bind_partial()
         bound.arguments.update({name: given.pop(name) for name in bound.signature.parameters if name in given})
         attributes = Attributes(self.model)
+        empty(self.model, self.emptied)
         result = self.model(*bound.args, **bound.kwargs, **given)
         attributes.refuse_numbers()
-        attributes.refuse_tensors()
+        assigned = attributes.tensors()
+        if not set(assigned) <= set(self.emptied):
+            raise _AssignsTensors(assigned)
         return self.output.flatten(result)
+
+
+class _AssignsTensors(Exception):  # noqa: N818
+    """The forward assigns tensors to plain attributes: it is to be captured again with none in them."""
 
 
 def _replaced(arguments: Mapping[str, Any], leaves: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -115,7 +123,7 @@ def _free_axes(value: Tensor, batch_dim: int, carries: bool) -> dict[int, Any] |
     return dict.fromkeys(axes, Dim.AUTO) or None
 
 
-def _run(model: nn.Module, examples: tuple[Tensor, ...], axes: tuple[dict[int, Any] | None, ...]) -> ExportedProgram:
+def _run(model: _Flat, examples: tuple[Tensor, ...], axes: tuple[dict[int, Any] | None, ...]) -> ExportedProgram:
     outside, functions = states_outside_torch(), custom_functions(_refuse_custom)
     try:
         with TRACING, unchanged(model), _quiet(), torch.enable_grad(), no_tensor_hooks(), functions:
@@ -123,6 +131,11 @@ def _run(model: nn.Module, examples: tuple[Tensor, ...], axes: tuple[dict[int, A
     except CaptureError:
         raise
     except Exception as error:
+        if isinstance(error, _AssignsTensors):
+            model.emptied = (*model.emptied, *error.args[0])
+            return _run(model, examples, axes)
+        if model.emptied:
+            refuse_kept(model.emptied)
         raise CaptureError(f"`torch.export` fails{line_of(error)}: {reason_of(error)}.") from error
     if states_outside_torch() != outside:
         raise CaptureError(

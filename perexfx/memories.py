@@ -6,7 +6,7 @@ Attributes that are only written, and those that hold what sizes and constants m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,11 +68,10 @@ class Attributes:
                     "or change it outside of the forward."
                 )
 
-    def refuse_tensors(self) -> None:
-        """Raises: CaptureError where a forward has assigned tensors, whether it reads them or not."""
-        for each in self.assigned():
-            if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(each.new)):
-                self._refuse([each.name])
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the attributes to which a forward has assigned tensors."""
+        found = self.assigned()
+        return tuple(a.name for a in found if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(a.new)))
 
     def refuse_kept(self, again: Callable[[], str]) -> None:
         """Raises: CaptureError where a forward reads values that an earlier call has assigned.
@@ -90,14 +89,24 @@ class Attributes:
         except Exception:  # whatever fails, fails because something is there that was not before
             reads = True
         if reads:
-            self._refuse([each.name for each in kept])
+            refuse_kept([each.name for each in kept])
 
-    def _refuse(self, names: list[str]) -> None:
-        raise CaptureError(
-            f"The forward keeps values in {', '.join(f'`{name}`' for name in names)} for later calls, which a captured "
-            "graph does not record. Pass them in and return them, or register them as buffers and change those in "
-            "place."
-        )
+
+def empty(model: nn.Module, names: Sequence[str]) -> None:
+    """Takes from some attributes what an earlier call has left there."""
+    for name in names:
+        path, _, own = name.rpartition(".")
+        module = model.get_submodule(path)
+        value = module.__dict__[own]
+        module.__dict__[own] = [_Kept()] if type(value) is list else _Kept()
+
+
+def refuse_kept(names: Sequence[str]) -> None:
+    """Raises: CaptureError, that a forward reads what an earlier call has left in some attributes."""
+    raise CaptureError(
+        f"The forward keeps values in {', '.join(f'`{name}`' for name in names)} for later calls, which a captured "
+        "graph does not record. Pass them in and return them, or register them as buffers and change those in place."
+    )
 
 
 class _Kept:

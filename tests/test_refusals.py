@@ -257,16 +257,16 @@ def test_embedding_options_are_refused(options: dict[str, Any], reason: str) -> 
 
 
 def test_parameters_passed_to_modules_are_refused() -> None:
-    class Similar(nn.Module):
+    class Placed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.similarity, self.center = nn.CosineSimilarity(), nn.Parameter(torch.randn(1, 3))
+            self.unpool, self.values = nn.MaxUnpool1d(2), nn.Parameter(torch.randn(1, 3))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.similarity(x, self.center)
+        def forward(self, at: Tensor) -> Tensor:
+            return self.unpool(self.values, at)
 
-    with pytest.raises(perexfx.CoverageError, match=r"`center` is used by `similarity`.*passed to the module"):
-        perexfx.transform(Similar())
+    with pytest.raises(perexfx.CoverageError, match=r"`values` is used by `unpool`.*passed to the module"):
+        perexfx.transform(Placed())
 
 
 def test_random_operations_have_no_fallback() -> None:
