@@ -341,3 +341,80 @@ class distances_to_prototypes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.layer(x)[:, None]
         return self.cosine(h, self.prototypes[None]) + self.distance(h, self.prototypes)
+
+
+# Idioms
+
+
+@case(images(2, 6, 6))
+def pooled_to_a_pixel_channels_last() -> nn.Module:
+    """Pooling to one pixel says a memory format in place."""
+    layers = [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+@case(images(5, 6))
+class pooled_transposed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.adaptive_avg_pool1d(self.first(x).transpose(1, 2), 1).squeeze(2))
+
+
+@case(images(5, 6))
+class tensordots(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.v = parameter(6, 4), parameter(5, 4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensordot(torch.tensordot(x, self.w, dims=1).tanh(), self.v, dims=([1, 2], [0, 1]))
+
+
+@case(images(6))
+class empty_parts(nn.Module):
+    """A rotary embedding of all features leaves nothing to pass by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(torch.cat([h[..., :6].sin(), h[..., 6:]], dim=-1))
+
+
+@case(images(6))
+class weights_by_batch_norm(nn.Module):
+    """Weight standardisation as timm writes it: the statistics are of a weight's rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gain = nn.Linear(6, 4), parameter(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = F.batch_norm(self.layer.weight[None], None, None, weight=self.gain, training=True)[0]
+        return F.linear(x, w, self.layer.bias)
+
+
+@case(ids(5, 7))
+class rows_selected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = parameter(5, 3), nn.Linear(3, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = [self.table.index_select(0, ids[:, at]) for at in range(3)]
+        return self.last(torch.stack(rows, 1).tanh().sum(1))
+
+
+@case(images(6))
+class keywords_nobody_gives(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, *more: Tensor, **options: object) -> Tensor:
+        return self.layer(x).tanh()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import BY_NAME, squares
-from oracle import assert_close, norms_of, one_at_a_time, train_step, weighted
+from oracle import Batch, assert_close, norms_of, one_at_a_time, train_step, weighted
 from torch import Tensor, nn
 
 import perexfx
@@ -342,3 +343,109 @@ def test_places_survive_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"embed", "body", "head"} == places.keys()
     assert places["body"].module == "body"
     assert places["body"].source.startswith("cases_uses.py:")
+
+
+class Positions(nn.Module):
+    """Its first input is no batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.positions = nn.Linear(6, 4), nn.Embedding(9, 6)
+
+    def forward(self, first: Tensor, x: Tensor) -> Tensor:
+        if first.is_floating_point():
+            return first @ self.layer(x)
+        return self.layer(x + self.positions(first)).tanh()
+
+
+@pytest.mark.parametrize("first", [torch.randn(5, 5).double(), torch.arange(5)[None], torch.arange(5)])
+def test_the_batch_is_what_reaches_the_output(first: Tensor) -> None:
+    torch.manual_seed(0)
+    model, x, targets = Positions().double(), torch.randn(4, 5, 6).double(), torch.randn(4).double()
+    gm = perexfx.transform(model, (first, x), clip_norm=None)
+    squares(gm(first, x), targets).backward()
+    for i in range(4):
+        model.zero_grad()
+        squares(model(first, x[i : i + 1]), targets[i : i + 1]).backward()
+        norm = norms_of({n: p.grad[None] for n, p in model.named_parameters() if p.grad is not None})
+        torch.testing.assert_close(gm.perexfx.norms[i : i + 1], norm)
+
+
+class Activated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, activation: Any = F.relu, **options: Any) -> Any:
+        return {"y": activation(self.layer(x)), **options}
+
+
+def test_functions_as_arguments() -> None:
+    x = torch.randn(4, 6)
+    model = Activated()
+    gm = perexfx.transform(model, x)
+    torch.testing.assert_close(gm(x)["y"], model(x)["y"])
+    gm = perexfx.transform(model, {"x": x, "activation": torch.tanh})
+    torch.testing.assert_close(gm(x, torch.tanh)["y"], model(x, torch.tanh)["y"])
+    with pytest.raises(perexfx.ArgumentError, match="Argument `activation` was"):
+        gm(x, torch.sin)
+
+
+def test_keywords_that_were_not_given_are_refused() -> None:
+    gm = perexfx.transform(nn.Sequential(nn.Linear(6, 6)), torch.randn(4, 6))
+    with pytest.raises(TypeError):
+        gm(torch.randn(4, 6), more=1)
+    open_ended = perexfx.transform(BY_NAME["keywords_nobody_gives"].build(), torch.randn(4, 6).double())
+    with pytest.raises(perexfx.ArgumentError, match=r"Argument `options` was \{\} when the model was transformed"):
+        open_ended(torch.randn(4, 6).double(), scale=2.0)
+
+
+def test_ordered_outputs_stay_ordered() -> None:
+    class Ordered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            return OrderedDict(last=self.layer(x), first=x)
+
+    x = torch.randn(4, 6)
+    found = perexfx.transform(Ordered(), x)(x)
+    assert type(found) is OrderedDict
+    assert list(found) == ["last", "first"]
+
+
+def test_transforms_of_functions_in_a_forward_are_refused() -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.vmap(self.layer)(x)
+
+    with pytest.raises(perexfx.CaptureError, match=r"uses a transform of torch.func .* at test_capture.py:\d+"):
+        perexfx.transform(Mapped(), torch.randn(4, 6))
+
+
+def test_indexed_parts_are_written_in_place() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+            self.register_buffer("at", torch.tensor([0, 2]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x).tanh().clone()
+            h[:, self.at] = 0.5
+            h[..., self.at + 1] += x[..., self.at]
+            return self.last(h)
+
+    torch.manual_seed(0)
+    model = Written().double()
+    batch = Batch((torch.randn(4, 6).double(),), torch.randn(4).double())
+    gm = perexfx.transform(model, batch.inputs, clip_norm=None)
+    gradients = one_at_a_time(model, batch, squares)
+    found = train_step(gm, batch, squares)
+    assert_close(found, weighted(gradients, torch.full((4,), 0.25)), TOLERANCE, "gradients")
+    assert_close({"norms": gm.perexfx.norms}, {"norms": norms_of(gradients)}, TOLERANCE, "norms")
