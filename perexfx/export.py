@@ -28,7 +28,7 @@ from perexfx.conditions import Bounds, Conditions
 from perexfx.custom import custom_functions, no_tensor_hooks
 from perexfx.inputs import Inputs, named_leaves
 from perexfx.ir.errors import CaptureError
-from perexfx.memories import Attributes, empty, refuse_kept
+from perexfx.memories import Attributes, Slot, empty, refuse_kept
 from perexfx.outputs import OutputTemplate
 from perexfx.places import line_of, reason_of, user_line
 from perexfx.tracer import TRACING, states_outside_torch, unchanged
@@ -71,7 +71,7 @@ class _Flat(nn.Module):
         super().__init__()
         self.model, self.arguments, self.names = model, arguments, tuple(names)
         self.output = OutputTemplate()
-        self.emptied: tuple[str, ...] = ()
+        self.emptied: frozenset[Slot] = frozenset()
 
     def forward(self, *leaves: Tensor) -> tuple[Any, ...]:
         """The tensors and sizes of the model's output."""
@@ -83,7 +83,7 @@ class _Flat(nn.Module):
         result = self.model(*bound.args, **bound.kwargs, **given)
         attributes.refuse_numbers()
         assigned = attributes.tensors()
-        if not set(assigned) <= set(self.emptied):
+        if not assigned <= self.emptied:
             raise _AssignsTensors(assigned)
         return self.output.flatten(result)
 
@@ -132,7 +132,7 @@ def _run(model: _Flat, examples: tuple[Tensor, ...], axes: tuple[dict[int, Any] 
         raise
     except Exception as error:
         if isinstance(error, _AssignsTensors):
-            model.emptied = (*model.emptied, *error.args[0])
+            model.emptied |= error.args[0]
             return _run(model, examples, axes)
         if model.emptied:
             refuse_kept(model.emptied)

@@ -6,8 +6,7 @@ Attributes that are only written, and those that hold what sizes and constants m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -18,60 +17,53 @@ from perexfx.ir.errors import CaptureError
 _OWN = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
 
 
-@dataclass(frozen=True)
-class Assigned:
-    """One attribute, or the content of a list in it, that a forward has changed.
-
-    Attributes:
-        name: With the path of its module.
-        new: Its value now.
-        put: Gives it another value.
-    """
-
-    name: str
-    new: Any
-    put: Callable[[Any], None]
+Slot = tuple[str, int | None]
+"""An attribute by its name with the path of its module, or a place in a list that is one."""
 
 
 class Attributes:
     """The plain attributes of all modules, as they were."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.before = [(path, module, dict(module.__dict__)) for path, module in model.named_modules()]
-        self.lists = [
-            (f"{path}.{name}".removeprefix("."), value, list(value))
-            for path, _, found in self.before
-            for name, value in found.items()
-            if type(value) is list
-        ]
+        self.model = model
+        self.before = {
+            f"{path}.{name}".removeprefix("."): (module, name, value)
+            for path, module in model.named_modules()
+            for name, value in module.__dict__.items()
+            if name not in _OWN
+        }
+        self.lists = {full: list(value) for full, (_, _, value) in self.before.items() if type(value) is list}
 
-    def assigned(self) -> Iterator[Assigned]:
-        """What has been changed since; attributes that were not there before are left out."""
-        for path, module, old in self.before:
-            for name, new in module.__dict__.items():
-                if name in _OWN or name not in old or new is old[name]:
-                    continue
-                full = f"{path}.{name}".removeprefix(".")
-                yield Assigned(full, new, lambda value, own=module, key=name: own.__dict__.update({key: value}))
-        for name, value, content in self.lists:
-            if len(value) != len(content) or any(a is not b for a, b in zip(value, content, strict=True)):
-                yield Assigned(name, list(value), lambda kept, own=value: own.__setitem__(slice(None), [kept]))
+    def assigned(self) -> dict[Slot, Any]:
+        """What has been changed since, and the values now; attributes that were not there before are left out."""
+        found: dict[Slot, Any] = {}
+        for full, (module, name, old) in self.before.items():
+            if module.__dict__.get(name, old) is not old:
+                found[full, None] = module.__dict__[name]
+        for full, old in self.lists.items():
+            for at, new in enumerate(self.before[full][2]):
+                if at >= len(old) or new is not old[at]:
+                    found[full, at] = new
+        return found
 
     def refuse_numbers(self) -> None:
         """Raises: CaptureError where a forward has given an attribute another number, truth value or text."""
-        old = {f"{path}.{name}".removeprefix("."): v for path, _, found in self.before for name, v in found.items()}
-        for each in self.assigned():
-            if isinstance(each.new, bool | int | float | str) and each.new != old[each.name]:
+        for (name, at), new in self.assigned().items():
+            old = self.before[name][2]
+            if at is None and isinstance(new, bool | int | float | str) and new != old:
                 raise CaptureError(
-                    f"The forward assigns `{each.name}`, which was {old[each.name]!r} and is {each.new!r} after one "
-                    "call: a captured graph would keep to the first. Register it as a buffer and change that in place, "
-                    "or change it outside of the forward."
+                    f"The forward assigns `{name}`, which was {old!r} and is {new!r} after one call: a captured graph "
+                    "would keep to the first. Register it as a buffer and change that in place, or change it outside "
+                    "of the forward."
                 )
 
-    def tensors(self) -> tuple[str, ...]:
-        """Names of the attributes to which a forward has assigned tensors."""
-        found = self.assigned()
-        return tuple(a.name for a in found if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(a.new)))
+    def tensors(self) -> set[Slot]:
+        """Where a forward has put tensors."""
+        return {
+            slot
+            for slot, new in self.assigned().items()
+            if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(new))
+        }
 
     def refuse_kept(self, again: Callable[[], str]) -> None:
         """Raises: CaptureError where a forward reads values that an earlier call has assigned.
@@ -79,30 +71,32 @@ class Attributes:
         Args:
             again: Captures once more; returns how the graph differs, or "".
         """
-        kept = [each for each in self.assigned() if _holds_values(each.new)]
-        for each in kept:
-            each.put(_Kept())
+        kept = {slot for slot, new in self.assigned().items() if _holds_values(new)}
         if not kept:
             return
+        empty(self.model, kept)
         try:
             reads = bool(again())
         except Exception:  # whatever fails, fails because something is there that was not before
             reads = True
         if reads:
-            refuse_kept([each.name for each in kept])
+            refuse_kept(kept)
 
 
-def empty(model: nn.Module, names: Sequence[str]) -> None:
-    """Takes from some attributes what an earlier call has left there."""
-    for name in names:
+def empty(model: nn.Module, slots: Collection[Slot]) -> None:
+    """Takes away what an earlier call has left."""
+    for name, at in slots:
         path, _, own = name.rpartition(".")
-        module = model.get_submodule(path)
-        value = module.__dict__[own]
-        module.__dict__[own] = [_Kept()] if type(value) is list else _Kept()
+        attributes = model.get_submodule(path).__dict__
+        if at is None:
+            attributes[own] = _Kept()
+        else:
+            attributes[own][at : at + 1] = [_Kept()]
 
 
-def refuse_kept(names: Sequence[str]) -> None:
-    """Raises: CaptureError, that a forward reads what an earlier call has left in some attributes."""
+def refuse_kept(slots: Collection[Slot]) -> None:
+    """Raises: CaptureError, that a forward reads what an earlier call has left."""
+    names = sorted({name for name, _ in slots})
     raise CaptureError(
         f"The forward keeps values in {', '.join(f'`{name}`' for name in names)} for later calls, which a captured "
         "graph does not record. Pass them in and return them, or register them as buffers and change those in place."

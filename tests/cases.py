@@ -46,14 +46,20 @@ def ids(vocabulary: int, *shape: int) -> Callable[[int], tuple[Tensor, ...]]:
     return lambda n: (torch.randint(0, vocabulary, (n, *shape)),)
 
 
-CASES: list[Case] = []
+BY_NAME: dict[str, Case] = {}
+CASES = BY_NAME.values()
+
+
+def register(found: Case) -> None:
+    assert found.name not in BY_NAME, found.name
+    BY_NAME[found.name] = found
 
 
 def case(inputs: Callable[[int], tuple[Tensor, ...]], batch_dim: int = 0) -> Callable[[Any], Any]:
     """Registers a module class (or a function that makes a module) under its name."""
 
     def add(make: Any) -> Any:
-        CASES.append(Case(make.__name__, make, inputs, batch_dim))
+        register(Case(make.__name__, make, inputs, batch_dim))
         return make
 
     return add
@@ -188,7 +194,7 @@ _CONVOLUTIONS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("conv3d_groups", 3, 4, {"kernel_size": 3, "padding": 1, "groups": 2, "stride": 2}),
 ]
 for _name, _rank, _size, _options in _CONVOLUTIONS:
-    CASES.append(Case(_name, _conv(_rank, _size, **_options), images(4, *[_size] * _rank)))
+    register(Case(_name, _conv(_rank, _size, **_options), images(4, *[_size] * _rank)))
 
 
 @case(images(4, 6, 6))
@@ -674,5 +680,3 @@ def dropout_and_pooling() -> nn.Module:
 import cases_attention  # noqa: E402, F401 (registers its cases)
 import cases_recurrent  # noqa: E402, F401
 import cases_uses  # noqa: E402, F401
-
-BY_NAME = {c.name: c for c in CASES}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, case, images
+from cases import Case, case, images, register
 from torch import Tensor, nn
 
 
@@ -65,7 +65,7 @@ for _kinds, _suffix, _form in _FORMS:
     for _kind in _kinds.split():
         _name = f"{_kind}_{_suffix}".rstrip("_")
         _inputs, _batch_dim = (images(5, 3), 0) if _suffix == "batch_first" else (times, 1)
-        CASES.append(Case(_name, _whole(_kind, _form), _inputs, _batch_dim))
+        register(Case(_name, _whole(_kind, _form), _inputs, _batch_dim))
 
 
 @case(images(5, 3))
