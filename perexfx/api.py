@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -79,7 +81,8 @@ def transform(
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
 
-    captured, twin, known = _understand(model, inputs, batch_dim)
+    with _collector_paused():
+        captured, twin, known = _understand(model, inputs, batch_dim)
     analysis = None if known is None else known.analysis
     sites = match(captured.graph, twin, trainable, (*rules, *RULES), Fallback(), batch_dim, analysis)
     _check_reached(sites, trainable)
@@ -99,6 +102,18 @@ class _Known:
     kind: Inputs
     n: int
     analysis: Analysis
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without garbage collections: capture and analysis make many objects that live to their end."""
+    collects = gc.isenabled()
+    try:
+        gc.disable()
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _understand(

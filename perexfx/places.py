@@ -30,12 +30,18 @@ def reason_of(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def user_line() -> str:
-    """`file.py:line` of the innermost frame that is neither torch's nor ours."""
+def user_frame() -> tuple[str, int] | None:
+    """File and line of the innermost frame that is neither torch's nor ours."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if not name.startswith(LIBRARIES) and not name.startswith("<"):
-            return f"{Path(name).name}:{frame.f_lineno}"
+            return name, frame.f_lineno
         frame = frame.f_back
-    return ""
+    return None
+
+
+def user_line() -> str:
+    """`file.py:line` of that frame."""
+    found = user_frame()
+    return f"{Path(found[0]).name}:{found[1]}" if found else ""
