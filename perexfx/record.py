@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
 )
@@ -25,10 +23,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perexfx.custom import CustomFunction, gradients_of, nonlinear_in
+from perexfx.failed import failed, not_linear
 from perexfx.inputs import Inputs, arguments_for
 from perexfx.ir.errors import RefusedError
-from perexfx.ir.node import place_of
-from perexfx.ir.refusal import Refusal
 from perexfx.tracer import TRACING
 
 
@@ -219,7 +216,7 @@ class _FakeInterpreter(fx.Interpreter):
         ]
         found = gradients_of(target, args, kwargs, of_inputs or leaves_of((args, kwargs)))
         if name := nonlinear_in(run.calls[start:], found.seeds):
-            raise RefusedError([_not_linear(run.node, name)])
+            raise RefusedError([not_linear(run.node, name)])
         # a gradient belongs to the examples of its input, or these additions are refused
         sums = [torch.add(*pair) for pair in found.gradients if of_inputs]
         # what was computed for gradients of parameters is theirs to sum
@@ -280,56 +277,7 @@ def record(graph: fx.Graph, module: nn.Module, inputs: Inputs, batch_dim: int, n
             raise
         except Exception as error:
             assert run.node is not None
-            raise RefusedError([_failed(run.node, n, error)]) from error
+            raise RefusedError([failed(run.node, n, error)]) from error
         finally:
             torch_log.setLevel(level)
     return run
-
-
-_VALUES_ASKED = {
-    "_local_scalar_dense": "it takes a number out of a tensor (`.item()`, `int(t)`, `if t:`)",
-    "equal": "it asks whether two tensors are equal",
-}
-_SIZES_ASKED = {
-    "nonzero": "it selects by a mask, or asks where a value is not zero",
-    "masked_select": "it selects by a mask",
-    "repeat_interleave": "it repeats entries a number of times that is itself in a tensor",
-}
-
-
-def _not_linear(node: fx.Node, name: str) -> Refusal:
-    place = place_of(node)
-    return Refusal(
-        what=f"{place} has a backward that is not known to be linear in the gradient it is given (`{name}`).",
-        why="A clipped sum of gradients is then not what the backward gives for the clipped sum.",
-        remedy="Write the backward with products, sums and moves of the gradient alone.",
-        place=place,
-    )
-
-
-def _failed(node: fx.Node, n: int, error: Exception) -> Refusal:
-    place = place_of(node)
-    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
-        name = error.func._schema.name.removeprefix("aten::")
-        if isinstance(error, DataDependentOutputException):
-            asked = _VALUES_ASKED.get(name, f"`{name}` asks for values")
-            return Refusal(
-                what=f"{place} cannot be followed: {asked}.",
-                why="What it does then depends on values, and may differ from batch to batch.",
-                remedy="Keep it a tensor, or compute it outside the model and pass it in.",
-                place=place,
-            )
-        asked = _SIZES_ASKED.get(name, f"`{name}` gives as many entries as the values ask for")
-        return Refusal(
-            what=f"{place} cannot be followed: {asked}.",
-            why="The size of its result depends on values, so it has no axis of examples.",
-            remedy="Keep every entry, and use `torch.where` or a product with a mask.",
-            place=place,
-        )
-    reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-    return Refusal(
-        what=f"{place} fails when its shapes are worked out for a batch of {n}: {reason}.",
-        why="Either the inputs do not fit the model, or the graph does not hold for every batch size.",
-        remedy="Give sizes that follow the input's (`x.shape[0]`, or -1).",
-        place=place,
-    )
