@@ -37,11 +37,16 @@ def refuse_batch_statistics(graph: fx.Graph, module: nn.Module) -> None:
         if node not in of_inputs or not _uses_batch_statistics(node):
             continue
         place = place_of(node)
-        layer = "BatchNorm" if node.target is F.batch_norm else "InstanceNorm with running statistics"
+        if node.target is F.batch_norm:
+            what = "BatchNorm in training mode: its statistics are those of the whole batch"
+            why = "Every example's output then depends on all others, and no example has a gradient of its own."
+        else:
+            what = "InstanceNorm with running statistics in training mode: it keeps means over the whole batch"
+            why = "What it has kept changes how later examples are evaluated, and no clipping bounds that."
         refusals.append(
             Refusal(
-                what=f"{place} is {layer} in training mode: its statistics are those of the whole batch.",
-                why="Every example's output then depends on all others, and no example has a gradient of its own.",
+                what=f"{place} is {what}.",
+                why=why,
                 remedy=_remedy(module, place),
                 place=place,
             )
