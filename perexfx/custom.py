@@ -196,8 +196,10 @@ def _replacements(function: type[Function], record: Recorder, modes: list[bool])
             if function is CheckpointFunction:
                 return given[0](*given[2:])
             result = record(function, given, kwargs)
-        recorded.append(result is not NotImplemented)
-        return result if recorded[-1] else forward(*args, **kwargs)
+        is_recorded = result is not NotImplemented
+        if has_setup:
+            recorded.append(is_recorded)
+        return result if is_recorded else forward(*args, **kwargs)
 
     @wraps(setup)
     def replaced_setup(ctx: Any, inputs: Any, output: Any) -> None:
