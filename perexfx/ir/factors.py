@@ -14,6 +14,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from perexfx.ir.gemm import transposed_product
+
 
 @runtime_checkable
 class Signature(Protocol):
@@ -177,12 +179,16 @@ class Product:
         """One matrix product over examples and positions together."""
         n, g, t, i = self.left.shape
         o = self.right.shape[3]
-        right = scale_examples(self.right, weights)
+        left, right = self.left, self.right
+        if i < o:
+            left = scale_examples(left, weights)
+        else:
+            right = scale_examples(right, weights)
         if g == 1:
             axes = (2, 0, 1, 3) if right.stride(2) > right.stride(0) else (0, 2, 1, 3)  # as they lie in memory
-            total = right.permute(axes).reshape(n * t, o).t() @ self.left.permute(axes).reshape(n * t, i)
+            total = transposed_product(right.permute(axes).reshape(n * t, o), left.permute(axes).reshape(n * t, i))
         else:
-            total = right.permute(1, 3, 0, 2).reshape(g, o, n * t) @ self.left.transpose(0, 1).reshape(g, n * t, i)
+            total = right.permute(1, 3, 0, 2).reshape(g, o, n * t) @ left.transpose(0, 1).reshape(g, n * t, i)
         return self._shaped(total)
 
     def _shaped(self, value: Tensor, *lead: int) -> Tensor:

@@ -1,10 +1,14 @@
 """Matrix products by the faster of the two libraries that torch has on a CPU.
 
-Torch multiplies float32 matrices through MKL, which takes up to twice as long as oneDNN on other makers' processors;
-its oneDNN layers (LSTM, convolution) are compared with that.
+Torch multiplies float32 matrices through MKL, which on other makers' processors takes up to twice as long as oneDNN.
+Promises: every product is what torch's own operation gives, up to rounding; whoever traces or compiles sees torch's own
+operation; which library has which product depends on the processor and the sizes alone.
 """
 
 from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,31 +18,58 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 SMALL = 1 << 22
 """Products of fewer flops are left to `F.linear`: oneDNN takes some ten microseconds to begin."""
 
+_pointwise = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`rows @ weight.t() + bias`, as `F.linear`.
 
     Args:
         rows: Shape `[n, i]`.
-        weight: Shape `[o, i]`.
+        weight: Shape `[o, i]`; a transposed view is as good.
         bias: Shape `[o]`, or None.
     """
     if _is_for_onednn(rows, weight):
-        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+        assert _pointwise is not None
+        return _pointwise(rows, weight, bias, "none", [], "")
     return F.linear(rows, weight, bias)
 
 
+def transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left.t() @ right`, contiguous: a linear layer's weight gradient.
+
+    oneDNN copies its first factor into rows, so that is the narrower one.
+
+    Args:
+        left: Shape `[n, o]`.
+        right: Shape `[n, i]`.
+    """
+    if left.shape[1] <= right.shape[1] or not _is_for_onednn(left.t(), right.t()):
+        return linear(left.t(), right.t())
+    return linear(right.t(), left.t()).t().contiguous()
+
+
 def _is_for_onednn(rows: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN has the product, and is worth its start. Whoever traces sees torch's own operation."""
+    """Whether oneDNN has the product, and is worth its start."""
     return (
-        rows.device.type == "cpu"
+        2 * rows.shape[0] * weight.shape[0] * weight.shape[1] >= SMALL
+        and rows.device.type == "cpu"
         and rows.dtype == weight.dtype == torch.float32
-        and 2 * rows.numel() * weight.shape[0] >= SMALL
-        and rows.is_contiguous()
-        and weight.is_contiguous()
+        and onednn_is_faster()
         and not torch.is_grad_enabled()
-        and type(rows) is Tensor
+        and type(rows) is type(weight) is Tensor
         and torch.backends.mkldnn.enabled
         and not is_in_torch_dispatch_mode()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether this processor's products are faster through oneDNN: where MKL is present and Intel is not."""
+    if _pointwise is None or not torch.backends.mkl.is_available():
+        return False
+    described = Path("/proc/cpuinfo")
+    return described.exists() and "AuthenticAMD" in described.read_text()
+
+
+__all__ = ["linear", "onednn_is_faster", "transposed_product"]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perexfx.ir.factors import Factors, Gradient, GradientSignature, Product, ProductSignature, Signature
+from perexfx.ir.gemm import linear
 from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, sum_positions
 
 
@@ -47,7 +48,12 @@ class Linear(Rule):
 
     def forward(self, arguments: Arguments, geometry: Geometry) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The ordinary layer."""
-        return F.linear(arguments["input"], arguments["weight"], arguments["bias"]), ()
+        layer_input, weight, bias = (arguments[name] for name in ("input", "weight", "bias"))
+        if layer_input.dim() < 2 or not layer_input.is_contiguous():
+            return F.linear(layer_input, weight, bias), ()
+        o, i = weight.shape
+        rows = layer_input.view(layer_input.numel() // i if i else 0, i)
+        return linear(rows, weight, bias).view(*layer_input.shape[:-1], o), ()
 
     def reads(self, arguments: Arguments, inputs: Collection[str], operands: Collection[str]) -> Collection[str]:
         """Each factor of the product for the gradient of the other."""
@@ -58,7 +64,9 @@ class Linear(Rule):
         o, i = call.geometry.shapes["weight"]
         gradients: dict[str, Tensor] = {}
         if "input" in call.inputs:
-            gradients["input"] = call.grad_output @ call.arguments["weight"]
+            grad_output, weight = call.grad_output, call.arguments["weight"]
+            rows = linear(grad_output.reshape(math.prod(grad_output.shape[:-1]), o), weight.t())
+            gradients["input"] = rows.view(*grad_output.shape[:-1], i)
         n = call.geometry.n
         right = call.grad_output_examples_first
         t = math.prod(right.shape[1:-1])
