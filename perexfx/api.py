@@ -22,6 +22,7 @@ from perexfx.layers import RULES, Fallback
 from perexfx.match import confirm, match
 from perexfx.plan import Plan, check_forced, make_plan
 from perexfx.refuse import refuse_batch_statistics, refuse_other_trainables
+from perexfx.regions import faster_with_channels_last, regions_of
 from perexfx.rewrite import Transformed, rewrite, twin_of
 from perexfx.sizes import fit, operand_itemsize
 from perexfx.state import PerExample, Settings
@@ -87,8 +88,9 @@ def transform(
     sites = match(captured.graph, twin, trainable, (*rules, *RULES), Fallback(), batch_dim, analysis)
     _check_reached(sites, trainable)
     check_forced(sites, STRATEGIES, strategy)
-    state = PerExample(sites, settings, captured, trainable, frozen, partial(_plan_for, tuple(rules)))
-    transformed = rewrite(twin, captured.graph, sites, state)
+    regions = regions_of(captured.graph, twin, sites)
+    state = PerExample(sites, regions, settings, captured, trainable, frozen, partial(_plan_for, tuple(rules)))
+    transformed = rewrite(twin, captured.graph, state)
     if known is not None:
         state.remember(known.kind, known.analysis)
         state.prepare(known.kind, known.n)
@@ -163,11 +165,13 @@ def _plan_for(rules: tuple[Rule, ...], state: PerExample, module: nn.Module, kin
             match(graph, module, state.trainable, (*rules, *RULES), Fallback(), settings.batch_dim, analysis),
         )
         state.remember(kind, analysis)
+    fitted = fit(state.sites, graph, analysis, n, Fallback)
     return make_plan(
         state.sites,
-        fit(state.sites, graph, analysis, n, Fallback),
+        fitted,
         STRATEGIES,
         BUILT_IN,
+        channels_last=faster_with_channels_last(state.regions, graph, module, analysis, fitted),
         itemsize=operand_itemsize(state.sites, graph, analysis),
         forced=settings.strategy,
         memory_budget=settings.memory_budget,

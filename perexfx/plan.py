@@ -69,6 +69,7 @@ class Plan:
         fitted: Site name -> the rule that covers its shapes, and the shapes.
         machine: Name of the machine profile.
         memory_budget: The bound it was made under, in bytes.
+        channels_last: The regions, by number, whose images lie with their channels last.
     """
 
     batch_size: int
@@ -76,6 +77,7 @@ class Plan:
     fitted: Mapping[str, Fitted] = field(repr=False)
     machine: str
     memory_budget: int | None
+    channels_last: frozenset[int] = frozenset()
 
     @cached_property
     def strategies(self) -> Mapping[tuple[str, str], Strategy]:
@@ -110,6 +112,7 @@ def make_plan(
     itemsize: int,
     forced: str | Mapping[str, str] = "auto",
     memory_budget: int | None = None,
+    channels_last: frozenset[int] = frozenset(),
 ) -> Plan:
     """The cheapest strategy for every operand of every site.
 
@@ -121,6 +124,7 @@ def make_plan(
         itemsize: Bytes per element.
         forced: "auto", one strategy's name, or {site name: strategy name}.
         memory_budget: Bytes that may be held on top of an ordinary step; None: no bound.
+        channels_last: The regions that use that format.
 
     Raises:
         StrategyError: A forced strategy does not exist, or does not apply.
@@ -144,7 +148,7 @@ def make_plan(
         name, kind = row.site.name, found.rule.kind
         decisions.append(Decision(name, row.operand, kind, row.signature, chosen, row.alternatives, row.reason, own))
     n = next(iter(fitted.values())).geometry.n if fitted else 0
-    return Plan(n, tuple(decisions), fitted, machine.name, memory_budget)
+    return Plan(n, tuple(decisions), fitted, machine.name, memory_budget, channels_last)
 
 
 class _Alternatives:

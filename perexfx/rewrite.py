@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from perexfx.formats import enter, leave
 from perexfx.ir.node import annotate, info_of
 from perexfx.ir.site import Site
+from perexfx.regions import Region, images_of, reads_either_format
 from perexfx.runtime import clip, norm, per_example
 from perexfx.state import PerExample
 
@@ -88,17 +90,16 @@ def _rebuild(body: Mapping[str, Any], graph: fx.Graph, class_name: str) -> Trans
     return Transformed(body, graph, class_name)
 
 
-def rewrite(twin: nn.Module, captured: fx.Graph, sites: Sequence[Site], state: PerExample) -> Transformed:
+def rewrite(twin: nn.Module, captured: fx.Graph, state: PerExample) -> Transformed:
     """The transformed module.
 
     Args:
         twin: From `twin_of`; its attributes become those of the result.
         captured: The graph in functional form.
-        sites: Where its parameters meet examples.
-        state: What becomes `gm.perexfx`.
+        state: What becomes `gm.perexfx`: the sites and regions of that graph.
     """
     body = {**twin.__dict__, "_modules": {**twin._modules, STATE: state.train(twin.training)}}
-    return Transformed(body, _rewritten(captured, sites), type(twin).__name__)
+    return Transformed(body, _rewritten(captured, state.sites, state.regions), type(twin).__name__)
 
 
 def twin_of(model: nn.Module, constants: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -123,9 +124,10 @@ def _shallow_twin(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
     return seen[id(module)]
 
 
-def _rewritten(captured: fx.Graph, sites: Sequence[Site]) -> fx.Graph:
+def _rewritten(captured: fx.Graph, sites: Sequence[Site], regions: Sequence[Region]) -> fx.Graph:
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
+    borders = _Borders(graph, regions)
     by_name: dict[str, fx.Node] = {}
     by_node = {site.node: site for site in sites}
     clipped = tuple(dict.fromkeys(name for site in sites for name in site.parameters))
@@ -133,6 +135,7 @@ def _rewritten(captured: fx.Graph, sites: Sequence[Site]) -> fx.Graph:
     for node in inputs:
         new[node] = by_name[node.name] = graph.node_copy(node)
     tape, token, parameters = _insert_clip(graph, [new[node] for node in inputs], clipped)
+    borders.tape = tape
     tokens: dict[str, fx.Node] = {}
     for node in captured.nodes:
         if node.op == "placeholder":
@@ -142,8 +145,9 @@ def _rewritten(captured: fx.Graph, sites: Sequence[Site]) -> fx.Graph:
             by_name[node.name] = new[node]
             continue
         site = by_node.get(node.name)
+        given = {read: borders.crossed(read, new[read], node) for read in node.all_input_nodes}
         if site is None:
-            new[node] = graph.node_copy(node, lambda n: new[n])
+            new[node] = graph.node_copy(node, given.__getitem__)
         else:
             if site.group not in tokens:
                 tokens[site.group] = graph.call_function(norm, (tape, token, site.group))
@@ -152,7 +156,7 @@ def _rewritten(captured: fx.Graph, sites: Sequence[Site]) -> fx.Graph:
                 tuple(by_name[name] for name in operand.expression.constants) for operand in site.operands
             )
             args: Any
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: new[n])
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), given.__getitem__)
             new[node] = graph.create_node(
                 "call_function",
                 per_example,
@@ -164,6 +168,39 @@ def _rewritten(captured: fx.Graph, sites: Sequence[Site]) -> fx.Graph:
             annotate(new[node], replace(info_of(node), role="site", site=site.name))
         by_name[node.name] = new[node]
     return graph
+
+
+class _Borders:
+    """Conversions where values cross the border of a region; one for all who read a value on the other side."""
+
+    def __init__(self, graph: fx.Graph, regions: Sequence[Region]) -> None:
+        self.graph = graph
+        self.tape: fx.Node | None = None
+        self.regions = {name: at for at, region in enumerate(regions) for name in region.nodes}
+        self.converted: dict[tuple[str, int, bool], fx.Node] = {}
+
+    def crossed(self, read: fx.Node, value: fx.Node, reader: fx.Node) -> fx.Node:
+        """`value` as a reader takes it.
+
+        Args:
+            read: In the captured graph.
+            value: The same in the new graph.
+            reader: In the captured graph.
+        """
+        inside = self.regions.get(read.name)
+        wanted = self.regions.get(reader.name) if read in images_of(reader) else None
+        if inside == wanted or (wanted is None and reads_either_format(reader)):
+            return value
+        if inside is not None:
+            value = self._converted(leave, read, value, inside)
+        return value if wanted is None else self._converted(enter, read, value, wanted)
+
+    def _converted(self, conversion: Callable[..., Any], read: fx.Node, value: fx.Node, region: int) -> fx.Node:
+        key = read.name, region, conversion is enter
+        if key not in self.converted:
+            node = self.graph.call_function(conversion, (self.tape, value, region))
+            self.converted[key] = annotate(node, replace(info_of(read), role="format", site="", overwrites=False))
+        return self.converted[key]
 
 
 def _insert_clip(

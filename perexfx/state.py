@@ -22,6 +22,7 @@ from perexfx.inputs import Inputs, named_leaves
 from perexfx.ir.errors import ArgumentError, ModeError
 from perexfx.ir.site import Site, are_joined, grouped
 from perexfx.plan import Plan
+from perexfx.regions import Region
 from perexfx.tape import Tape
 
 Clipping = str | Callable[[Tensor], Tensor]
@@ -51,6 +52,7 @@ class PerExample(nn.Module):
 
     Attributes:
         sites: Every use of a trainable parameter, in graph order.
+        regions: The parts of the graph whose images may lie with their channels last.
         groups: The sites that share parameters, by the name of the first.
         joined: Names of the groups whose per-example gradients must be added before their norm is taken.
         settings: What `transform` was asked for.
@@ -65,6 +67,7 @@ class PerExample(nn.Module):
     def __init__(
         self,
         sites: Sequence[Site],
+        regions: Sequence[Region],
         settings: Settings,
         captured: Captured,
         trainable: Sequence[str],
@@ -73,6 +76,7 @@ class PerExample(nn.Module):
     ) -> None:
         super().__init__()
         self.sites = tuple(sites)
+        self.regions = tuple(regions)
         self.settings = settings
         self.captured = captured
         self.trainable, self.frozen = tuple(trainable), tuple(frozen)

@@ -54,6 +54,7 @@ class Tape:
         self.parameters: dict[str, Tensor] = {}
         self.versions: dict[str, int] = {}
         self.constants = Constants()
+        self.left_alone: set[int] = set()
         self._task: int | None = None
         self.observed: dict[tuple[str, str], Factors] = {}
         self.held: dict[tuple[str, str], Factors] = {}

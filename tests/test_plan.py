@@ -35,7 +35,7 @@ def test_costs_are_exact_integers() -> None:
     assert gram.work[0].flops == 2 * 8 * 16 * 16 * (32 + 64)
     assert gram.flops == 2 * 8 * 16 * 16 * (32 + 64) + 2 * 8 * 16 * 32 * 64
     assert gram.bytes_held == 4 * 8 * 16 * (32 + 64)
-    kept = Materialize().cost(linear, itemsize=4)
+    kept = Materialize(keep=True).cost(linear, itemsize=4)
     assert kept.work[0].flops == 2 * 8 * 16 * 32 * 64
     assert kept.bytes_held == 4 * 8 * 32 * 64
     conv = convolution(4, 16, 32, 10)
@@ -59,6 +59,7 @@ def test_what_strategies_refuse() -> None:
     assert accepted == {
         "outer": [one],
         "materialize": [linear, one, conv, frames, rows, bias],
+        "materialize_norms": [linear, one, conv, frames],
         "gram": [linear, one, conv, frames, rows],
         "grouped": [conv, frames],
         "loop": [conv, frames],

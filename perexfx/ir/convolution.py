@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,6 +74,11 @@ class ConvolutionSignature:
         return 2 * self.n * self.frames * self.positions * math.prod(self.shape)
 
     @property
+    def unfolded_elements(self) -> int:
+        """Elements of the unfolded input."""
+        return self.n * self.frames * self.positions * self.in_channels * math.prod(self.kernel)
+
+    @property
     def input_elements(self) -> int:
         """Elements of the layer input."""
         return self.n * self.frames * self.in_channels * math.prod(self.in_size)
@@ -107,6 +113,8 @@ def kernel_gradient(
         shape: Shape of the kernel, `[O, C / groups, *kernel]`.
         geometry: Stride, padding, dilation, groups.
     """
+    if is_copied_for(math.prod(shape), layer_input, grad_output.numel()):
+        layer_input, grad_output = layer_input.contiguous(), grad_output.contiguous()
     stand_in = layer_input.new_zeros(()).expand(shape)  # only its shape is read
     return torch.ops.aten.convolution_backward(
         grad_output,
@@ -121,6 +129,22 @@ def kernel_gradient(
         geometry.groups,
         [False, True, False],
     )[1]
+
+
+def is_copied_for(kernel: Tensor | int, layer_input: Tensor, output_elements: int) -> bool:
+    """Whether images with their channels last should be copied into torch's default format for one convolution.
+
+    oneDNN's convolutions copy the kernel in either format, once more with channels last, and the images in the default
+    format alone: what is smaller should be copied.
+
+    Args:
+        kernel: The kernel, or its number of elements.
+        layer_input: Shape `[N, C, *size]`.
+        output_elements: Of the output.
+    """
+    elements = kernel if isinstance(kernel, int) else kernel.numel()
+    is_last = layer_input.dim() == 4 and not layer_input.is_contiguous()
+    return is_last and layer_input.numel() + output_elements < elements
 
 
 @dataclass(frozen=True)
@@ -147,7 +171,10 @@ class Convolution:
         return ConvolutionSignature(n, frames, tuple(size), out_size, self.shape, self.geometry)
 
     def gradients(self) -> Tensor:
-        """The batch as groups: one call of the kernel for grouped convolutions gives every example's gradient."""
+        """The batch as groups: one call of the kernel for grouped convolutions gives every example's gradient.
+
+        References: Rochette et al. 2019, arXiv:1912.06015, section 3 (there with one dimension more).
+        """
         n, frames, channels, *size = self.layer_input.shape
         if n == 0:
             return self.layer_input.new_zeros(0, *self.shape)
@@ -179,37 +206,43 @@ class Convolution:
             grad_output=drop_examples(self.grad_output, dropped),
         )
 
+    def split(self, size: int) -> Iterator[Convolution]:
+        """The same for as many examples at a time; one empty part for an empty batch."""
+        for layer_input, grad_output in zip(self.layer_input.split(size), self.grad_output.split(size), strict=True):
+            yield replace(self, layer_input=layer_input, grad_output=grad_output)
+
     def unfolded(self) -> Product:
         """The same gradient as a sum of outer products over output positions, by unfolding the input.
 
-        Returns: `left` of shape `[n, g, t, (C / groups) * kernel]` and `right` of shape `[n, g, t, O / groups]`,
-        where t runs over frames and output positions.
+        Returns: `left` of shape `[n, g, t, kernel * (C / groups)]`, channels fastest: whole pixels are copied; and
+        `right` of shape `[n, g, t, O / groups]`, where t runs over frames and output positions.
         """
         n, frames, channels = self.layer_input.shape[:3]
         groups, rank = self.geometry.groups, len(self.geometry.stride)
         out_size = self.grad_output.shape[3:]
-        windows = self._windows().reshape(n, frames, groups, channels // groups, *self.shape[2:], *out_size)
-        spatial = list(range(4 + rank, 4 + 2 * rank))
-        left = windows.permute(0, 2, 1, *spatial, *range(3, 4 + rank))
+        windows = self._windows().reshape(n, frames, *out_size, *self.shape[2:], groups, channels // groups)
+        left = windows.permute(0, 2 + 2 * rank, *range(1, 2 + 2 * rank), 3 + 2 * rank)
         right = self.grad_output.reshape(n, frames, groups, self.shape[0] // groups, math.prod(out_size))
         t = frames * math.prod(out_size)
         return Product(
             left.reshape(n, groups, t, math.prod(self.shape[1:])),
             right.permute(0, 2, 1, 4, 3).reshape(n, groups, t, self.shape[0] // groups),
             self.shape,
+            (0, *range(2, 2 + rank), 1),
         )
 
     def padded_input(self) -> Tensor:
         """The layer input with its zeros around it. Shape `[n, frames, C, *padded size]`."""
         if not any(self.geometry.padding):
             return self.layer_input
-        return F.pad(self.layer_input, [p for padding in reversed(self.geometry.padding) for p in (padding, padding)])
+        amounts = [p for padding in reversed(self.geometry.padding) for p in (padding, padding)]
+        return F.pad(self.layer_input.flatten(0, 1), amounts).unflatten(0, self.layer_input.shape[:2])
 
     def _windows(self) -> Tensor:
-        """A view of the padded input, `[n, frames, C, *kernel, *out size]`."""
-        padded = self.padded_input().contiguous()
-        lead, steps = padded.stride()[:3], padded.stride()[3:]
+        """A view of the padded input's pixels, `[n, frames, *out size, *kernel, C]`."""
+        pixels = self.padded_input().movedim(2, -1).contiguous()
+        lead, steps = pixels.stride()[:2], pixels.stride()[2:-1]
         within = [step * d for step, d in zip(steps, self.geometry.dilation, strict=True)]
         between = [step * s for step, s in zip(steps, self.geometry.stride, strict=True)]
-        sizes = (*padded.shape[:3], *self.shape[2:], *self.grad_output.shape[3:])
-        return padded.as_strided(sizes, (*lead, *within, *between))
+        sizes = (*pixels.shape[:2], *self.grad_output.shape[3:], *self.shape[2:], pixels.shape[-1])
+        return pixels.as_strided(sizes, (*lead, *between, *within, 1))

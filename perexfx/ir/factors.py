@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from perexfx.ir.gemm import transposed_product
+from perexfx.ir.gemm import transposed_product, transposed_products
 
 
 @runtime_checkable
@@ -156,8 +156,7 @@ class Product:
         left: The layer input. Shape `[n, g, t, i]`.
         right: The gradient of the layer output. Shape `[n, g, t, o]`.
         shape: Shape of the parameter, with `g * o * i` elements.
-        axes: Which of the parameter's axes the groups, outputs and inputs are, in that order; empty where they are
-            all of them in order.
+        axes: The parameter's axes in the order in which groups, outputs and inputs run over them; empty: in their own.
     """
 
     left: Tensor
@@ -173,7 +172,10 @@ class Product:
 
     def gradients(self) -> Tensor:
         """One batched matrix product."""
-        return self._shaped(self.right.transpose(2, 3) @ self.left, self.left.shape[0])
+        n, g, t, i = self.left.shape
+        o = self.right.shape[3]
+        each = transposed_products(self.right.reshape(n * g, t, o), self.left.reshape(n * g, t, i))
+        return parameter_of(each.reshape(n, g, o, i), self.shape, self.axes, n)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """One matrix product over examples and positions together."""
@@ -189,19 +191,20 @@ class Product:
             total = transposed_product(right.permute(axes).reshape(n * t, o), left.permute(axes).reshape(n * t, i))
         else:
             total = right.permute(1, 3, 0, 2).reshape(g, o, n * t) @ left.transpose(0, 1).reshape(g, n * t, i)
-        return self._shaped(total)
-
-    def _shaped(self, value: Tensor, *lead: int) -> Tensor:
-        """`[*lead, g, o, i]` as the parameter has it."""
-        if not self.axes:
-            return value.reshape((*lead, *self.shape))
-        value = value.reshape(*lead, *(self.shape[axis] for axis in self.axes))
-        order = sorted(range(len(self.axes)), key=self.axes.__getitem__)
-        return value.permute(*range(len(lead)), *(at + len(lead) for at in order))
+        return parameter_of(total, self.shape, self.axes)
 
     def without(self, dropped: Tensor) -> Product:
         """Zeros in the dropped rows of both factors."""
         return replace(self, left=drop_examples(self.left, dropped), right=drop_examples(self.right, dropped))
+
+
+def parameter_of(value: Tensor, shape: tuple[int, ...], axes: tuple[int, ...], *lead: int) -> Tensor:
+    """The elements of a parameter, whose axes lie in the order of `axes`, as `[*lead, *shape]`."""
+    if not axes:
+        return value.reshape((*lead, *shape))
+    value = value.reshape(*lead, *(shape[axis] for axis in axes))
+    order = sorted(range(len(axes)), key=axes.__getitem__)
+    return value.permute(*range(len(lead)), *(at + len(lead) for at in order))
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,34 @@ def transposed_product(left: Tensor, right: Tensor) -> Tensor:
     return linear(right.t(), left.t()).t().contiguous()
 
 
+def transposed_products(left: Tensor, right: Tensor) -> Tensor:
+    """`left[m].t() @ right[m]` for every m: shape `[m, o, i]`.
+
+    Args:
+        left: Shape `[m, t, o]`.
+        right: Shape `[m, t, i]`.
+    """
+    if left.shape[0] == 0 or not _is_for_onednn(left[0].t(), right[0].t()):
+        return left.transpose(1, 2) @ right
+    rows = left.transpose(1, 2).contiguous()
+    found = left.new_empty(left.shape[0], left.shape[2], right.shape[2])
+    for into, a, b in zip(found, rows, right.transpose(1, 2), strict=True):
+        into.copy_(linear(a, b))
+    return found
+
+
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """`left[m] @ right[m].t()` for every m: shape `[m, t, s]`.
+
+    Args:
+        left: Shape `[m, t, i]`.
+        right: Shape `[m, s, i]`.
+    """
+    if left.shape[0] == 0 or not _is_for_onednn(left[0], right[0]):
+        return left @ right.transpose(1, 2)
+    return torch.stack([linear(a, b) for a, b in zip(left, right, strict=True)])
+
+
 def _is_for_onednn(rows: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN has the product, and is worth its start."""
     return (
@@ -72,4 +100,4 @@ def onednn_is_faster() -> bool:
     return described.exists() and "AuthenticAMD" in described.read_text()
 
 
-__all__ = ["linear", "onednn_is_faster", "transposed_product"]
+__all__ = ["linear", "onednn_is_faster", "products", "transposed_product", "transposed_products"]

@@ -58,6 +58,7 @@ BUILT_IN = Machine(
         "index": Rate(math.inf, 5.01e10, 2.3e-05),
         "matrix_vector": Rate(math.inf, math.inf, 1.2e-05),
         "memory": Rate(math.inf, 1.56e10, 1.0e-06),
+        "unfold": Rate(math.inf, 1.5e10, 1.0e-05),
         "reduce": Rate(math.inf, 3.20e10, 0.0e00),
     },
 )

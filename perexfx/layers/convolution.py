@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perexfx.ir.convolution import Convolution, ConvolutionGeometry, ConvolutionSignature
+from perexfx.ir.convolution import Convolution, ConvolutionGeometry, ConvolutionSignature, is_copied_for
 from perexfx.ir.factors import Factors, Gradient, GradientSignature, Signature
 from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, Target, sum_positions
 
@@ -118,8 +118,12 @@ class ConvolutionRule(Rule):
         """The ordinary layer."""
         layer_input, weight, bias = (arguments[name] for name in ("input", "weight", "bias"))
         slide, padding = self._slide(arguments, weight.shape[2:])
-        given = padding.extend(layer_input), weight, bias
-        return self.function(*given, slide.stride, slide.padding, slide.dilation, slide.groups), ()
+        layer_input = padding.extend(layer_input)
+        how = slide.stride, slide.padding, slide.dilation, slide.groups
+        if not is_copied_for(weight, layer_input, math.prod(geometry.output_shape)):
+            return self.function(layer_input, weight, bias, *how), ()
+        output = self.function(layer_input.contiguous(), weight, bias, *how)
+        return output.contiguous(memory_format=torch.channels_last), ()
 
     def backward(self, call: Backward) -> tuple[dict[str, Tensor], dict[str, Factors]]:
         """Torch's own kernel for the input's gradient."""
@@ -143,6 +147,9 @@ class ConvolutionRule(Rule):
 
 
 def _input_gradient(grad_output: Tensor, layer_input: Tensor, weight: Tensor, slide: ConvolutionGeometry) -> Tensor:
+    if is_copied_for(weight, layer_input, grad_output.numel()):
+        found = _input_gradient(grad_output.contiguous(), layer_input.contiguous(), weight, slide)
+        return found.contiguous(memory_format=torch.channels_last)
     return torch.ops.aten.convolution_backward(
         grad_output,
         layer_input,

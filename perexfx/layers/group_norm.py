@@ -45,8 +45,10 @@ class _ChannelNorm(Rule):
         x, eps = arguments["input"], arguments["eps"]
         weight, bias = (value if value is None else value.contiguous() for value in map(arguments.get, self.operands))
         rows, channels, *size = x.shape
+        if not _has_channels_last(x):
+            x = x.contiguous()
         output, mean, rstd = torch.native_group_norm(  # takes every argument to be contiguous, without a look
-            x.contiguous(), weight, bias, rows, channels, math.prod(size), self._groups(arguments), eps
+            x, weight, bias, rows, channels, math.prod(size), self._groups(arguments), eps
         )
         return output, (mean, rstd)
 
@@ -58,6 +60,13 @@ class _ChannelNorm(Rule):
         if rows == 0:
             empty = Gradient(x.new_zeros(0, channels))
             return {name: torch.zeros_like(x) for name in call.inputs}, dict.fromkeys(call.operands, empty)
+        layout = call.geometry.layouts["input"]
+        if _has_channels_last(x):
+            grad_input, found = _channels_last_backward(call.grad_output, x, weight, mean, rstd)
+            return (
+                dict.fromkeys(call.inputs, grad_input),
+                {name: Gradient(sum_positions(layout.examples_first(found[name]))) for name in call.operands},
+            )
         scale = None if weight is None else weight.repeat(rows)
         if scale is None and call.operands:  # the kernel asks for a weight wherever it gives a bias gradient
             scale = x.new_ones(rows * channels)
@@ -73,7 +82,6 @@ class _ChannelNorm(Rule):
             rows * self._groups(call.arguments),
             [bool(call.inputs), "weight" in call.operands, "bias" in call.operands],
         )
-        layout = call.geometry.layouts["input"]
         found = {"weight": grad_weight, "bias": grad_bias}
         return (
             {name: grad_input.reshape(x.shape) for name in call.inputs},
@@ -82,6 +90,60 @@ class _ChannelNorm(Rule):
                 for name in call.operands
             },
         )
+
+
+def _has_channels_last(x: Tensor) -> bool:
+    return (
+        x.dim() == 4
+        and not x.is_contiguous()
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and x.dtype in (torch.float32, torch.float64)
+    )
+
+
+CHUNK_ELEMENTS = 1 << 19
+"""As many examples at a time as fit this many elements: they are read four times, from the cache."""
+
+
+def _channels_last_backward(
+    grad_output: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gradient of the input, and each row's of weight and bias, with two passes over positions.
+
+    With sums over positions `b = sum g` and `s = sum g x`, the weight's gradient is `(s - mean b) rstd`, and the
+    input's is `g w rstd + p x + q` with p and q from sums over the channels of each group.
+
+    Args:
+        grad_output: Shape `[rows, C, H, W]`.
+        x: The same, channels last.
+        weight: Shape `[C]`, or None.
+        mean: Shape `[rows, groups]`.
+        rstd: The same.
+    """
+    rows, channels, height, width = x.shape
+    positions, groups = height * width, mean.shape[1]
+    in_group = channels // groups
+    grad_output = grad_output.contiguous(memory_format=torch.channels_last)
+    grad_input = torch.empty_like(x)
+    pixels, grads, into = (v.permute(0, 2, 3, 1).view(rows, positions, channels) for v in (x, grad_output, grad_input))
+    ones = x.new_ones(1, 1, positions)
+    each: dict[str, list[Tensor]] = {"weight": [], "bias": []}
+    step = max(1, CHUNK_ELEMENTS // (positions * channels))
+    for values, g, out, m, r in zip(*(v.split(step) for v in (pixels, grads, into, mean, rstd)), strict=True):
+        row = ones.expand(len(g), 1, positions)
+        by_bias = (row @ g).squeeze(1)
+        by_value = (row @ torch.mul(g, values, out=out)).squeeze(1)
+        of_channels = [v.repeat_interleave(in_group, 1) for v in (m, r)]
+        each["bias"].append(by_bias)
+        each["weight"].append(torch.addcmul(by_value, of_channels[0], by_bias, value=-1).mul_(of_channels[1]))
+        scaled = [v if weight is None else v * weight for v in (by_value, by_bias)]
+        s, b = (v.view(len(g), groups, in_group).sum(2) for v in scaled)
+        p = (b * m - s) * r**3 / (positions * in_group)
+        q = -(p * m) - b * r / (positions * in_group)
+        p, q = (v.repeat_interleave(in_group, 1).unsqueeze(1) for v in (p, q))
+        slope = of_channels[1] if weight is None else of_channels[1] * weight
+        torch.addcmul(q, values, p, out=out).addcmul_(g, slope.unsqueeze(1))
+    return grad_input, {name: torch.cat(parts) for name, parts in each.items()}
 
 
 @dataclass(frozen=True)

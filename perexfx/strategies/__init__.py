@@ -13,7 +13,8 @@ from perexfx.strategies.outer import Outer
 
 STRATEGIES: tuple[Strategy, ...] = (
     Outer(),
-    Materialize(),
+    Materialize(keep=True),
+    Materialize(keep=False),
     Gram(),
     Grouped(),
     Loop(keep=True),

@@ -11,6 +11,7 @@ from torch import Tensor
 from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Product, ProductSignature, Rows, RowsSignature, Signature
+from perexfx.ir.gemm import products
 from perexfx.strategies.costs import finish_product
 
 CHUNK_ELEMENTS = 1 << 20
@@ -75,7 +76,7 @@ class Gram:
         right = product.right.reshape(n * g, t, product.right.shape[3])
         size = max(1, CHUNK_ELEMENTS // max(1, t * t))
         sums = [
-            sum_of_products(a @ a.transpose(1, 2), b @ b.transpose(1, 2))
+            sum_of_products(products(a, a), products(b, b))
             for a, b in zip(left.split(size), right.split(size), strict=True)
         ]
         return torch.cat(sums).reshape(n, g).sum(1), factors

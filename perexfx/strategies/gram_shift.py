@@ -12,6 +12,7 @@ from torch import Tensor
 from perexfx.ir.convolution import Convolution, ConvolutionGeometry, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Signature
+from perexfx.ir.gemm import products
 from perexfx.strategies.costs import finish_product
 from perexfx.strategies.gram import sum_of_products
 
@@ -112,14 +113,14 @@ class GramShift:
         out_size = tuple(factors.grad_output.shape[3:])
         grams = n * geometry.groups
         pixels = padded.reshape(grams, channels // geometry.groups, *size)
-        right = factors.grad_output.reshape(grams, -1, math.prod(out_size))
+        right = factors.grad_output.reshape(grams, -1, math.prod(out_size)).transpose(1, 2)
         phases = _phases(geometry, factors.shape[2:], out_size)
         largest = max(math.prod(phase.length for phase in choice) for choice in product(*phases)) ** 2
         step = max(1, CHUNK_ELEMENTS // max(1, largest))
         sums = [
             sum_of_products(
                 _unfolded_gram(x, phases, geometry.stride, out_size),
-                (g.transpose(1, 2) @ g).reshape(-1, *out_size, *out_size),
+                products(g, g).reshape(-1, *out_size, *out_size),
             )
             for x, g in zip(pixels.split(step), right.split(step), strict=True)
         ]
@@ -137,8 +138,8 @@ def _unfolded_gram(
             stop = phase.start + stride[axis] * (phase.length - 1) + 1
             part = part[(slice(None),) * (2 + axis) + (slice(phase.start, stop, stride[axis]),)]
         lengths = part.shape[2:]
-        flat = part.flatten(2)
-        gram = (flat.transpose(1, 2) @ flat).reshape(-1, *lengths, *lengths)
+        flat = part.flatten(2).transpose(1, 2)
+        gram = products(flat, flat).reshape(-1, *lengths, *lengths)
         for axis, phase in enumerate(choice):
             gram = _sum_of_shifts(gram, axis, len(lengths), phase.offsets, out_size[axis])
         total = gram if total is None else total.add_(gram)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
-from perexfx.ir.factors import Factors, Gradient, Signature, squared_norms_of
-from perexfx.strategies.costs import finish_kept, fresh_memory, parameter_elements, read_for_norm
+from perexfx.ir.factors import Factors, Signature, squared_norms_of
+from perexfx.ir.kept import Kept
+from perexfx.strategies.costs import finish_kept, parameter_elements, read_for_norm
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,27 @@ class Grouped:
             itemsize * kept,
             calls=signature.n,
         )
-        tail = (
-            fresh_memory(kept * itemsize),
-            read_for_norm(kept, itemsize),
-            finish_kept(signature, itemsize),
-        )
-        return Cost((work, *tail), kept * itemsize)
+        return Cost((work, read_for_norm(kept, itemsize), finish_kept(signature, itemsize)), kept * itemsize)
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
         """Norms of the formed gradients, which are kept."""
         assert isinstance(factors, Convolution)
-        gradients = factors.gradients()
-        return squared_norms_of(gradients), Gradient(gradients)
+        step = examples_at_a_time(factors.signature, factors.layer_input.element_size())
+        in_default_format = replace(
+            factors, layer_input=factors.layer_input.contiguous(), grad_output=factors.grad_output.contiguous()
+        )
+        pieces = [part.gradients() for part in in_default_format.split(step)]
+        norms = [squared_norms_of(piece) for piece in pieces]
+        return (norms[0] if len(norms) == 1 else torch.cat(norms)), Kept(tuple(pieces), factors.shape)
+
+
+CHUNK_BYTES = 8 << 20
+"""Images of as many examples at a time as fit the cache."""
+KERNEL_ELEMENTS = 1 << 18
+"""Kernels of as many groups as fit: oneDNN slows down beyond. Two examples are faster than one all the same."""
+
+
+def examples_at_a_time(signature: ConvolutionSignature, itemsize: int) -> int:
+    """How many examples share a call."""
+    images = CHUNK_BYTES // max(1, signature.held_elements // max(1, signature.n) * itemsize)
+    return max(2, min(images, KERNEL_ELEMENTS // max(1, parameter_elements(signature))))

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from perexfx.ir.convolution import Convolution, ConvolutionSignature, kernel_gradient
 from perexfx.ir.cost import Cost, Work
-from perexfx.ir.factors import Factors, Gradient, Signature, squared_norms_of
+from perexfx.ir.factors import Factors, Signature, squared_norms_of
+from perexfx.ir.kept import Kept, axes_in_memory
 from perexfx.strategies.costs import (
     finish_kept,
     finish_product,
-    fresh_memory,
     parameter_elements,
     read_for_norm,
 )
@@ -51,24 +51,22 @@ class Loop:
         )
         norms = read_for_norm(signature.n * parameter_elements(signature), itemsize)
         if self.keep:
-            copies = Work("memory", bytes=2 * one * signature.n, calls=signature.n)
-            tail = (copies, fresh_memory(one * signature.n), norms, finish_kept(signature, itemsize))
-            return Cost((work, *tail), bytes_held=one * signature.n, bytes_transient=one)
+            return Cost((work, norms, finish_kept(signature, itemsize)), bytes_held=one * signature.n)
         finish = finish_product(signature, itemsize)
         return Cost((work, norms, *finish), bytes_held=signature.held_elements * itemsize, bytes_transient=one)
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
         """Norms of the formed gradients, one after the other."""
         assert isinstance(factors, Convolution)
-        one_by_one = (
-            kernel_gradient(x, g, factors.shape, factors.geometry)
-            for x, g in zip(factors.layer_input, factors.grad_output, strict=True)
-        )
-        n = factors.layer_input.shape[0]
-        if self.keep:
-            kept = factors.layer_input.new_empty(n, *factors.shape)
-            for row, gradient in zip(kept, one_by_one, strict=True):
-                row.copy_(gradient)
-            return squared_norms_of(kept), Gradient(kept)
-        norms = [squared_norms_of(gradient[None]) for gradient in one_by_one]
-        return (torch.cat(norms) if norms else factors.layer_input.new_zeros(0)), factors
+        norms, pieces = [], []
+        memory_axes = tuple(range(len(factors.shape)))
+        for x, g in zip(factors.layer_input, factors.grad_output, strict=True):
+            gradient = kernel_gradient(x, g, factors.shape, factors.geometry)
+            memory_axes = axes_in_memory(gradient)
+            as_it_lies = gradient.permute(memory_axes)[None]
+            norms.append(squared_norms_of(as_it_lies))
+            if self.keep:
+                pieces.append(as_it_lies)
+        if not norms:
+            return factors.layer_input.new_zeros(0), factors
+        return torch.cat(norms), Kept(tuple(pieces), factors.shape, memory_axes) if self.keep else factors

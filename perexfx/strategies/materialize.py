@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,16 +14,18 @@ from perexfx.ir.factors import (
     Factors,
     Gradient,
     GradientSignature,
+    Product,
     ProductSignature,
     Rows,
     RowsSignature,
     Signature,
     squared_norms_of,
 )
+from perexfx.ir.gemm import transposed_products
+from perexfx.ir.kept import PIECE_BYTES, Kept, joined, pieces_of
 from perexfx.strategies.costs import (
     finish_kept,
     finish_product,
-    fresh_memory,
     parameter_elements,
     read_for_norm,
 )
@@ -31,17 +33,28 @@ from perexfx.strategies.costs import (
 
 @dataclass(frozen=True)
 class Materialize:
-    """Per-example gradients by one batched product, kept until the clip node: their clipped sum is then one
-    matrix-vector product, and the batched parameter gradient is never computed.
+    """Per-example gradients by batched products.
 
     Convolutions are unfolded first. Tables of embeddings stay sparse: only looked-up rows are summed.
+
+    Attributes:
+        keep: Keep the gradients until the clip node (`materialize`): their clipped sum is then one matrix-vector
+            product, and the batched parameter gradient is never computed. Or only their norms
+            (`materialize_norms`), a piece of the batch at a time, and compute the clipped sum by one product later.
     """
 
-    name: str = "materialize"
+    keep: bool
+
+    @property
+    def name(self) -> str:
+        """`materialize` or `materialize_norms`."""
+        return "materialize" if self.keep else "materialize_norms"
 
     def refuses(self, signature: Signature) -> str | None:
-        """Nothing: every per-example gradient can be formed."""
-        return None
+        """Nothing: every per-example gradient can be formed. Without keeping them, all that are formed already."""
+        if self.keep or isinstance(signature, ProductSignature | ConvolutionSignature):
+            return None
+        return "its gradient is not a product of two factors"
 
     def cost(self, signature: Signature, itemsize: int) -> Cost:
         """Reads the factors, writes and reads `n` gradients."""
@@ -51,34 +64,66 @@ class Materialize:
             finish = finish_product(signature, itemsize)
             return Cost((*work, *finish), signature.held_elements * itemsize, bytes_transient=rows * itemsize)
         kept = signature.n * parameter_elements(signature)
-        tail = (read_for_norm(kept, itemsize), finish_kept(signature, itemsize))
+        norms = read_for_norm(kept, itemsize)
         if isinstance(signature, GradientSignature):
-            return Cost(tail, kept * itemsize)
+            return Cost((norms, finish_kept(signature, itemsize)), kept * itemsize)
         if isinstance(signature, ProductSignature):
-            flops = 2 * signature.t * kept
-            product = Work("batched_gemm", flops, itemsize * (signature.held_elements + kept), calls=signature.n)
-            return Cost((product, fresh_memory(kept * itemsize), *tail), kept * itemsize)
-        assert isinstance(signature, ConvolutionSignature)
-        unfolded = signature.n * signature.frames * signature.positions * signature.in_channels
-        unfolded *= math.prod(signature.kernel)
-        copy = Work("memory", bytes=2 * itemsize * unfolded, calls=2)
-        product = Work(
-            "batched_gemm",
-            signature.weight_gradient_flops,
-            itemsize * (unfolded + signature.output_elements + kept),
-            calls=signature.n,
-        )
-        fresh = fresh_memory(kept * itemsize), fresh_memory(unfolded * itemsize)
-        return Cost((copy, product, *fresh, *tail), kept * itemsize, bytes_transient=unfolded * itemsize)
+            flops, read = 2 * signature.t * kept, signature.held_elements
+            copies: tuple[Work, ...] = ()
+            transient = 0
+        else:
+            assert isinstance(signature, ConvolutionSignature)
+            unfolded = signature.unfolded_elements
+            flops, read = signature.weight_gradient_flops, unfolded + signature.output_elements
+            copies = (Work("unfold", bytes=2 * itemsize * unfolded, calls=signature.n),)
+            transient = itemsize * -(-unfolded // max(1, signature.n))
+        product = Work("batched_gemm", flops, itemsize * (read + kept), calls=signature.n)
+        if self.keep:
+            return Cost((*copies, product, norms, finish_kept(signature, itemsize)), kept * itemsize, transient)
+        finish = finish_product(signature, itemsize)
+        transient += max(min(kept * itemsize, PIECE_BYTES), parameter_elements(signature) * itemsize)
+        return Cost((*copies, product, norms, *finish), signature.held_elements * itemsize, transient)
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
         """Norms of the formed gradients."""
         if isinstance(factors, Rows):
             return squared_norms_of(_summed_rows(factors)), factors
         if isinstance(factors, Convolution):
-            factors = factors.unfolded()
-        gradients = factors.gradients()
-        return squared_norms_of(gradients), Gradient(gradients)
+            return self._of_convolution(factors)
+        if not isinstance(factors, Product):
+            gradients = factors.gradients()
+            return squared_norms_of(gradients), Gradient(gradients)
+        turned = factors.left.shape[3] < factors.right.shape[3]  # the narrower factor is cheaper to transpose
+        norms, pieces = [], []
+        for piece in _pieces(factors, turned):
+            norms.append(squared_norms_of(piece))
+            if self.keep:
+                pieces.append(piece)
+        squared = norms[0] if len(norms) == 1 else torch.cat(norms)
+        return squared, Kept(tuple(pieces), factors.shape, factors.axes, turned) if self.keep else factors
+
+    def _of_convolution(self, factors: Convolution) -> tuple[Tensor, Factors]:
+        """A few examples at a time, so that what is unfolded stays in the cache."""
+        size = factors.layer_input.element_size()
+        each = factors.signature.unfolded_elements // max(1, factors.signature.n) * size
+        found = [self.squared_norms(part.unfolded()) for part in factors.split(max(1, UNFOLDED_BYTES // max(1, each)))]
+        squared = torch.cat([norms for norms, _ in found])
+        return squared, joined([kept for _, kept in found]) if self.keep else factors
+
+
+UNFOLDED_BYTES = 4 << 20
+"""Inputs are unfolded for as many examples at a time as fit."""
+
+
+def _pieces(product: Product, turned: bool) -> Iterator[Tensor]:
+    """Per-example gradients, a piece of the batch at a time: `[examples, groups, outputs, inputs]`, or turned."""
+    first, second = (product.left, product.right) if turned else (product.right, product.left)
+    n, g, t, a = first.shape
+    b = second.shape[3]
+    for piece in pieces_of(n, g * a * b * first.element_size()):
+        size = len(range(n)[piece])
+        each = transposed_products(first[piece].reshape(size * g, t, a), second[piece].reshape(size * g, t, b))
+        yield each.reshape(size, g, a, b)
 
 
 def _summed_rows(factors: Rows) -> Tensor:

@@ -1,0 +1,80 @@
+"""Per-example gradients that a strategy formed and keeps for the clipped sum.
+
+Promises: they are held in pieces of the batch, none of which is so large that the system must hand out new pages for
+it at every step; their weighted sum is one matrix-vector product per piece, each element read once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from perexfx.ir.factors import GradientSignature, drop_examples, parameter_of
+
+PIECE_BYTES = 16 << 20
+"""C libraries get every block of more than 32 MiB from the system anew; its first touch costs more than a product."""
+
+
+def axes_in_memory(value: Tensor) -> tuple[int, ...]:
+    """The axes of a dense tensor in the order in which they lie in memory."""
+    return tuple(sorted(range(value.dim()), key=lambda axis: (-value.stride(axis), axis)))
+
+
+def pieces_of(n: int, bytes_each: int) -> Iterator[slice]:
+    """Slices of the batch whose gradients make one piece; one at least, empty for an empty batch."""
+    step = max(1, PIECE_BYTES // max(1, bytes_each))
+    return (slice(start, min(start + step, n)) for start in range(0, max(n, 1), step))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Per-example gradients at hand, in pieces.
+
+    Attributes:
+        pieces: Each `[examples, *]`, with the parameter's elements in the order of `axes`.
+        shape: Shape of the parameter.
+        axes: The parameter's axes in the order of the pieces; empty: in their own.
+        turned: Whether the last two axes of the pieces are the other way round.
+    """
+
+    pieces: tuple[Tensor, ...]
+    shape: tuple[int, ...]
+    axes: tuple[int, ...] = ()
+    turned: bool = False
+
+    @property
+    def signature(self) -> GradientSignature:
+        """The sizes."""
+        return GradientSignature(sum(piece.shape[0] for piece in self.pieces), self.shape)
+
+    def gradients(self) -> Tensor:
+        """All of them. Shape `[n, *shape]`."""
+        every = torch.cat(self.pieces)
+        return self._parameter(every, every.shape[0])
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """One matrix-vector product per piece."""
+        total: Tensor | None = None
+        for piece, part in zip(self.pieces, weights.split([len(p) for p in self.pieces]), strict=True):
+            flat = piece.reshape(piece.shape[0], math.prod(piece.shape[1:]))
+            total = part.to(flat.dtype) @ flat if total is None else total.addmv_(flat.t(), part.to(flat.dtype))
+        assert total is not None
+        return self._parameter(total.reshape(self.pieces[0].shape[1:]))
+
+    def without(self, dropped: Tensor) -> Kept:
+        """Zeros in the dropped rows."""
+        parts = dropped.split([len(piece) for piece in self.pieces])
+        return replace(self, pieces=tuple(map(drop_examples, self.pieces, parts)))
+
+    def _parameter(self, value: Tensor, *lead: int) -> Tensor:
+        turned = value.transpose(-1, -2) if self.turned else value
+        return parameter_of(turned, self.shape, self.axes, *lead)
+
+
+def joined(parts: Sequence[Kept]) -> Kept:
+    """The gradients of several parts of a batch, in order."""
+    return replace(parts[0], pieces=tuple(piece for part in parts for piece in part.pieces))

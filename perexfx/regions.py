@@ -1,0 +1,190 @@
+"""Regions: the parts of a graph whose images may lie in memory with their channels last.
+
+Promises: every value that crosses the border of a region passes a conversion, so that nothing outside of it can tell
+how the images lie within; inside are only operations that compute the same in either format and return the format that
+they are given. Whether a region uses it is decided for each kind of input and batch size, from shapes alone.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from perexfx.analyze import Analysis
+from perexfx.ir.rule import Fitted
+from perexfx.ir.site import Site
+
+_CONVOLUTIONS = (torch.conv2d, F.conv2d)
+_NORMS = (F.group_norm, torch.group_norm, F.instance_norm, F.batch_norm, torch.batch_norm)
+_POOLS = (F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d)
+_UNARY = (
+    *(F.relu, torch.relu, F.relu6, F.gelu, F.silu, F.leaky_relu, F.elu, F.hardswish, F.hardsigmoid, F.hardtanh),
+    *(torch.sigmoid, F.sigmoid, torch.tanh, F.tanh, F.softplus, F.mish, operator.neg, F.relu_, torch.relu_),
+)
+_BINARY = (operator.add, operator.iadd, torch.add, operator.sub, torch.sub, operator.mul, operator.imul, torch.mul)
+_METHODS = ("relu", "relu_", "sigmoid", "tanh", "add", "add_", "mul", "mul_", "sub", "clamp")
+_MODULES = (
+    *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.ELU, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh),
+    *(nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Mish, nn.Identity),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
+)
+_READ_SIZES = ("size", "dim", "ndimension", "numel")
+_SUMS = ("mean", "sum", "amax", "amin")
+
+
+@dataclass(frozen=True)
+class Region:
+    """A connected part of a graph.
+
+    Attributes:
+        nodes: Names of its nodes, in graph order.
+        inputs: Names of the values from outside that its nodes take for images.
+        sites: The sites among its nodes.
+    """
+
+    nodes: tuple[str, ...]
+    inputs: tuple[str, ...]
+    sites: tuple[Site, ...]
+
+
+def regions_of(graph: fx.Graph, module: nn.Module, sites: Sequence[Site]) -> tuple[Region, ...]:
+    """The regions of a captured graph: each begins at a convolution, and has at least one that is a site.
+
+    Args:
+        graph: In functional form.
+        module: Holds the parameter-free modules that the graph names.
+        sites: In graph order.
+    """
+    by_node = {site.node: site for site in sites}
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if not _keeps_format(node, module, by_node.get(node.name)):
+            continue
+        reached = [found[read] for read in images_of(node) if read in found]
+        if not reached and node.target not in _CONVOLUTIONS:
+            continue
+        members = reached[0] if reached else []
+        for other in reached[1:]:
+            if other is not members:
+                members.extend(other)
+                found.update(dict.fromkeys(other, members))
+        members.append(node)
+        found[node] = members
+    order = {node: at for at, node in enumerate(graph.nodes)}
+    distinct = {id(members): sorted(members, key=order.__getitem__) for members in found.values()}
+    regions = [_region(members, by_node) for members in distinct.values()]
+    return tuple(region for region in regions if region.sites)
+
+
+def _region(members: Sequence[fx.Node], by_node: Mapping[str, Site]) -> Region:
+    inside = set(members)
+    inputs = dict.fromkeys(read.name for node in members for read in images_of(node) if read not in inside)
+    sites = [by_node[node.name] for node in members if node.name in by_node and node.target in _CONVOLUTIONS]
+    return Region(tuple(node.name for node in members), tuple(inputs), tuple(sites))
+
+
+def images_of(node: fx.Node) -> Iterator[fx.Node]:
+    """What a node that keeps the format takes for images: not its parameters."""
+    if node.target is torch.cat:
+        given: Sequence[Any] = node.args[0] if isinstance(node.args[0], list | tuple) else ()
+    elif node.target in _BINARY or node.op == "call_method":
+        given = node.args[:2]
+    else:
+        given = [node.args[0] if node.args else node.kwargs.get("input")]
+    return (value for value in given if isinstance(value, fx.Node) and value.op != "get_attr")
+
+
+def _keeps_format(node: fx.Node, module: nn.Module, site: Site | None) -> bool:
+    """Whether a node computes the same in either format, and returns the format of its images."""
+    if node.op == "call_module":
+        owner = module.get_submodule(str(node.target))
+        return type(owner) in _MODULES and not getattr(owner, "return_indices", False)
+    if node.op == "call_method":
+        return site is None and node.target in _METHODS
+    if node.op != "call_function":
+        return False
+    if node.target in _CONVOLUTIONS or node.target in _NORMS:
+        return bool(node.args) or "input" in node.kwargs
+    if node.target is torch.cat:
+        return site is None and (node.args[1:] or (node.kwargs.get("dim"),)) == (1,)
+    if node.target in _POOLS:
+        return not node.kwargs.get("return_indices", False) and len(node.args) < 7
+    return site is None and (node.target in _UNARY or node.target in _BINARY)
+
+
+def reads_either_format(node: fx.Node) -> bool:
+    """Whether a node outside of a region may take its values as they lie: it reads their sizes, or sums positions."""
+    if node.op == "call_method":
+        return node.target in _READ_SIZES or (node.target in _SUMS and _sums_positions(node))
+    if node.target in (torch.mean, torch.sum, torch.amax, torch.amin):
+        return _sums_positions(node)
+    return node.target is getattr and node.args[1] in ("shape", "ndim")
+
+
+def _sums_positions(node: fx.Node) -> bool:
+    axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return isinstance(axes, list | tuple) and sorted(axes, key=str) in ([2, 3], [-1, -2])
+
+
+def may_reformat(region: Region, graph: fx.Graph, analysis: Analysis) -> bool:
+    """Whether a region's images can lie in another format without a trace.
+
+    All are `[examples, channels, height, width]`; what is written in place, is written inside by readers of the same
+    memory alone, and nothing from outside is overwritten once it has been converted.
+    """
+    inside = set(region.nodes)
+    order = {node.name: at for at, node in enumerate(graph.nodes)}
+    for name in region.nodes:
+        tensors = analysis.nodes[name].tensors
+        if len(tensors) != 1 or tensors[0].layout is None:
+            return False
+        facts = tensors[0]
+        if len(facts.shapes[0]) != 4 or facts.layout.axis != 0 or not facts.dtype.is_floating_point:
+            return False
+        if not inside.issuperset(analysis.written_by.get(name, ())):
+            return False
+    return all(order[writer] <= order[name] for name in region.inputs for writer in analysis.written_by.get(name, ()))
+
+
+def faster_with_channels_last(
+    regions: Sequence[Region], graph: fx.Graph, module: nn.Module, analysis: Analysis, fitted: Mapping[str, Fitted]
+) -> frozenset[int]:
+    """The regions, by number, that are faster with their channels last.
+
+    oneDNN's convolutions compute on either format's images without a copy only with channels last; their kernels are
+    copied in either case, once more with channels last.
+    """
+    return frozenset(
+        at
+        for at, region in enumerate(regions)
+        if _is_on_cpu(region, graph, module)
+        and may_reformat(region, graph, analysis)
+        and _elements_of_images(region, fitted) > WEIGHT_OF_KERNELS * _elements_of_kernels(region, fitted)
+    )
+
+
+WEIGHT_OF_KERNELS = 1.0
+"""Copying a kernel once more costs as much as copying this many times its elements of images."""
+
+
+def _is_on_cpu(region: Region, graph: fx.Graph, module: nn.Module) -> bool:
+    """Whether its kernels are 32-bit numbers on a CPU in torch's default format."""
+    names = [name for site in region.sites for name in site.parameters]
+    parameters = [operator.attrgetter(name)(module) for name in names]
+    return all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
+
+
+def _elements_of_images(region: Region, fitted: Mapping[str, Fitted]) -> int:
+    geometries = [fitted[site.name].geometry for site in region.sites]
+    return sum(math.prod(g.shapes["input"]) + math.prod(g.output_shape) for g in geometries)
+
+
+def _elements_of_kernels(region: Region, fitted: Mapping[str, Fitted]) -> int:
+    return sum(math.prod(fitted[site.name].geometry.shapes["weight"]) for site in region.sites)
