@@ -22,7 +22,7 @@ from perexfx.layers import RULES, Fallback
 from perexfx.match import confirm, match
 from perexfx.plan import Plan, check_forced, make_plan
 from perexfx.refuse import refuse_batch_statistics, refuse_other_trainables
-from perexfx.regions import faster_with_channels_last, regions_of
+from perexfx.regions import faster_with_channels_last, regions_of, with_formats
 from perexfx.rewrite import Transformed, rewrite, twin_of
 from perexfx.sizes import fit, operand_itemsize
 from perexfx.state import PerExample, Settings
@@ -166,12 +166,13 @@ def _plan_for(rules: tuple[Rule, ...], state: PerExample, module: nn.Module, kin
         )
         state.remember(kind, analysis)
     fitted = fit(state.sites, graph, analysis, n, Fallback)
+    channels_last = faster_with_channels_last(state.regions, graph, module, analysis, fitted)
     return make_plan(
         state.sites,
-        fitted,
+        with_formats(fitted, state.regions, channels_last),
         STRATEGIES,
         BUILT_IN,
-        channels_last=faster_with_channels_last(state.regions, graph, module, analysis, fitted),
+        channels_last=channels_last,
         itemsize=operand_itemsize(state.sites, graph, analysis),
         forced=settings.strategy,
         memory_budget=settings.memory_budget,

@@ -16,7 +16,7 @@ from perexfx.ir.alternative import Alternative
 from perexfx.ir.cost import Cost
 from perexfx.ir.errors import ArgumentError, StrategyError
 from perexfx.ir.factors import Signature
-from perexfx.ir.machine import Machine
+from perexfx.ir.machine import CostModel
 from perexfx.ir.refusal import Refusal
 from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Site, are_joined, grouped
@@ -107,7 +107,7 @@ def make_plan(
     sites: Sequence[Site],
     fitted: Mapping[str, Fitted],
     strategies: Sequence[Strategy],
-    machine: Machine,
+    machine: CostModel,
     *,
     itemsize: int,
     forced: str | Mapping[str, str] = "auto",
@@ -154,20 +154,20 @@ def make_plan(
 class _Alternatives:
     """Every strategy on factors of one size; computed once per size."""
 
-    def __init__(self, strategies: Sequence[Strategy], machine: Machine, itemsize: int) -> None:
+    def __init__(self, strategies: Sequence[Strategy], machine: CostModel, itemsize: int) -> None:
         self.strategies, self.machine, self.itemsize = strategies, machine, itemsize
         self.known: dict[Signature, tuple[Alternative, ...]] = {}
 
     def of(self, signature: Signature) -> tuple[Alternative, ...]:
         if signature not in self.known:
-            self.known[signature] = tuple(self._judge(strategy, signature) for strategy in self.strategies)
+            refusals = {strategy: strategy.refuses(signature) for strategy in self.strategies}
+            costs = {s: s.cost(signature, self.itemsize) for s, reason in refusals.items() if reason is None}
+            seconds = self.machine.predict(costs, signature)
+            self.known[signature] = tuple(
+                Alternative(s, seconds[s], costs[s]) if s in costs else Alternative(s, refusal=reason or "")
+                for s, reason in refusals.items()
+            )
         return self.known[signature]
-
-    def _judge(self, strategy: Strategy, signature: Signature) -> Alternative:
-        if reason := strategy.refuses(signature):
-            return Alternative(strategy, refusal=reason)
-        cost = strategy.cost(signature, self.itemsize)
-        return Alternative(strategy, self.machine.seconds(cost), cost)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from perexfx.analyze import Analysis
+from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Site
 
@@ -172,6 +173,22 @@ def faster_with_channels_last(
 
 WEIGHT_OF_KERNELS = 1.0
 """Copying a kernel once more costs as much as copying this many times its elements of images."""
+
+
+def with_formats(
+    fitted: Mapping[str, Fitted], regions: Sequence[Region], channels_last: frozenset[int]
+) -> dict[str, Fitted]:
+    """Sites with the format that their images have: it is part of what a convolution costs."""
+    found = dict(fitted)
+    for at in channels_last:
+        for site in regions[at].sites:
+            old = found[site.name]
+            signatures = {
+                name: replace(value, channels_last=True) if isinstance(value, ConvolutionSignature) else value
+                for name, value in old.signatures.items()
+            }
+            found[site.name] = replace(old, signatures=signatures)
+    return found
 
 
 def _is_on_cpu(region: Region, graph: fx.Graph, module: nn.Module) -> bool:

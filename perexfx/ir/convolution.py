@@ -34,6 +34,7 @@ class ConvolutionSignature:
         out_size: Spatial sizes of the output.
         shape: `[out channels, in channels / groups, *kernel]`.
         geometry: Stride, padding, dilation, groups.
+        channels_last: Whether the images lie with their channels last.
     """
 
     n: int
@@ -42,6 +43,7 @@ class ConvolutionSignature:
     out_size: tuple[int, ...]
     shape: tuple[int, ...]
     geometry: ConvolutionGeometry
+    channels_last: bool = False
 
     @property
     def in_channels(self) -> int:

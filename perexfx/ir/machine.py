@@ -5,8 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from perexfx.ir.cost import Cost, Work
+from perexfx.ir.factors import Signature
+from perexfx.ir.strategy import Strategy
+
+
+class CostModel(Protocol):
+    """What a plan asks for seconds."""
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+        ...
+
+    def predict(self, candidates: Mapping[Strategy, Cost], signature: Signature) -> dict[Strategy, float]:
+        """Seconds of every candidate for factors of one size."""
+        ...
+
+    def seconds(self, cost: Cost) -> float:
+        """Seconds of what a layer does whatever the strategy."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,8 +60,12 @@ class Machine:
     name: str
     rates: Mapping[str, Rate]
 
+    def predict(self, candidates: Mapping[Strategy, Cost], signature: Signature) -> dict[Strategy, float]:
+        """Seconds of every candidate, from its cost alone."""
+        return {strategy: self.seconds(cost) for strategy, cost in candidates.items()}
+
     def seconds(self, cost: Cost) -> float:
-        """Predicted time of a strategy."""
+        """Predicted time of some work."""
         return sum(self.rates[work.kind].seconds(work) for work in cost.work)
 
 

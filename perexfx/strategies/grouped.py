@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,10 +43,7 @@ class Grouped:
         """Norms of the formed gradients, which are kept."""
         assert isinstance(factors, Convolution)
         step = examples_at_a_time(factors.signature, factors.layer_input.element_size())
-        in_default_format = replace(
-            factors, layer_input=factors.layer_input.contiguous(), grad_output=factors.grad_output.contiguous()
-        )
-        pieces = [part.gradients() for part in in_default_format.split(step)]
+        pieces = [part.gradients() for part in factors.split(step)]
         norms = [squared_norms_of(piece) for piece in pieces]
         return (norms[0] if len(norms) == 1 else torch.cat(norms)), Kept(tuple(pieces), factors.shape)
 
@@ -60,4 +57,5 @@ KERNEL_ELEMENTS = 1 << 18
 def examples_at_a_time(signature: ConvolutionSignature, itemsize: int) -> int:
     """How many examples share a call."""
     images = CHUNK_BYTES // max(1, signature.held_elements // max(1, signature.n) * itemsize)
-    return max(2, min(images, KERNEL_ELEMENTS // max(1, parameter_elements(signature))))
+    most = max(2, min(images, KERNEL_ELEMENTS // max(1, parameter_elements(signature))))
+    return 1 << (most.bit_length() - 1)
