@@ -15,12 +15,12 @@ from perexfx.analyze import Analysis, analyze
 from perexfx.capture import Captured, capture
 from perexfx.inputs import GivenInputs, Inputs, arguments_of, batch_sizes, bind_inputs, by_name, named_leaves
 from perexfx.ir.errors import ArgumentError, PerexError
-from perexfx.ir.machine import BUILT_IN
 from perexfx.ir.rule import Rule
 from perexfx.ir.site import Site
 from perexfx.layers import RULES, Fallback
 from perexfx.match import confirm, match
-from perexfx.plan import Plan, check_forced, make_plan
+from perexfx.plan import Alternatives, Plan, check_forced, make_plan
+from perexfx.profiles import current
 from perexfx.refuse import refuse_batch_statistics, refuse_other_trainables
 from perexfx.regions import faster_with_channels_last, regions_of, with_formats
 from perexfx.rewrite import Transformed, rewrite, twin_of
@@ -166,14 +166,16 @@ def _plan_for(rules: tuple[Rule, ...], state: PerExample, module: nn.Module, kin
         )
         state.remember(kind, analysis)
     fitted = fit(state.sites, graph, analysis, n, Fallback)
-    channels_last = faster_with_channels_last(state.regions, graph, module, analysis, fitted)
+    machine = current()
+    alternatives = Alternatives(STRATEGIES, machine, operand_itemsize(state.sites, graph, analysis))
+    channels_last = faster_with_channels_last(
+        state.regions, graph, module, analysis, fitted, alternatives.least_seconds, machine
+    )
     return make_plan(
         state.sites,
         with_formats(fitted, state.regions, channels_last),
-        STRATEGIES,
-        BUILT_IN,
+        alternatives,
         channels_last=channels_last,
-        itemsize=operand_itemsize(state.sites, graph, analysis),
         forced=settings.strategy,
         memory_budget=settings.memory_budget,
     )

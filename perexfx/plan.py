@@ -103,13 +103,45 @@ class Plan:
         raise KeyError(site)
 
 
+class Alternatives:
+    """Every strategy on factors of one size; computed once per size.
+
+    Args:
+        strategies: To choose from; earlier ones win ties.
+        machine: Predicts seconds.
+        itemsize: Bytes per element.
+    """
+
+    def __init__(self, strategies: Sequence[Strategy], machine: CostModel, itemsize: int) -> None:
+        self.strategies, self.machine, self.itemsize = strategies, machine, itemsize
+        self._known: dict[Signature, tuple[Alternative, ...]] = {}
+
+    def of(self, signature: Signature) -> tuple[Alternative, ...]:
+        """All of them, in the order of the strategies."""
+        if signature not in self._known:
+            refusals = {strategy: strategy.refuses(signature) for strategy in self.strategies}
+            costs = {s: s.cost(signature, self.itemsize) for s, reason in refusals.items() if reason is None}
+            seconds = self.machine.predict(costs, signature)
+            self._known[signature] = tuple(
+                Alternative(s, seconds[s], costs[s]) if s in costs else Alternative(s, refusal=reason or "")
+                for s, reason in refusals.items()
+            )
+        return self._known[signature]
+
+    def least_seconds(self, signature: Signature) -> float:
+        """Of the best strategy."""
+        return min(alternative.seconds for alternative in self.of(signature))
+
+    def own_seconds(self, fitted: Fitted) -> float:
+        """What a rule does beyond an ordinary backward, whatever the strategy."""
+        return self.machine.seconds(Cost(fitted.rule.own_work(fitted.geometry, self.itemsize), 0))
+
+
 def make_plan(
     sites: Sequence[Site],
     fitted: Mapping[str, Fitted],
-    strategies: Sequence[Strategy],
-    machine: CostModel,
+    alternatives: Alternatives,
     *,
-    itemsize: int,
     forced: str | Mapping[str, str] = "auto",
     memory_budget: int | None = None,
     channels_last: frozenset[int] = frozenset(),
@@ -119,9 +151,7 @@ def make_plan(
     Args:
         sites: In graph order.
         fitted: Site name -> the site at its shapes.
-        strategies: To choose from; earlier ones win ties.
-        machine: Predicts seconds.
-        itemsize: Bytes per element.
+        alternatives: The strategies to choose from.
         forced: "auto", one strategy's name, or {site name: strategy name}.
         memory_budget: Bytes that may be held on top of an ordinary step; None: no bound.
         channels_last: The regions that use that format.
@@ -130,8 +160,7 @@ def make_plan(
         StrategyError: A forced strategy does not exist, or does not apply.
         BudgetError: Nothing fits the budget.
     """
-    check_forced(sites, strategies, forced)
-    alternatives = _Alternatives(strategies, machine, itemsize)
+    check_forced(sites, alternatives.strategies, forced)
     joined = _joined(sites)
     rows = []
     for site in sites:
@@ -144,30 +173,11 @@ def make_plan(
     decisions = []
     for row, chosen in zip(rows, picked, strict=True):
         found, is_first = fitted[row.site.name], row.operand == row.site.operands[0].name
-        own = machine.seconds(Cost(found.rule.own_work(found.geometry, itemsize), 0)) if is_first else 0.0
+        own = alternatives.own_seconds(found) if is_first else 0.0
         name, kind = row.site.name, found.rule.kind
         decisions.append(Decision(name, row.operand, kind, row.signature, chosen, row.alternatives, row.reason, own))
     n = next(iter(fitted.values())).geometry.n if fitted else 0
-    return Plan(n, tuple(decisions), fitted, machine.name, memory_budget, channels_last)
-
-
-class _Alternatives:
-    """Every strategy on factors of one size; computed once per size."""
-
-    def __init__(self, strategies: Sequence[Strategy], machine: CostModel, itemsize: int) -> None:
-        self.strategies, self.machine, self.itemsize = strategies, machine, itemsize
-        self.known: dict[Signature, tuple[Alternative, ...]] = {}
-
-    def of(self, signature: Signature) -> tuple[Alternative, ...]:
-        if signature not in self.known:
-            refusals = {strategy: strategy.refuses(signature) for strategy in self.strategies}
-            costs = {s: s.cost(signature, self.itemsize) for s, reason in refusals.items() if reason is None}
-            seconds = self.machine.predict(costs, signature)
-            self.known[signature] = tuple(
-                Alternative(s, seconds[s], costs[s]) if s in costs else Alternative(s, refusal=reason or "")
-                for s, reason in refusals.items()
-            )
-        return self.known[signature]
+    return Plan(n, tuple(decisions), fitted, alternatives.machine.name, memory_budget, channels_last)
 
 
 @dataclass(frozen=True)

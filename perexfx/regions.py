@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,9 @@ from torch import fx, nn
 
 from perexfx.analyze import Analysis
 from perexfx.ir.convolution import ConvolutionSignature
+from perexfx.ir.cost import Cost, Work
+from perexfx.ir.factors import Signature
+from perexfx.ir.machine import CostModel
 from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Site
 
@@ -144,10 +147,10 @@ def may_reformat(region: Region, graph: fx.Graph, analysis: Analysis) -> bool:
     order = {node.name: at for at, node in enumerate(graph.nodes)}
     for name in region.nodes:
         tensors = analysis.nodes[name].tensors
-        if len(tensors) != 1 or tensors[0].layout is None:
+        if len(tensors) != 1:
             return False
-        facts = tensors[0]
-        if len(facts.shapes[0]) != 4 or facts.layout.axis != 0 or not facts.dtype.is_floating_point:
+        facts, layout = tensors[0], tensors[0].layout
+        if len(facts.shapes[0]) != 4 or layout is None or layout.axis != 0 or not facts.dtype.is_floating_point:
             return False
         if not inside.issuperset(analysis.written_by.get(name, ())):
             return False
@@ -155,24 +158,94 @@ def may_reformat(region: Region, graph: fx.Graph, analysis: Analysis) -> bool:
 
 
 def faster_with_channels_last(
-    regions: Sequence[Region], graph: fx.Graph, module: nn.Module, analysis: Analysis, fitted: Mapping[str, Fitted]
+    regions: Sequence[Region],
+    graph: fx.Graph,
+    module: nn.Module,
+    analysis: Analysis,
+    fitted: Mapping[str, Fitted],
+    price: Callable[[Signature], float],
+    machine: CostModel,
 ) -> frozenset[int]:
     """The regions, by number, that are faster with their channels last.
 
-    oneDNN's convolutions compute on either format's images without a copy only with channels last; their kernels are
-    copied in either case, once more with channels last.
+    Args:
+        regions: Of the graph.
+        graph: In functional form.
+        module: Holds the parameters and the parameter-free modules that the graph names.
+        analysis: Of the graph.
+        fitted: Site name -> the site at its shapes.
+        price: Seconds of the best strategy for factors of some size.
+        machine: Predicts seconds.
     """
-    return frozenset(
-        at
-        for at, region in enumerate(regions)
-        if _is_on_cpu(region, graph, module)
-        and may_reformat(region, graph, analysis)
-        and _elements_of_images(region, fitted) > WEIGHT_OF_KERNELS * _elements_of_kernels(region, fitted)
+    found = set()
+    for at, region in enumerate(regions):
+        if not _is_on_cpu(region, module) or not may_reformat(region, graph, analysis):
+            continue
+        kernels = [_kernel_of(site, fitted) for site in region.sites]
+        sizes = [kernel for kernel in kernels if kernel is not None]
+        if len(sizes) < len(kernels):
+            continue
+        seconds = [
+            machine.seconds(Cost(tuple(_image_work(region, graph, module, analysis, sizes, last)), 0))
+            + sum(price(replace(kernel, channels_last=last)) for kernel in sizes)
+            for last in (False, True)
+        ]
+        if seconds[1] < seconds[0]:
+            found.add(at)
+    return frozenset(found)
+
+
+def _kernel_of(site: Site, fitted: Mapping[str, Fitted]) -> ConvolutionSignature | None:
+    """The sizes of a convolution; None where its rule does not cover them."""
+    return next((s for s in fitted[site.name].signatures.values() if isinstance(s, ConvolutionSignature)), None)
+
+
+def _image_work(
+    region: Region,
+    graph: fx.Graph,
+    module: nn.Module,
+    analysis: Analysis,
+    kernels: Sequence[ConvolutionSignature],
+    last: bool,
+) -> Iterator[Work]:
+    """What the layers of a region do to images, forward and backward, in one of the two formats."""
+    for sizes in kernels:
+        yield from convolution_work(sizes, last)
+    n = kernels[0].n
+    inside = set(region.nodes)
+    for node in graph.nodes:
+        if node.name not in inside:
+            continue
+        pools = node.target in (F.max_pool2d, torch.max_pool2d)
+        if node.op == "call_module":
+            pools = isinstance(module.get_submodule(str(node.target)), nn.MaxPool2d)
+        if pools or node.target in _NORMS:
+            read = next(images_of(node))
+            elements = math.prod(analysis.nodes[read.name].tensors[0].shape(n))
+            yield image_work("max_pool" if pools else "group_norm", elements, last)
+    if last:
+        entering = sum(math.prod(analysis.nodes[name].tensors[0].shape(n)) for name in region.inputs)
+        yield Work("memory", bytes=2 * ITEMSIZE * entering, calls=len(region.inputs))
+
+
+def convolution_work(sizes: ConvolutionSignature, last: bool) -> tuple[Work, ...]:
+    """Forward and input gradient of a convolution in one of the two formats."""
+    kind = "convolution_last" if last else "convolution"
+    images = 2 * ITEMSIZE * sizes.held_elements
+    kernels = 2 * ITEMSIZE * math.prod(sizes.shape)
+    return (
+        Work(kind, 2 * sizes.weight_gradient_flops, images, calls=2),
+        Work(f"{kind}_kernel", bytes=kernels, calls=0),
     )
 
 
-WEIGHT_OF_KERNELS = 1.0
-"""Copying a kernel once more costs as much as copying this many times its elements of images."""
+def image_work(kind: str, elements: int, last: bool) -> Work:
+    """Forward and backward of a layer that reads and writes every element of its images."""
+    return Work(f"{kind}_last" if last else kind, bytes=2 * ITEMSIZE * elements, calls=2)
+
+
+ITEMSIZE = 4
+"""Bytes per element: of 32-bit numbers, the only ones whose images change their format."""
 
 
 def with_formats(
@@ -191,17 +264,8 @@ def with_formats(
     return found
 
 
-def _is_on_cpu(region: Region, graph: fx.Graph, module: nn.Module) -> bool:
+def _is_on_cpu(region: Region, module: nn.Module) -> bool:
     """Whether its kernels are 32-bit numbers on a CPU in torch's default format."""
     names = [name for site in region.sites for name in site.parameters]
     parameters = [operator.attrgetter(name)(module) for name in names]
     return all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
-
-
-def _elements_of_images(region: Region, fitted: Mapping[str, Fitted]) -> int:
-    geometries = [fitted[site.name].geometry for site in region.sites]
-    return sum(math.prod(g.shapes["input"]) + math.prod(g.output_shape) for g in geometries)
-
-
-def _elements_of_kernels(region: Region, fitted: Mapping[str, Fitted]) -> int:
-    return sum(math.prod(fitted[site.name].geometry.shapes["weight"]) for site in region.sites)

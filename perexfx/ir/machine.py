@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Signature
@@ -68,24 +68,54 @@ class Machine:
         """Predicted time of some work."""
         return sum(self.rates[work.kind].seconds(work) for work in cost.work)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it; what costs nothing has no rate."""
+        rates = {kind: [_finite(r.flop_rate), _finite(r.byte_rate), r.per_call] for kind, r in self.rates.items()}
+        return {"name": self.name, "rates": rates}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Machine:
+        """The inverse of `to_dict`.
+
+        Raises:
+            KeyError: A kind of work has no rate.
+        """
+        rates = {
+            kind: Rate(math.inf if flops is None else flops, math.inf if moved is None else moved, per_call)
+            for kind, (flops, moved, per_call) in given["rates"].items()
+        }
+        if missing := BUILT_IN.rates.keys() - rates.keys():
+            raise KeyError(", ".join(sorted(missing)))
+        return cls(given["name"], rates)
+
+
+def _finite(rate: float) -> float | None:
+    return None if math.isinf(rate) else rate
+
 
 BUILT_IN = Machine(
     "built-in profile",
     {  # flop rate, byte rate, seconds per call
-        "batched_gemm": Rate(1.89e11, 3.01e10, 1.0e-07),
-        "cache": Rate(math.inf, 2.15e11, 1.1e-06),
-        "convolution_weight": Rate(3.79e11, 8.94e09, 2.8e-05),
-        "convolution_weight_grouped": Rate(3.06e11, 6.79e09, 1.3e-06),
-        "convolution_weight_single": Rate(4.08e11, 2.05e10, 4.1e-05),
-        "fresh_memory": Rate(math.inf, 3.47e09, 0.0e00),
-        "gemm": Rate(2.68e11, 1.47e10, 1.9e-05),
-        "index": Rate(math.inf, 5.01e10, 2.3e-05),
-        "matrix_vector": Rate(math.inf, math.inf, 1.2e-05),
-        "memory": Rate(math.inf, 1.56e10, 1.0e-06),
-        "unfold": Rate(math.inf, 1.5e10, 1.0e-05),
-        "reduce": Rate(math.inf, 3.20e10, 0.0e00),
+        "batched_gemm": Rate(3.58e11, 1.18e10, 0.0e00),
+        "cache": Rate(math.inf, 3.76e11, 2.5e-05),
+        "convolution": Rate(4.52e11, 1.05e10, 0.0e00),
+        "convolution_kernel": Rate(math.inf, 1.24e10, 0.0e00),
+        "convolution_last": Rate(5.13e11, 1.44e10, 0.0e00),
+        "convolution_last_kernel": Rate(math.inf, 4.40e09, 0.0e00),
+        "convolution_weight": Rate(3.35e11, 1.33e10, 4.1e-05),
+        "convolution_weight_grouped": Rate(3.10e11, 7.21e09, 3.0e-04),
+        "convolution_weight_single": Rate(3.39e11, 4.63e09, 1.3e-04),
+        "gemm": Rate(3.39e11, 8.15e10, 0.0e00),
+        "group_norm": Rate(math.inf, 3.03e10, 6.8e-06),
+        "group_norm_last": Rate(math.inf, 1.26e10, 0.0e00),
+        "index": Rate(math.inf, 4.37e10, 4.8e-05),
+        "matrix_vector": Rate(1.59e10, math.inf, 0.0e00),
+        "max_pool": Rate(math.inf, 4.44e09, 0.0e00),
+        "max_pool_last": Rate(math.inf, 2.56e10, 2.5e-07),
+        "memory": Rate(math.inf, 1.41e10, 0.0e00),
+        "reduce": Rate(math.inf, math.inf, 1.1e-05),
+        "unfold": Rate(math.inf, 4.20e10, 1.3e-06),
     },
 )
-"""Fitted to 481 timings of strategies (convolutions, linear layers, embeddings; 8 to 256 examples) on two cores of an
-AMD EPYC with AVX-512, torch 2.13, float32; over that grid the chosen strategy takes 1.03 times the best one's time
-(geometric mean). Ratios carry over to other machines, seconds do not."""
+"""Fitted by `perexfx.calibrate` to two runs of its grid on two cores of an AMD EPYC with AVX-512, torch 2.13, float32.
+Ratios carry over to other machines, seconds do not."""

@@ -44,15 +44,6 @@ def finish_product(signature: Signature, itemsize: int) -> tuple[Work, ...]:
     return Work("memory", bytes=2 * itemsize * scaled), product
 
 
-FRESH_BYTES = 32 << 20
-"""From this size on the C library's allocator asks the system for new pages each time, and first touch costs."""
-
-
-def fresh_memory(size: int) -> Work:
-    """First touch of a large result."""
-    return Work("fresh_memory", bytes=size if size >= FRESH_BYTES else 0, calls=0)
-
-
 def read_for_norm(elements: int, itemsize: int) -> Work:
     """One pass over elements that were just written."""
     return Work("reduce", flops=2 * elements, bytes=itemsize * elements)

@@ -31,13 +31,12 @@ class Grouped:
         """The flops of the ordinary kernel gradient; n gradients are written, read and kept."""
         assert isinstance(signature, ConvolutionSignature)
         kept = signature.n * parameter_elements(signature)
-        work = Work(
-            "convolution_weight_grouped",
-            signature.weight_gradient_flops,
-            itemsize * kept,
-            calls=signature.n,
-        )
-        return Cost((work, read_for_norm(kept, itemsize), finish_kept(signature, itemsize)), kept * itemsize)
+        parts = -(-signature.n // examples_at_a_time(signature, itemsize))
+        flops = signature.weight_gradient_flops
+        work = (Work("convolution_weight_grouped", flops, itemsize * kept, calls=parts),)
+        if signature.channels_last:
+            work = (*work, Work("memory", bytes=2 * itemsize * signature.held_elements, calls=2 * parts))
+        return Cost((*work, read_for_norm(kept, itemsize), finish_kept(signature, itemsize)), kept * itemsize)
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
         """Norms of the formed gradients, which are kept."""

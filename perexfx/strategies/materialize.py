@@ -77,6 +77,9 @@ class Materialize:
             flops, read = signature.weight_gradient_flops, unfolded + signature.output_elements
             copies = (Work("unfold", bytes=2 * itemsize * unfolded, calls=signature.n),)
             transient = itemsize * -(-unfolded // max(1, signature.n))
+            if not signature.channels_last:
+                moved = 2 * itemsize * signature.held_elements
+                copies = (*copies, Work("memory", bytes=moved, calls=signature.n))
         product = Work("batched_gemm", flops, itemsize * (read + kept), calls=signature.n)
         if self.keep:
             return Cost((*copies, product, norms, finish_kept(signature, itemsize)), kept * itemsize, transient)
@@ -108,7 +111,8 @@ class Materialize:
         each = factors.signature.unfolded_elements // max(1, factors.signature.n) * size
         found = [self.squared_norms(part.unfolded()) for part in factors.split(max(1, UNFOLDED_BYTES // max(1, each)))]
         squared = torch.cat([norms for norms, _ in found])
-        return squared, joined([kept for _, kept in found]) if self.keep else factors
+        kept = [part for _, part in found if isinstance(part, Kept)]
+        return squared, joined(kept) if kept else factors
 
 
 UNFOLDED_BYTES = 4 << 20
