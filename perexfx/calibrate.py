@@ -158,7 +158,10 @@ def _of_images(n: int, channels: int, out: int, size: int, kernel: int, stride: 
 
 
 def fit(observations: Sequence[Observation], name: str) -> Machine:
-    """Rates with the least relative error, none of them negative. Kinds without an observation keep the built-in rate."""
+    """Rates with the least relative error, none of them negative.
+
+    Kinds of work without an observation keep the built-in rate.
+    """
     from scipy.optimize import nnls  # noqa: PLC0415 (of an extra)
 
     kinds = sorted({work.kind for seen in observations for work in seen.cost.work})

@@ -293,9 +293,11 @@ def squared_norms_of(gradients: Tensor) -> Tensor:
     flat = gradients.reshape(n, size)
     if size <= NORM_BLOCK:
         return _squared_norm(flat)
-    whole = size - size % NORM_BLOCK
-    blocks = flat[:, :whole].unflatten(1, (whole // NORM_BLOCK, NORM_BLOCK))
-    return _squared_norm(blocks).sum(1) + _squared_norm(flat[:, whole:])
+    whole = size // NORM_BLOCK
+    if size == whole * NORM_BLOCK:
+        return _squared_norm(flat.view(n, whole, NORM_BLOCK)).sum(1)
+    blocks, rest = flat.split([whole * NORM_BLOCK, size % NORM_BLOCK], dim=1)
+    return _squared_norm(blocks.unflatten(1, (whole, NORM_BLOCK))).sum(1).add_(_squared_norm(rest))
 
 
 def _squared_norm(value: Tensor) -> Tensor:

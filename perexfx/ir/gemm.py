@@ -58,6 +58,8 @@ def transposed_products(left: Tensor, right: Tensor) -> Tensor:
     """
     if left.shape[0] == 0 or not _is_for_onednn(left[0].t(), right[0].t()):
         return left.transpose(1, 2) @ right
+    if left.shape[0] == 1:
+        return linear(left[0].t(), right[0].t())[None]
     rows = left.transpose(1, 2).contiguous()
     found = left.new_empty(left.shape[0], left.shape[2], right.shape[2])
     for into, a, b in zip(found, rows, right.transpose(1, 2), strict=True):
@@ -74,6 +76,8 @@ def products(left: Tensor, right: Tensor) -> Tensor:
     """
     if left.shape[0] == 0 or not _is_for_onednn(left[0], right[0]):
         return left @ right.transpose(1, 2)
+    if left.shape[0] == 1:
+        return linear(left[0], right[0])[None]
     return torch.stack([linear(a, b) for a, b in zip(left, right, strict=True)])
 
 

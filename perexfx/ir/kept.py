@@ -18,6 +18,9 @@ from perexfx.ir.factors import GradientSignature, drop_examples, parameter_of
 PIECE_BYTES = 16 << 20
 """C libraries get every block of more than 32 MiB from the system anew; its first touch costs more than a product."""
 
+ALONE_BYTES = 256 << 10
+"""Gradients of at least this size are a piece each: to copy them side by side costs more than a call for each."""
+
 
 def axes_in_memory(value: Tensor) -> tuple[int, ...]:
     """The axes of a dense tensor in the order in which they lie in memory."""
@@ -26,7 +29,7 @@ def axes_in_memory(value: Tensor) -> tuple[int, ...]:
 
 def pieces_of(n: int, bytes_each: int) -> Iterator[slice]:
     """Slices of the batch whose gradients make one piece; one at least, empty for an empty batch."""
-    step = max(1, PIECE_BYTES // max(1, bytes_each))
+    step = 1 if bytes_each >= ALONE_BYTES else max(1, PIECE_BYTES // max(1, bytes_each))
     return (slice(start, min(start + step, n)) for start in range(0, max(n, 1), step))
 
 
@@ -57,13 +60,15 @@ class Kept:
         return self._parameter(every, every.shape[0])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """One matrix-vector product per piece."""
-        total: Tensor | None = None
-        for piece, part in zip(self.pieces, weights.split([len(p) for p in self.pieces]), strict=True):
-            flat = piece.reshape(piece.shape[0], math.prod(piece.shape[1:]))
-            total = part.to(flat.dtype) @ flat if total is None else total.addmv_(flat.t(), part.to(flat.dtype))
-        assert total is not None
-        return self._parameter(total.reshape(self.pieces[0].shape[1:]))
+        """Each element is read once."""
+        first, *others = zip(self.pieces, weights.split([len(p) for p in self.pieces]), strict=True)
+        total = _weighted(*first)
+        for piece, part in others:
+            if len(piece) == 1:
+                total.addcmul_(piece[0], part.to(piece.dtype))
+            else:
+                total.add_(_weighted(piece, part))
+        return self._parameter(total)
 
     def without(self, dropped: Tensor) -> Kept:
         """Zeros in the dropped rows."""
@@ -73,6 +78,12 @@ class Kept:
     def _parameter(self, value: Tensor, *lead: int) -> Tensor:
         turned = value.transpose(-1, -2) if self.turned else value
         return parameter_of(turned, self.shape, self.axes, *lead)
+
+
+def _weighted(piece: Tensor, weights: Tensor) -> Tensor:
+    """One matrix-vector product."""
+    flat = piece.reshape(piece.shape[0], math.prod(piece.shape[1:]))
+    return (weights.to(flat.dtype) @ flat).view(piece.shape[1:])
 
 
 def joined(parts: Sequence[Kept]) -> Kept:

@@ -102,7 +102,7 @@ def _has_channels_last(x: Tensor) -> bool:
 
 
 CHUNK_ELEMENTS = 1 << 19
-"""As many examples at a time as fit this many elements: they are read four times, from the cache."""
+"""As many examples at a time as fit this many elements, so that what was just written is read from the cache."""
 
 
 def _channels_last_backward(
@@ -126,24 +126,30 @@ def _channels_last_backward(
     grad_output = grad_output.contiguous(memory_format=torch.channels_last)
     grad_input = torch.empty_like(x)
     pixels, grads, into = (v.permute(0, 2, 3, 1).view(rows, positions, channels) for v in (x, grad_output, grad_input))
-    ones = x.new_ones(1, 1, positions)
-    each: dict[str, list[Tensor]] = {"weight": [], "bias": []}
     step = max(1, CHUNK_ELEMENTS // (positions * channels))
-    for values, g, out, m, r in zip(*(v.split(step) for v in (pixels, grads, into, mean, rstd)), strict=True):
-        row = ones.expand(len(g), 1, positions)
-        by_bias = (row @ g).squeeze(1)
-        by_value = (row @ torch.mul(g, values, out=out)).squeeze(1)
-        of_channels = [v.repeat_interleave(in_group, 1) for v in (m, r)]
-        each["bias"].append(by_bias)
-        each["weight"].append(torch.addcmul(by_value, of_channels[0], by_bias, value=-1).mul_(of_channels[1]))
-        scaled = [v if weight is None else v * weight for v in (by_value, by_bias)]
-        s, b = (v.view(len(g), groups, in_group).sum(2) for v in scaled)
-        p = (b * m - s) * r**3 / (positions * in_group)
-        q = -(p * m) - b * r / (positions * in_group)
-        p, q = (v.repeat_interleave(in_group, 1).unsqueeze(1) for v in (p, q))
-        slope = of_channels[1] if weight is None else of_channels[1] * weight
-        torch.addcmul(q, values, p, out=out).addcmul_(g, slope.unsqueeze(1))
-    return grad_input, {name: torch.cat(parts) for name, parts in each.items()}
+    ones = x.new_ones(1, 1, positions).expand(rows, 1, positions)
+    sums = x.new_empty(2, rows, 1, channels)  # of g and of g x
+    for row, value, g, out, of_g, of_gx in zip(
+        *(v.split(step) for v in (ones, pixels, grads, into, *sums)), strict=True
+    ):
+        torch.bmm(row, g, out=of_g)
+        torch.bmm(row, torch.mul(g, value, out=out), out=of_gx)
+
+    def by_group(value: Tensor) -> Tensor:
+        return value.view(rows, groups, in_group)
+
+    by_bias, by_value = by_group(sums[0]), by_group(sums[1])
+    m, r = mean.unsqueeze(2), rstd.unsqueeze(2)
+    found = {"bias": sums[0].view(rows, channels), "weight": torch.addcmul(by_value, m, by_bias, value=-1).mul_(r)}
+    found["weight"] = found["weight"].view(rows, channels)
+    w = x.new_ones(()) if weight is None else weight.view(groups, in_group)
+    b, s = (by_bias * w).sum(2, keepdim=True), (by_value * w).sum(2, keepdim=True)
+    p = (b * m - s) * r.pow(3) / (positions * in_group)
+    q = (p * m).add_(b * r, alpha=1 / (positions * in_group)).neg_()
+    slope, p, q = (v.expand(rows, groups, in_group).reshape(rows, 1, channels) for v in (r * w, p, q))
+    for value, g, out, *by in zip(*(v.split(step) for v in (pixels, grads, into, slope, p, q)), strict=True):
+        torch.addcmul(by[2], value, by[1], out=out).addcmul_(g, by[0])
+    return grad_input, found
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,13 @@ def finish_product(signature: Signature, itemsize: int) -> tuple[Work, ...]:
     """The clipped sum from held factors: scale one of them, then one ordinary parameter gradient."""
     if isinstance(signature, ConvolutionSignature):
         scaled = min(signature.input_elements, signature.output_elements)
+        if signature.is_sum_by_product:
+            unfolded = itemsize * signature.unfolded_elements
+            return (
+                Work("unfold", bytes=2 * unfolded),
+                Work("memory", bytes=2 * itemsize * parameter_elements(signature)),
+                Work("gemm", signature.weight_gradient_flops, unfolded + itemsize * parameter_elements(signature)),
+            )
         product = Work(
             "convolution_weight",
             flops=signature.weight_gradient_flops,
