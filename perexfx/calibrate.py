@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def observe(strategies: Sequence[Strategy]) -> Iterator[tuple[int, int, list[Obs
     grid: list[Callable[[], list[Observation]]] = [
         lambda signature=signature: _of_strategies(strategies, signature, device) for signature in signatures()
     ]
-    grid += [lambda sizes=sizes, last=last: _of_images(*sizes, last) for sizes in IMAGES for last in (False, True)]
+    grid += [partial(_of_images, *sizes, last) for sizes in IMAGES for last in (False, True)]
     found: list[Observation] = []
     for at, take in enumerate(grid, start=1):
         found += take()
@@ -177,11 +178,14 @@ def fit(observations: Sequence[Observation], name: str) -> Machine:
     rates = dict(BUILT_IN.rates)
     for kind in kinds:
         flops, moved, calls = (per_unit[kind, part] for part in PARTS)
-        rates[kind] = Rate(1 / flops if flops else math.inf, 1 / moved if moved else math.inf, calls)
+        start = max(calls, LEAST_PER_CALL) if rows[:, columns[kind, "calls"]].any() else 0.0
+        rates[kind] = Rate(1 / flops if flops else math.inf, 1 / moved if moved else math.inf, start)
     return Machine(name, rates)
 
 
 PARTS = ("flops", "bytes", "calls")
+LEAST_PER_CALL = 2e-6
+"""Seconds: no kernel starts in less, and timings of large ones cannot tell."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 
@@ -21,6 +22,7 @@ from perexfx.ir.cost import Cost, Work
 from perexfx.ir.errors import BudgetError
 from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature
 from perexfx.ir.machine import BUILT_IN, Machine, Rate
+from perexfx.regions import convolution_work, image_work
 from perexfx.strategies import STRATEGIES, Gram, GramShift, Grouped, Loop, Materialize, Outer
 
 
@@ -163,7 +165,7 @@ def test_forcing_everywhere_applies_where_it_can() -> None:
     gm = perexfx.transform(Small(), torch.empty(4, 3, 12, 12), strategy="loop")
     plan = gm.perexfx.plan
     assert plan["conv"] == "loop"
-    assert plan["head"] in ("outer", "gram", "materialize")
+    assert plan["head"] in ("outer", "gram", "materialize", "materialize_norms")
     with pytest.raises(KeyError):
         plan["nowhere"]
 
@@ -178,4 +180,10 @@ def test_machines_add_up() -> None:
         if strategy.refuses(signature) is None
         for work in strategy.cost(signature, 4).work
     }
+    for last in (False, True):
+        kinds |= {work.kind for work in convolution_work(convolution(4, 2, 2, 5), last)}
+        kinds |= {image_work(layer, 8, last).kind for layer in ("max_pool", "group_norm")}
     assert kinds == set(BUILT_IN.rates)
+    assert Machine.from_dict(json.loads(json.dumps(BUILT_IN.to_dict()))) == BUILT_IN
+    with pytest.raises(KeyError, match="gemm"):
+        Machine.from_dict({"name": "old", "rates": {}})

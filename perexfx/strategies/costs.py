@@ -7,6 +7,7 @@ import math
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Work
 from perexfx.ir.factors import ProductSignature, RowsSignature, Signature
+from perexfx.ir.gemm import SMALL
 
 
 def parameter_elements(signature: Signature) -> int:
@@ -49,6 +50,17 @@ def finish_product(signature: Signature, itemsize: int) -> tuple[Work, ...]:
         scaled = signature.n * signature.t * signature.d
         product = Work("index", bytes=itemsize * (scaled + parameter_elements(signature)))
     return Work("memory", bytes=2 * itemsize * scaled), product
+
+
+def batched_product(count: int, flops: int, moved: int) -> Work:
+    """So many products of the same sizes: one call together, or one each where they are large.
+
+    Args:
+        count: How many.
+        flops: Of all of them.
+        moved: Bytes read and written by all of them.
+    """
+    return Work("batched_gemm", flops, moved, calls=count if flops >= SMALL * count else 1)
 
 
 def read_for_norm(elements: int, itemsize: int) -> Work:

@@ -12,7 +12,7 @@ from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Product, ProductSignature, Rows, RowsSignature, Signature
 from perexfx.ir.gemm import products
-from perexfx.strategies.costs import finish_product
+from perexfx.strategies.costs import batched_product, finish_product
 
 CHUNK_ELEMENTS = 1 << 20
 """Gram matrices are formed for as many examples at a time as fit this many elements, so that they stay in cache."""
@@ -53,12 +53,7 @@ class Gram:
         per_chunk = max(1, CHUNK_ELEMENTS // max(1, t * t))
         chunks = -(-grams // per_chunk)
         work = (
-            Work(
-                "batched_gemm",
-                2 * squares * (i + o),
-                itemsize * (grams * t * (i + o) + 2 * squares),
-                2 * grams,
-            ),
+            batched_product(2 * grams, 2 * squares * (i + o), itemsize * (grams * t * (i + o) + 2 * squares)),
             Work("cache", bytes=4 * itemsize * squares, calls=2 * chunks),
         )
         transient += 2 * itemsize * min(squares, max(CHUNK_ELEMENTS, t * t))

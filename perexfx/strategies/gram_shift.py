@@ -13,7 +13,7 @@ from perexfx.ir.convolution import Convolution, ConvolutionGeometry, Convolution
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Signature
 from perexfx.ir.gemm import products
-from perexfx.strategies.costs import finish_product
+from perexfx.strategies.costs import batched_product, finish_product
 from perexfx.strategies.gram import sum_of_products
 
 CHUNK_ELEMENTS = 1 << 19
@@ -95,7 +95,7 @@ class GramShift:
         chunks = -(-grams // max(1, CHUNK_ELEMENTS // max(1, largest)))
         read = grams * (t * signature.out_channels + math.prod(signature.padded_size) * channels)
         work = (
-            Work("batched_gemm", grams * flops, itemsize * (read + 2 * grams * largest), 2 * grams),
+            batched_product(2 * grams, grams * flops, itemsize * (read + 2 * grams * largest)),
             Work("cache", bytes=itemsize * grams * moved, calls=chunks * calls),
         )
         finish = finish_product(signature, itemsize)

@@ -24,6 +24,7 @@ from perexfx.ir.factors import (
 from perexfx.ir.gemm import transposed_products
 from perexfx.ir.kept import PIECE_BYTES, Kept, joined, pieces_of
 from perexfx.strategies.costs import (
+    batched_product,
     finish_kept,
     finish_product,
     parameter_elements,
@@ -80,7 +81,7 @@ class Materialize:
             if not signature.channels_last:
                 moved = 2 * itemsize * signature.held_elements
                 copies = (*copies, Work("memory", bytes=moved, calls=signature.n))
-        product = Work("batched_gemm", flops, itemsize * (read + kept), calls=signature.n)
+        product = batched_product(signature.n, flops, itemsize * (read + kept))
         if self.keep:
             return Cost((*copies, product, norms, finish_kept(signature, itemsize)), kept * itemsize, transient)
         finish = finish_product(signature, itemsize)
