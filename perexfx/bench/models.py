@@ -188,6 +188,18 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
+class SequenceClassifier(nn.Module):
+    """An LSTM over a sequence of features, and a linear layer on its last output."""
+
+    def __init__(self, features: int = 128, width: int = 128, classes: int = 10) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(features, width, batch_first=True), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features `[B, T, features]` to logits."""
+        return self.head(self.lstm(x)[0][:, -1])
+
+
 def small_cnn() -> nn.Module:
     """The CNN of 26,010 parameters that differentially private MNIST examples use (Papernot et al. 2019)."""
     return nn.Sequential(

@@ -54,6 +54,7 @@ WORKLOADS: dict[str, Workload] = {
         _images("vgg11-32", models.VGG11, 64, 3, 32, 32),
         _images("alexnet-256", models.AlexNet, 16, 3, 256, 256),
         _images("vit-tiny-224", models.ViT, 16, 3, 224, 224),
+        _images("lstm-128", models.SequenceClassifier, 64, 64, 128),
         _tokens("transformer-128", models.LanguageModel, 32, 128, 8000),
     )
 }

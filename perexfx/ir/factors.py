@@ -135,6 +135,8 @@ class ProductSignature:
     i: int
     o: int
     shape: tuple[int, ...]
+    right_users: int = 1
+    """How many products of a site have the same right factor."""
 
     @property
     def held_elements(self) -> int:
@@ -148,6 +150,19 @@ class ProductSignature:
         return f"{self.g * self.i} -> {self.g * self.o}{positions}{groups}"
 
 
+class SharedGram:
+    """The Gram matrices of a factor that several products have: made by the first that asks.
+
+    Attributes:
+        users: How many products.
+        value: Shape `[n * g, t, t]`; None until it is made.
+    """
+
+    def __init__(self, users: int) -> None:
+        self.users = users
+        self.value: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Product:
     """A sum of outer products: `n g t i, n g t o -> n (g o) i`, reshaped to the parameter's shape.
@@ -157,18 +172,21 @@ class Product:
         right: The gradient of the layer output. Shape `[n, g, t, o]`.
         shape: Shape of the parameter, with `g * o * i` elements.
         axes: The parameter's axes in the order in which groups, outputs and inputs run over them; empty: in their own.
+        right_gram: What the products with the same right factor share.
     """
 
     left: Tensor
     right: Tensor
     shape: tuple[int, ...]
     axes: tuple[int, ...] = ()
+    right_gram: SharedGram | None = None
 
     @property
     def signature(self) -> ProductSignature:
         """The sizes."""
         n, g, t, i = self.left.shape
-        return ProductSignature(n, g, t, i, self.right.shape[3], self.shape)
+        users = 1 if self.right_gram is None else self.right_gram.users
+        return ProductSignature(n, g, t, i, self.right.shape[3], self.shape, users)
 
     def gradients(self) -> Tensor:
         """One batched matrix product."""
@@ -195,7 +213,8 @@ class Product:
 
     def without(self, dropped: Tensor) -> Product:
         """Zeros in the dropped rows of both factors."""
-        return replace(self, left=drop_examples(self.left, dropped), right=drop_examples(self.right, dropped))
+        left, right = drop_examples(self.left, dropped), drop_examples(self.right, dropped)
+        return replace(self, left=left, right=right, right_gram=None)
 
 
 def parameter_of(value: Tensor, shape: tuple[int, ...], axes: tuple[int, ...], *lead: int) -> Tensor:

@@ -18,6 +18,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 SMALL = 1 << 22
 """Products of fewer flops are left to `F.linear`: oneDNN takes some ten microseconds to begin."""
 
+SMALL_EACH = 1 << 24
+"""The same for each of many products: one call for all of them starts once."""
+
 _pointwise = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -31,6 +34,8 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if _is_for_onednn(rows, weight):
         assert _pointwise is not None
+        if not (weight.is_contiguous() or weight.t().is_contiguous()):
+            weight = weight.contiguous()  # with other strides, oneDNN falls back to a kernel a thousand times slower
         return _pointwise(rows, weight, bias, "none", [], "")
     return F.linear(rows, weight, bias)
 
@@ -56,7 +61,7 @@ def transposed_products(left: Tensor, right: Tensor) -> Tensor:
         left: Shape `[m, t, o]`.
         right: Shape `[m, t, i]`.
     """
-    if left.shape[0] == 0 or not _is_for_onednn(left[0].t(), right[0].t()):
+    if not _is_loop_for_onednn(left.transpose(1, 2), right.transpose(1, 2)):
         return left.transpose(1, 2) @ right
     if left.shape[0] == 1:
         return linear(left[0].t(), right[0].t())[None]
@@ -74,11 +79,17 @@ def products(left: Tensor, right: Tensor) -> Tensor:
         left: Shape `[m, t, i]`.
         right: Shape `[m, s, i]`.
     """
-    if left.shape[0] == 0 or not _is_for_onednn(left[0], right[0]):
+    if not _is_loop_for_onednn(left, right):
         return left @ right.transpose(1, 2)
     if left.shape[0] == 1:
         return linear(left[0], right[0])[None]
     return torch.stack([linear(a, b) for a, b in zip(left, right, strict=True)])
+
+
+def _is_loop_for_onednn(left: Tensor, right: Tensor) -> bool:
+    """Whether products of `[m, rows, k]` and `[m, columns, k]` are faster one by one through oneDNN."""
+    flops = 2 * left.shape[1] * left.shape[2] * right.shape[1]
+    return left.shape[0] > 0 and flops >= SMALL_EACH and _is_for_onednn(left[0], right[0])
 
 
 def _is_for_onednn(rows: Tensor, weight: Tensor) -> bool:

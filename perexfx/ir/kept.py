@@ -27,9 +27,16 @@ def axes_in_memory(value: Tensor) -> tuple[int, ...]:
     return tuple(sorted(range(value.dim()), key=lambda axis: (-value.stride(axis), axis)))
 
 
-def pieces_of(n: int, bytes_each: int) -> Iterator[slice]:
-    """Slices of the batch whose gradients make one piece; one at least, empty for an empty batch."""
-    step = 1 if bytes_each >= ALONE_BYTES else max(1, PIECE_BYTES // max(1, bytes_each))
+def pieces_of(n: int, bytes_each: int, *, one_by_one: bool) -> Iterator[slice]:
+    """Slices of the batch whose gradients make one piece; one at least, empty for an empty batch.
+
+    Args:
+        n: Examples.
+        bytes_each: Of one example's gradient.
+        one_by_one: Whether each is made by a call of its own.
+    """
+    alone = one_by_one and bytes_each >= ALONE_BYTES
+    step = 1 if alone else max(1, PIECE_BYTES // max(1, bytes_each))
     return (slice(start, min(start + step, n)) for start in range(0, max(n, 1), step))
 
 

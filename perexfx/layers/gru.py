@@ -25,6 +25,7 @@ class GRU(Recurrent):
     """
 
     kind = "gru"
+    shares_gates = False
     targets = (gru_layer,)
 
     @staticmethod

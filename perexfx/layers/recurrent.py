@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perexfx.ir.factors import Factors, Gradient, GradientSignature, Product, ProductSignature, Signature
+from perexfx.ir.factors import Factors, Gradient, GradientSignature, Product, ProductSignature, SharedGram, Signature
 from perexfx.ir.gemm import linear
 from perexfx.ir.layout import Layout
 from perexfx.ir.recurrent import rnn_layer
@@ -43,10 +43,15 @@ class GateGradients:
     factors: Mapping[str, Factors] = field(default_factory=dict)
 
 
+_SIDES = ("weight_ih", "weight_hh")
+
+
 class Recurrent(Rule):
     """`gates = x W_ih^T + b_ih, h W_hh^T + b_hh`: `n t i, n t o -> n o i` with the gates' gradients on the right."""
 
     operands = ("weight_hh", "weight_ih", "bias_hh", "bias_ih")
+    shares_gates: bool = True
+    """Whether what the input and what the hidden state add to a gate have the same gradient."""
     inputs = ("input", "h0")
 
     @abstractmethod
@@ -68,7 +73,9 @@ class Recurrent(Rule):
         t = geometry.shapes["input"][0] * geometry.layouts["input"].repeats
         shapes = {name: geometry.shapes[name] for name in self.operands if name in geometry.shapes}
         return {
-            name: ProductSignature(geometry.n, 1, t, shape[1], shape[0], shape)
+            name: ProductSignature(
+                geometry.n, 1, t, shape[1], shape[0], shape, 2 if self.shares_gates and name in _SIDES else 1
+            )
             if len(shape) == 2
             else GradientSignature(geometry.n, shape)
             for name, shape in shapes.items()
@@ -92,12 +99,15 @@ class Recurrent(Rule):
             gradients["input"] = all_times(found.of_input, call.arguments["weight_ih"].t().contiguous(), None)
         layout, shapes = call.geometry.layouts["input"], call.geometry.shapes
         factors = {name: found.factors[name] for name in call.operands if name in found.factors}
+        gram = SharedGram(2) if self.shares_gates else None
         sides = (("ih", found.of_input, call.arguments.get("input")), ("hh", found.of_hidden, found.previous))
         for side, right, left in sides:
             weight, bias = f"weight_{side}", f"bias_{side}"
             if weight in call.operands:
                 assert left is not None
-                factors[weight] = Product(by_example(layout, left), by_example(layout, right), shapes[weight])
+                factors[weight] = Product(
+                    by_example(layout, left), by_example(layout, right), shapes[weight], right_gram=gram
+                )
             if bias in call.operands:
                 factors[bias] = Gradient(sum_positions(by_example(layout, right).squeeze(1)))
         return gradients, factors

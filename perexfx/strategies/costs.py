@@ -7,7 +7,7 @@ import math
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Work
 from perexfx.ir.factors import ProductSignature, RowsSignature, Signature
-from perexfx.ir.gemm import SMALL
+from perexfx.ir.gemm import SMALL_EACH
 
 
 def parameter_elements(signature: Signature) -> int:
@@ -60,7 +60,7 @@ def batched_product(count: int, flops: int, moved: int) -> Work:
         flops: Of all of them.
         moved: Bytes read and written by all of them.
     """
-    return Work("batched_gemm", flops, moved, calls=count if flops >= SMALL * count else 1)
+    return Work("batched_gemm", flops, moved, calls=count if flops >= SMALL_EACH * count else 1)
 
 
 def read_for_norm(elements: int, itemsize: int) -> Work:

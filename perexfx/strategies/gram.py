@@ -42,6 +42,8 @@ class Gram:
             grams, t, i, o = signature.n, signature.t, 1, signature.d
         elif isinstance(signature, ProductSignature):
             grams, t, i, o = signature.n * signature.g, signature.t, signature.i, signature.o
+            if grams * t * t <= CHUNK_ELEMENTS:
+                o = -(-o // signature.right_users)
         else:
             assert isinstance(signature, ConvolutionSignature)
             grams, t = signature.n * signature.geometry.groups, signature.frames * signature.positions
@@ -67,13 +69,19 @@ class Gram:
         product = factors.unfolded() if isinstance(factors, Convolution) else factors
         assert isinstance(product, Product)
         n, g, t, i = product.left.shape
+        shared = product.right_gram
         left = product.left.reshape(n * g, t, i)
         right = product.right.reshape(n * g, t, product.right.shape[3])
         size = max(1, CHUNK_ELEMENTS // max(1, t * t))
-        sums = [
-            sum_of_products(products(a, a), products(b, b))
-            for a, b in zip(left.split(size), right.split(size), strict=True)
-        ]
+        if shared is not None and n * g <= size:
+            if shared.value is None:
+                shared.value = products(right, right)
+            sums = [sum_of_products(products(left, left), shared.value)]
+        else:
+            sums = [
+                sum_of_products(products(a, a), products(b, b))
+                for a, b in zip(left.split(size), right.split(size), strict=True)
+            ]
         return torch.cat(sums).reshape(n, g).sum(1), factors
 
 

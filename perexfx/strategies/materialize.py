@@ -21,7 +21,7 @@ from perexfx.ir.factors import (
     Signature,
     squared_norms_of,
 )
-from perexfx.ir.gemm import transposed_products
+from perexfx.ir.gemm import SMALL_EACH, transposed_products
 from perexfx.ir.kept import PIECE_BYTES, Kept, joined, pieces_of
 from perexfx.strategies.costs import (
     batched_product,
@@ -125,7 +125,8 @@ def _pieces(product: Product, turned: bool) -> Iterator[Tensor]:
     first, second = (product.left, product.right) if turned else (product.right, product.left)
     n, g, t, a = first.shape
     b = second.shape[3]
-    for piece in pieces_of(n, g * a * b * first.element_size()):
+    one_by_one = 2 * t * a * b >= SMALL_EACH
+    for piece in pieces_of(n, g * a * b * first.element_size(), one_by_one=one_by_one):
         size = len(range(n)[piece])
         each = transposed_products(first[piece].reshape(size * g, t, a), second[piece].reshape(size * g, t, b))
         yield each.reshape(size, g, a, b)
