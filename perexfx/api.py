@@ -19,12 +19,13 @@ from perexfx.ir.rule import Rule
 from perexfx.ir.site import Site
 from perexfx.layers import RULES, Fallback
 from perexfx.match import confirm, match
+from perexfx.measured import Measured
 from perexfx.plan import Alternatives, Plan, check_forced, make_plan
 from perexfx.profiles import current
 from perexfx.refuse import refuse_batch_statistics, refuse_other_trainables
 from perexfx.regions import faster_with_channels_last, regions_of, with_formats
 from perexfx.rewrite import Transformed, rewrite, twin_of
-from perexfx.sizes import fit, operand_itemsize
+from perexfx.sizes import fit, operand_dtype
 from perexfx.state import PerExample, Settings
 from perexfx.strategies import STRATEGIES
 
@@ -39,6 +40,7 @@ def transform(
     strategy: str | Mapping[str, str] = "auto",
     memory_budget: int | None = None,
     batch_dim: int = 0,
+    cost_model: str = "profile",
     rules: Sequence[Rule] = (),
 ) -> Transformed:
     """A GraphModule whose ordinary `loss.backward()` fills `.grad` with clipped per-example gradients.
@@ -63,6 +65,9 @@ def transform(
         strategy: "auto", one strategy's name for every site it applies to, or {site name: strategy name}.
         memory_budget: Bytes that the rewrite may add to an ordinary step; None: no bound.
         batch_dim: The example axis of the inputs.
+        cost_model: What "auto" goes by. "profile": predictions, by this machine's profile where `perexfx calibrate` has
+            made one, else by the built-in one. "measured": the candidates are timed on the real sizes, once for this
+            machine; the first plan takes seconds longer.
         rules: Layer rules of your own (`perexfx.Rule`), tried before the built-in ones.
 
     Returns:
@@ -76,7 +81,7 @@ def transform(
         StrategyError: A strategy asked for does not exist or does not apply.
         BudgetError: No plan fits the memory budget.
     """
-    settings = Settings(clip_norm, clipping, loss_reduction, strategy, memory_budget, batch_dim)
+    settings = Settings(clip_norm, clipping, loss_reduction, strategy, memory_budget, batch_dim, cost_model)
     _check_arguments(model, settings)
     inputs = None if example_inputs is None else by_name(bind_inputs(model, example_inputs, "example_inputs"))
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -166,8 +171,10 @@ def _plan_for(rules: tuple[Rule, ...], state: PerExample, module: nn.Module, kin
         )
         state.remember(kind, analysis)
     fitted = fit(state.sites, graph, analysis, n, Fallback)
-    machine = current()
-    alternatives = Alternatives(STRATEGIES, machine, operand_itemsize(state.sites, graph, analysis))
+    dtype = operand_dtype(state.sites, graph, analysis)
+    device = next(iter(module.parameters())).device
+    machine = current() if settings.cost_model == "profile" else Measured.on_this_machine(dtype, device)
+    alternatives = Alternatives(STRATEGIES, machine, dtype.itemsize)
     channels_last = faster_with_channels_last(
         state.regions, graph, module, analysis, fitted, alternatives.least_seconds, machine
     )
@@ -180,6 +187,8 @@ def _plan_for(rules: tuple[Rule, ...], state: PerExample, module: nn.Module, kin
         memory_budget=settings.memory_budget,
     )
 
+
+COST_MODELS = ("profile", "measured")
 
 _RESERVED = (set(dir(fx.GraphModule)) - set(dir(nn.Module))) | {"perexfx", "_graph", "_code", "meta"}
 
@@ -214,6 +223,8 @@ def _check_arguments(model: nn.Module, settings: Settings) -> None:
     budget = settings.memory_budget
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 0):
         raise ArgumentError(f"`memory_budget` should be a number of bytes, or None. Found {budget!r}.")
+    if settings.cost_model not in COST_MODELS:
+        raise ArgumentError(f'`cost_model` should be "profile" or "measured". Found {settings.cost_model!r}.')
     if isinstance(settings.batch_dim, bool) or not isinstance(settings.batch_dim, int) or settings.batch_dim < 0:
         raise ArgumentError(f"`batch_dim` should be an axis counted from the front. Found {settings.batch_dim!r}.")
 

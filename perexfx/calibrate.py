@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import nnls
 
 from perexfx.formats import in_format
 from perexfx.ir.convolution import ConvolutionGeometry, ConvolutionSignature
@@ -163,8 +164,6 @@ def fit(observations: Sequence[Observation], name: str) -> Machine:
 
     Kinds of work without an observation keep the built-in rate.
     """
-    from scipy.optimize import nnls  # noqa: PLC0415 (of an extra)
-
     kinds = sorted({work.kind for seen in observations for work in seen.cost.work})
     columns = {(kind, part): at for at, (kind, part) in enumerate((k, p) for k in kinds for p in PARTS)}
     rows = torch.zeros(len(observations), len(columns), dtype=torch.float64)

@@ -31,7 +31,17 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=15, help="pairs of steps timed for each (default: %(default)s)")
     bench.add_argument("--out", type=Path, help="folder for suite.json with the machine's description")
     bench.set_defaults(run=_bench)
+    calibrate = commands.add_parser("calibrate", help="measure this machine once, for better plans")
+    calibrate.set_defaults(run=_calibrate)
     return parser
+
+
+def _calibrate(_: argparse.Namespace) -> None:
+    try:
+        from perexfx.bench import calibration  # noqa: PLC0415 (its dependencies are an extra)
+    except ModuleNotFoundError as error:
+        raise PerexError(f"{error}. Install the extra: pip install 'perexfx[bench]'.") from None
+    calibration.run()
 
 
 def _bench(options: argparse.Namespace) -> None:

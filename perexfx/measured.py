@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from perexfx.ir.factors import (
 )
 from perexfx.ir.machine import Machine
 from perexfx.ir.strategy import Strategy
+from perexfx.profiles import current, folder, identity, load_measurements, save_measurements
 
 SECONDS = 0.02
 """Candidates are repeated for about this long."""
@@ -111,13 +113,18 @@ class Measured:
         machine: Says which candidates are worth a measurement, and what a layer's own work takes.
         dtype: Of the factors.
         device: Where they are.
-        known: (dtype and size, strategy) -> seconds.
+        known: (device, dtype and size, strategy) -> seconds.
     """
 
     machine: Machine
     dtype: torch.dtype
     device: torch.device
     known: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    @classmethod
+    def on_this_machine(cls, dtype: torch.dtype, device: torch.device) -> Measured:
+        """With all that was measured on this machine before, which is read once."""
+        return cls(current(), dtype, device, _remembered(str(folder()), identity()))
 
     @property
     def name(self) -> str:
@@ -133,6 +140,7 @@ class Measured:
         if missing and signature.n > 0:
             found = measure(hopeful, signature, self.dtype, self.device)
             self.known.update({self._key(signature, strategy): found[strategy.name] for strategy in hopeful})
+            save_measurements(self.known)
         return {
             strategy: self.known.get(self._key(signature, strategy), seconds) for strategy, seconds in predicted.items()
         }
@@ -142,4 +150,10 @@ class Measured:
         return self.machine.seconds(cost)
 
     def _key(self, signature: Signature, strategy: Strategy) -> tuple[str, str]:
-        return f"{self.dtype} {signature}", strategy.name
+        return f"{self.device.type} {self.dtype} {signature}", strategy.name
+
+
+@cache
+def _remembered(_folder: str, _identity: str) -> dict[tuple[str, str], float]:
+    """Of one folder and machine: what `Measured` finds is added to it."""
+    return load_measurements()

@@ -37,7 +37,7 @@ def save(machine: Machine) -> Path:
 
 
 def load_measurements() -> dict[tuple[str, str], float]:
-    """(dtype and size, strategy) -> seconds, as measured on this machine before."""
+    """(device, dtype and size, strategy) -> seconds, as measured on this machine before."""
     found = _read(folder() / f"measurements-{identity()}.json") or {}
     return {(size, name): seconds for size, by_name in found.items() for name, seconds in by_name.items()}
 

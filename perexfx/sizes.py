@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
@@ -58,11 +59,12 @@ def fit(
     return fitted
 
 
-def operand_itemsize(sites: Sequence[Site], graph: fx.Graph, analysis: Analysis) -> int:
-    """Bytes per element of the widest parameter."""
+def operand_dtype(sites: Sequence[Site], graph: fx.Graph, analysis: Analysis) -> torch.dtype:
+    """Of the widest parameter."""
     nodes = {node.name: node for node in graph.nodes}
     facts = [analysis.tensor(nodes[operand.node]) for site in sites for operand in site.operands]
-    return max((found.dtype.itemsize for found in facts if found is not None), default=4)
+    dtypes = [found.dtype for found in facts if found is not None]
+    return max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
 
 def _geometry(site: Site, node: fx.Node, arguments: Mapping[str, object], analysis: Analysis, n: int) -> Geometry | str:

@@ -38,6 +38,7 @@ class Settings:
     strategy: str | Mapping[str, str]
     memory_budget: int | None
     batch_dim: int
+    cost_model: str
 
 
 Planner = Callable[["PerExample", nn.Module, Inputs, int], Plan]

@@ -108,7 +108,7 @@ def report(gm: nn.Module) -> Report:
             "Call the module once, or pass `example_inputs` to `transform`."
         )
     rows = tuple(_row(site, plan) for site in state.sites)
-    return Report(_title(state.settings, plan), _totals(plan), rows)
+    return Report(_title(state.settings, plan), _totals(plan) + _formats(state, plan), rows)
 
 
 def _title(settings: Settings, plan: Plan) -> str:
@@ -129,6 +129,15 @@ def _totals(plan: Plan) -> str:
         f"predicted by the {plan.machine}: {plan.seconds * 1e3:.3f} ms for all norms and clipped sums, "
         f"{plan.bytes_added / _MEGABYTE:.2f} MB at most on top of an ordinary step ({budget})"
     )
+
+
+def _formats(state: PerExample, plan: Plan) -> str:
+    """A line on the images whose memory format was changed."""
+    sites = [site.name for at in sorted(plan.channels_last) for site in state.regions[at].sites]
+    if not sites:
+        return ""
+    others = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
+    return f"\nimages lie with their channels last at {sites[0]}{others}"
 
 
 def _row(site: Site, plan: Plan) -> Row:
