@@ -26,7 +26,7 @@ from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Site
 
 _CONVOLUTIONS = (torch.conv2d, F.conv2d)
-_NORMS = (F.group_norm, torch.group_norm, F.instance_norm, F.batch_norm, torch.batch_norm)
+_NORMS = (F.group_norm, torch.group_norm, F.batch_norm, torch.batch_norm)  # torch's own instance_norm_backward errs
 _POOLS = (F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d)
 _UNARY = (
     *(F.relu, torch.relu, F.relu6, F.gelu, F.silu, F.leaky_relu, F.elu, F.hardswish, F.hardsigmoid, F.hardtanh),
@@ -145,6 +145,7 @@ def may_reformat(region: Region, graph: fx.Graph, analysis: Analysis) -> bool:
     """
     inside = set(region.nodes)
     order = {node.name: at for at, node in enumerate(graph.nodes)}
+    targets = {node.name: node.target for node in graph.nodes}
     for name in region.nodes:
         tensors = analysis.nodes[name].tensors
         if len(tensors) != 1:
@@ -152,6 +153,8 @@ def may_reformat(region: Region, graph: fx.Graph, analysis: Analysis) -> bool:
         facts, layout = tensors[0], tensors[0].layout
         if len(facts.shapes[0]) != 4 or layout is None or layout.axis != 0 or not facts.dtype.is_floating_point:
             return False
+        if (targets[name] in _NORMS) and 1 in (facts.shapes[0][1], math.prod(facts.shapes[0][2:])):
+            return False  # strides that fit both formats: torch's own backward takes them for the wrong one
         if not inside.issuperset(analysis.written_by.get(name, ())):
             return False
     return all(order[writer] <= order[name] for name in region.inputs for writer in analysis.written_by.get(name, ()))

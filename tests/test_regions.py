@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from cases import BY_NAME, Case
 from oracle import Batch, assert_close, norms_of, one_at_a_time, train_step, weighted
+from random_images import RandomImageNetwork
 from torch import Tensor, fx, nn
 
 import perexfx
@@ -214,3 +215,57 @@ def test_float64_keeps_the_default_format() -> None:
     gm = perexfx.transform(small_cnn().double(), torch.randn(8, 1, 28, 28, dtype=torch.float64))
     assert gm.perexfx.regions
     assert active(gm) == 0
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("first", range(0, 160, 20))
+def test_random_networks(first: int) -> None:
+    """Some are no program (a view of what cannot be viewed), some are refused; all others are exact."""
+    exact = 0
+    for seed in range(first, first + 20):
+        torch.manual_seed(seed)
+        model = RandomImageNetwork(seed)
+        batch = images(3, model.channels, model.size)
+        try:
+            norms = norms_of(one_at_a_time(model.double(), batch.double(), squares))
+        except RuntimeError:
+            continue
+        if not torch.isfinite(norms).all() or norms.min() < 1e-8:
+            continue
+        gm = check(model, batch)
+        torch.testing.assert_close(gm(*batch.double().inputs), model(*batch.double().inputs), rtol=1e-11, atol=1e-11)
+        exact += active(gm) > 0
+    assert exact >= 8
+
+
+def test_group_norm_of_one_channel_in_another_format() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.GroupNorm(1, 1), nn.Flatten(), nn.Linear(16, 2))
+    image, weights = torch.randn(3, 1, 4, 4), torch.rand(3)
+    found = []
+    for x in (image, image.as_strided(image.shape, (16, 1, 4, 1))):
+        gm = perexfx.transform(model)
+        gm(x).square().mean(1).mul(weights).mean().backward()
+        found.append(gm.perexfx.norms)
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_instance_norm_with_a_gradient_in_another_format() -> None:
+    """Torch's own gradient of the weight is wrong here; that of the same numbers in the default format is not."""
+
+    class Norm(nn.Module):
+        def __init__(self, moves: bool) -> None:
+            super().__init__()
+            self.norm, self.moves = nn.InstanceNorm2d(2, affine=True), moves
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            return (y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if self.moves else y).sin()
+
+    batch, up = images(3, 2, 4), torch.randn(3, 2, 4, 4).contiguous(memory_format=torch.channels_last)
+    found = []
+    for moves in (False, True):
+        gm = perexfx.transform(Norm(moves), batch.inputs)
+        (gm(*batch.inputs) * up).mean((1, 2, 3)).mean().backward()
+        found.append(gm.perexfx.norms)
+    torch.testing.assert_close(found[1], found[0])

@@ -45,12 +45,17 @@ class _ChannelNorm(Rule):
         x, eps = arguments["input"], arguments["eps"]
         weight, bias = (value if value is None else value.contiguous() for value in map(arguments.get, self.operands))
         rows, channels, *size = x.shape
-        if not _has_channels_last(x):
-            x = x.contiguous()
         output, mean, rstd = torch.native_group_norm(  # takes every argument to be contiguous, without a look
-            x, weight, bias, rows, channels, math.prod(size), self._groups(arguments), eps
+            x if _has_channels_last(x) else _by_channel(x),
+            weight,
+            bias,
+            rows,
+            channels,
+            math.prod(size),
+            self._groups(arguments),
+            eps,
         )
-        return output, (mean, rstd)
+        return output.view(x.shape), (mean, rstd)
 
     def backward(self, call: Backward) -> tuple[dict[str, Tensor], dict[str, Factors]]:
         """One kernel for the input's gradient and every example's weight and bias gradients."""
@@ -71,8 +76,8 @@ class _ChannelNorm(Rule):
         if scale is None and call.operands:  # the kernel asks for a weight wherever it gives a bias gradient
             scale = x.new_ones(rows * channels)
         grad_input, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
-            call.grad_output.contiguous(),
-            x.contiguous(),
+            _by_channel(call.grad_output),
+            _by_channel(x),
             mean.reshape(1, -1),
             rstd.reshape(1, -1),
             scale,
@@ -90,6 +95,12 @@ class _ChannelNorm(Rule):
                 for name in call.operands
             },
         )
+
+
+def _by_channel(x: Tensor) -> Tensor:
+    """`[rows, channels, positions]`: the kernels read the strides of images of one channel as channels last."""
+    rows, channels, *size = x.shape
+    return x.contiguous().view(rows, channels, math.prod(size))
 
 
 def _has_channels_last(x: Tensor) -> bool:
