@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from perexfx.clipping import clip_factors_of
 from perexfx.ir.errors import ShapeError
@@ -252,8 +253,9 @@ def _clipped_sums(tape: Tape, total: Tensor) -> dict[str, Tensor]:
     state = tape.state
     norms = total.sqrt() * tape.scale
     lost = ~torch.isfinite(norms)
-    any_lost = bool(lost.any())
-    if any_lost:
+    is_traced = is_in_torch_dispatch_mode()  # a graph has no branches: it selects in any case
+    drops = is_traced or bool(lost.any())
+    if drops and not is_traced:
         _logger.warning(
             "%d of %d examples have gradients that are not finite; they count as zero.",
             int(lost.sum()),
@@ -268,7 +270,7 @@ def _clipped_sums(tape: Tape, total: Tensor) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     for key in list(tape.held):
         held = tape.held.pop(key)
-        if any_lost:
+        if drops:
             held = held.without(lost)
         site = state.site(key[0]) if key[0] else _first_use(state, key[1])
         add_pulled(tape, key, held.weighted_sum(factors[site.group]), pull_back, sums)
