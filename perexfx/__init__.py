@@ -17,6 +17,7 @@ from perexfx.ir.errors import (
 from perexfx.ir.rule import Rule
 from perexfx.passes.replace_batchnorm import replace_batchnorm
 from perexfx.quantities import gradient_gram, per_example_grads, per_example_norms
+from perexfx.step import step_graph
 from perexfx.views.report import report
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "per_example_norms",
     "replace_batchnorm",
     "report",
+    "step_graph",
     "transform",
 ]
 __version__ = "0.1.0"

@@ -1,0 +1,92 @@
+"""The whole step as one static graph: forward, loss, backward, norms, factors and clipped sums.
+
+Promises: the graph takes parameters, buffers, inputs and targets, and returns loss, norms and gradients; it equals an
+eager step of the transformed module to rounding, for every batch of the shapes it was made from, and reads nothing
+else. Neither the module nor any `.grad` is changed by making it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import stateless
+from torch.utils import _pytree as pytree
+
+from perexfx.inputs import GivenInputs, bind_inputs, by_name, named_leaves
+from perexfx.ir.errors import ArgumentError, CaptureError
+from perexfx.rewrite import Transformed
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+def step_graph(gm: Transformed, loss_fn: LossFunction, x: GivenInputs, y: Any) -> fx.GraphModule:
+    """A GraphModule of tensor operations: `(params, buffers, x, y) -> (loss, norms, grads)`.
+
+    `params`, `buffers` and `grads` are dicts by name, as of `named_parameters()` and `named_buffers()`; `norms` has
+    shape `[B]`. Gradients are clipped as `gm` clips; a parameter that the loss does not reach has None. Examples whose
+    gradient is not finite count as zero.
+
+    Args:
+        gm: From `perexfx.transform`.
+        loss_fn: `(gm(x), y) -> scalar`.
+        x: A tensor, a tuple of positional inputs, or a dict of keyword inputs; the graph holds for their shapes, and
+            for what is not a tensor in them.
+        y: Targets, passed to `loss_fn`: a tensor, or any pytree of tensors.
+
+    Raises:
+        ArgumentError: `gm` is not transformed, or `x` does not fit its forward.
+        CaptureError: The step cannot be one graph: the model or the loss reads the value of a tensor.
+    """
+    if not isinstance(gm, Transformed):
+        raise ArgumentError(f"`gm` should come from `perexfx.transform`. Found {type(gm).__name__}.")
+    state = gm.perexfx
+    arguments = named_leaves(by_name(bind_inputs(gm, x, "x")))
+    trainable = {name for name, parameter in gm.named_parameters() if parameter.requires_grad}
+    params, buffers = dict(gm.named_parameters()), dict(gm.named_buffers())
+
+    def step(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], x: Any, y: Any) -> Any:
+        leaves = {name: value.detach().requires_grad_(name in trainable) for name, value in params.items()}
+        with stateless._reparametrize_module(gm, {**leaves, **buffers}), torch.enable_grad():
+            loss = loss_fn(_call(gm, x), y)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise ArgumentError(f"`loss_fn` should return a scalar tensor. Found {found}.")
+            wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+            found = torch.autograd.grad(loss, wanted, allow_unused=True)
+        names = [name for name, leaf in leaves.items() if leaf.requires_grad]
+        return loss.detach(), state.norms, dict(zip(names, found, strict=True))
+
+    with state.set_aside():
+        state.prepare(*state.kind_of(arguments))
+        try:
+            return make_fx(_of_tensors(step, (params, buffers, x, y)), tracing_mode="fake")(params, buffers, x, y)
+        except (RuntimeError, NotImplementedError) as error:
+            raise CaptureError(
+                f"The step cannot be one graph: {error}. The model and the loss must not read the value of a tensor "
+                "(`.item()`, `if tensor`), which no graph knows."
+            ) from error
+
+
+def _call(gm: Transformed, x: Any) -> Any:
+    if isinstance(x, Mapping):
+        return gm(**x)
+    return gm(*x) if isinstance(x, tuple) else gm(x)
+
+
+def _of_tensors(step: Callable[..., Any], given: Any) -> Callable[..., Any]:
+    """The step with what is not a tensor as it was given: a graph has tensors alone for inputs."""
+    fixed = pytree.tree_leaves(given)
+
+    def of_tensors(*arguments: Any) -> Any:
+        leaves, spec = pytree.tree_flatten(arguments)
+        kept = [leaf if isinstance(leaf, Tensor) else value for leaf, value in zip(leaves, fixed, strict=True)]
+        return step(*pytree.tree_unflatten(kept, spec))
+
+    return of_tensors
+
+
+__all__ = ["step_graph"]
