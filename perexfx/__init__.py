@@ -2,6 +2,7 @@
 
 from perexfx.api import transform
 from perexfx.check import check
+from perexfx.compiled import compile_step
 from perexfx.ir.errors import (
     ArgumentError,
     BudgetError,
@@ -33,6 +34,7 @@ __all__ = [
     "ShapeError",
     "StrategyError",
     "check",
+    "compile_step",
     "gradient_gram",
     "per_example_grads",
     "per_example_norms",

@@ -41,29 +41,51 @@ def step_graph(gm: Transformed, loss_fn: LossFunction, x: GivenInputs, y: Any) -
         ArgumentError: `gm` is not transformed, or `x` does not fit its forward.
         CaptureError: The step cannot be one graph: the model or the loss reads the value of a tensor.
     """
+    step = functional_step(gm, loss_fn)
+
+    def without_factors(*given: Any) -> Any:
+        loss, norms, _, gradients = step(*given)
+        return loss, norms, gradients
+
+    return traced(gm, without_factors, x, y)
+
+
+Step = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Any, Any], Any]
+"""`(params, buffers, x, y)` to what a step finds."""
+
+
+def functional_step(gm: Transformed, loss_fn: LossFunction) -> Step:
+    """An eager step as a function: `(params, buffers, x, y) -> (loss, norms, factors, grads)`.
+
+    Raises: ArgumentError, where `gm` is not transformed.
+    """
     if not isinstance(gm, Transformed):
         raise ArgumentError(f"`gm` should come from `perexfx.transform`. Found {type(gm).__name__}.")
-    state = gm.perexfx
-    arguments = named_leaves(by_name(bind_inputs(gm, x, "x")))
     trainable = {name for name, parameter in gm.named_parameters() if parameter.requires_grad}
-    params, buffers = dict(gm.named_parameters()), dict(gm.named_buffers())
 
     def step(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], x: Any, y: Any) -> Any:
         leaves = {name: value.detach().requires_grad_(name in trainable) for name, value in params.items()}
         with stateless._reparametrize_module(gm, {**leaves, **buffers}), torch.enable_grad():
-            loss = loss_fn(_call(gm, x), y)
+            loss = loss_fn(call(gm, x), y)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise ArgumentError(f"`loss_fn` should return a scalar tensor. Found {found}.")
-            wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
-            found = torch.autograd.grad(loss, wanted, allow_unused=True)
-        names = [name for name, leaf in leaves.items() if leaf.requires_grad]
-        return loss.detach(), state.norms, dict(zip(names, found, strict=True))
+            wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+            found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        state = gm.perexfx
+        return loss.detach(), state.norms, state.clip_factors, dict(zip(wanted, found, strict=True))
 
-    with state.set_aside():
-        state.prepare(*state.kind_of(arguments))
+    return step
+
+
+def traced(gm: Transformed, step: Step, x: GivenInputs, y: Any) -> fx.GraphModule:
+    """A functional step as a graph, for the shapes of `x` and `y`. Raises: as `step_graph`."""
+    arguments = named_leaves(by_name(bind_inputs(gm, x, "x")))
+    given = dict(gm.named_parameters()), dict(gm.named_buffers()), x, y
+    with gm.perexfx.set_aside():
+        gm.perexfx.prepare(*gm.perexfx.kind_of(arguments))
         try:
-            return make_fx(_of_tensors(step, (params, buffers, x, y)), tracing_mode="fake")(params, buffers, x, y)
+            return make_fx(_of_tensors(step, given), tracing_mode="fake")(*given)
         except (RuntimeError, NotImplementedError) as error:
             raise CaptureError(
                 f"The step cannot be one graph: {error}. The model and the loss must not read the value of a tensor "
@@ -71,7 +93,8 @@ def step_graph(gm: Transformed, loss_fn: LossFunction, x: GivenInputs, y: Any) -
             ) from error
 
 
-def _call(gm: Transformed, x: Any) -> Any:
+def call(gm: Transformed, x: Any) -> Any:
+    """The module on a tensor, a tuple of positional inputs, or a dict of keyword inputs."""
     if isinstance(x, Mapping):
         return gm(**x)
     return gm(*x) if isinstance(x, tuple) else gm(x)
@@ -89,4 +112,4 @@ def _of_tensors(step: Callable[..., Any], given: Any) -> Callable[..., Any]:
     return of_tensors
 
 
-__all__ = ["step_graph"]
+__all__ = ["LossFunction", "Step", "call", "functional_step", "step_graph", "traced"]
