@@ -67,9 +67,7 @@ class CompiledStep:
                 given = {name: parameter.detach() for name, parameter in params.items()}
                 loss, norms, factors, gradients = run(given, buffers, x, y)
             self.gm.perexfx.norms, self.gm.perexfx.clip_factors = norms, factors
-            for name, gradient in gradients.items():
-                if gradient is not None:
-                    _accumulate(params[name], gradient)
+            _accumulate({params[name]: gradient for name, gradient in gradients.items() if gradient is not None})
         if self.optimizer is not None:
             self.optimizer.step()
         return loss
@@ -84,7 +82,8 @@ class CompiledStep:
         leaves, spec = pytree.tree_flatten((x, y))
         sizes = tuple((v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v for v in leaves)
         of_parameters = tuple((p.requires_grad, p.dtype, p.device) for p in params.values())
-        return spec, sizes, of_parameters, tuple(module.training for module in self._modules)
+        autocast = tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))  # which eager steps refuse
+        return spec, sizes, of_parameters, autocast, tuple(module.training for module in self._modules)
 
     def _ways(self, x: Any, y: Any) -> dict[str, Step]:
         """The ways that find for one batch what the eager step finds, by name."""
@@ -137,12 +136,20 @@ class CompiledStep:
         return found
 
 
-def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
-    """As autograd does: into what is there, in the parameter's own layout."""
-    if parameter.grad is not None:
-        parameter.grad = parameter.grad + gradient
-    else:
-        parameter.grad = gradient if gradient.stride() == parameter.stride() else gradient.contiguous()
+def _accumulate(gradients: Mapping[Tensor, Tensor]) -> None:
+    """As autograd does: into what is there, else as memory of its own in the parameter's layout.
+
+    A compiler may return one tensor for gradients that are equal.
+    """
+    taken: set[int] = set()
+    for parameter, gradient in gradients.items():
+        if parameter.grad is not None:
+            parameter.grad.add_(gradient)
+            continue
+        memory = gradient.untyped_storage()._cdata
+        is_own = memory not in taken and gradient.stride() == parameter.stride()
+        parameter.grad = gradient if is_own else torch.empty_like(parameter).copy_(gradient)
+        taken.add(memory)
 
 
 def _difference(expected: Any, found: Any) -> str:

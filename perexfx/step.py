@@ -61,9 +61,9 @@ def functional_step(gm: Transformed, loss_fn: LossFunction) -> Step:
     """
     if not isinstance(gm, Transformed):
         raise ArgumentError(f"`gm` should come from `perexfx.transform`. Found {type(gm).__name__}.")
-    trainable = {name for name, parameter in gm.named_parameters() if parameter.requires_grad}
 
     def step(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], x: Any, y: Any) -> Any:
+        trainable = {name for name, parameter in gm.named_parameters() if parameter.requires_grad}
         leaves = {name: value.detach().requires_grad_(name in trainable) for name, value in params.items()}
         with stateless._reparametrize_module(gm, {**leaves, **buffers}), torch.enable_grad():
             loss = loss_fn(call(gm, x), y)

@@ -185,3 +185,56 @@ def test_random_numbers_are_those_of_an_eager_step(way: str, take: Callable[[str
 def test_what_is_not_transformed() -> None:
     with pytest.raises(perexfx.ArgumentError, match="transform"):
         perexfx.compile_step(nn.Linear(2, 2), F.cross_entropy)  # pyright: ignore[reportArgumentType]
+
+
+class Twice(nn.Module):
+    """Two biases with the same gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 10), nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x)
+
+
+@pytest.mark.parametrize("way", ["graph", "compiled"])
+def test_every_gradient_has_memory_of_its_own(way: str, take: Callable[[str], None]) -> None:
+    take(way)
+    torch.manual_seed(0)
+    plain, fast = pair(Twice())
+    step = perexfx.compile_step(fast, F.cross_entropy)
+    x, y = torch.randn(4, 6), torch.randint(0, 10, (4,))
+    for _ in range(2):
+        F.cross_entropy(plain(x), y).backward()
+        step(x, y)
+        agree(plain, fast, 1e-5)
+    assert set(step.ways.values()) == {way}
+    memory = {parameter.grad.untyped_storage().data_ptr() for parameter in fast.parameters()}  # pyright: ignore[reportOptionalMemberAccess]
+    assert len(memory) == 4
+
+
+def test_what_is_frozen_later_gets_no_gradient(take: Callable[[str], None]) -> None:
+    take("graph")
+    torch.manual_seed(0)
+    plain, fast = pair(mlp((6, 5, 10)))
+    step = perexfx.compile_step(fast, F.cross_entropy)
+    x, y = torch.randn(4, 6), torch.randint(0, 10, (4,))
+    step(x, y)
+    for gm in (plain, fast):
+        gm.zero_grad()
+        gm.get_parameter("0.weight").requires_grad_(False)
+    step(x, y)
+    F.cross_entropy(plain(x), y).backward()
+    agree(plain, fast, 1e-5)
+    assert fast.get_parameter("0.weight").grad is None
+    assert list(step.ways.values()) == ["graph", "graph"]
+
+
+def test_autocast_is_refused_as_in_an_eager_step(take: Callable[[str], None]) -> None:
+    take("graph")
+    step = perexfx.compile_step(perexfx.transform(mlp((6, 10))), F.cross_entropy)
+    x, y = torch.randn(4, 6), torch.randint(0, 10, (4,))
+    step(x, y)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(perexfx.ModeError, match="Autocast"):
+        step(x, y)

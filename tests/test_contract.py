@@ -419,3 +419,15 @@ def test_quantities_of_shared_parameters() -> None:
         model, batch = case.build(), case.batch()
         each = perexfx.per_example_grads(model, case.loss, batch.inputs, batch.targets)
         assert_close(each, one_at_a_time(model, batch, case.loss), 1e-9, name)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_linear_layer_without_inputs() -> None:
+    """Its output is the bias."""
+    model = nn.Linear(0, 3)
+    gm = perexfx.transform(model, clip_norm=None)
+    x = torch.randn(4, 0)
+    torch.testing.assert_close(gm(x), F.linear(x, model.weight, model.bias))
+    gm(x).sum(1).mean().backward()
+    assert gm.perexfx.norms is not None
+    torch.testing.assert_close(gm.perexfx.norms, torch.full((4,), 3**0.5))

@@ -52,8 +52,8 @@ class Linear(Rule):
         if layer_input.dim() < 2 or not layer_input.is_contiguous():
             return F.linear(layer_input, weight, bias), ()
         o, i = weight.shape
-        rows = layer_input.view(layer_input.numel() // i if i else 0, i)
-        return linear(rows, weight, bias).view(*layer_input.shape[:-1], o), ()
+        *lead, _ = layer_input.shape
+        return linear(layer_input.view(math.prod(lead), i), weight, bias).view(*lead, o), ()
 
     def reads(self, arguments: Arguments, inputs: Collection[str], operands: Collection[str]) -> Collection[str]:
         """Each factor of the product for the gradient of the other."""
