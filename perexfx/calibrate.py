@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -223,4 +222,4 @@ def profile_name() -> str:
     return f"profile of {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-__all__: Sequence[Any] = ["Observation", "Quality", "fit", "observe", "profile_name", "quality", "signatures"]
+__all__ = ["Observation", "Quality", "fit", "observe", "profile_name", "quality", "signatures"]

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from perexfx.bench.measure import Timing, in_turn, peak_bytes, steps_of
 from perexfx.bench.workloads import WORKLOADS
+from perexfx.profiles import processor
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def run(names: Sequence[str], rounds: int, out: Path | None) -> list[Result]:
 def machine() -> dict[str, object]:
     """What the numbers were measured on."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": psutil.cpu_count(logical=False),
         "memory_bytes": psutil.virtual_memory().total,
         "system": platform.platform(),
@@ -77,15 +78,6 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-
-
-def _processor() -> str:
-    described = Path("/proc/cpuinfo")
-    if described.exists():
-        for line in described.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def _table(results: Sequence[Result]) -> Table:

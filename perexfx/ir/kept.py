@@ -6,14 +6,13 @@ it at every step; their weighted sum is one matrix-vector product per piece, eac
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from perexfx.ir.factors import GradientSignature, drop_examples, parameter_of
+from perexfx.ir.factors import Gradient, GradientSignature, drop_examples, parameter_of
 
 PIECE_BYTES = 16 << 20
 """C libraries get every block of more than 32 MiB from the system anew; its first touch costs more than a product."""
@@ -69,12 +68,13 @@ class Kept:
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Each element is read once."""
         first, *others = zip(self.pieces, weights.split([len(p) for p in self.pieces]), strict=True)
-        total = _weighted(*first)
+        piece, part = first
+        total = Gradient(piece).weighted_sum(part)
         for piece, part in others:
             if len(piece) == 1:
                 total.addcmul_(piece[0], part.to(piece.dtype))
             else:
-                total.add_(_weighted(piece, part))
+                total.add_(Gradient(piece).weighted_sum(part))
         return self._parameter(total)
 
     def without(self, dropped: Tensor) -> Kept:
@@ -85,12 +85,6 @@ class Kept:
     def _parameter(self, value: Tensor, *lead: int) -> Tensor:
         turned = value.transpose(-1, -2) if self.turned else value
         return parameter_of(turned, self.shape, self.axes, *lead)
-
-
-def _weighted(piece: Tensor, weights: Tensor) -> Tensor:
-    """One matrix-vector product."""
-    flat = piece.reshape(piece.shape[0], math.prod(piece.shape[1:]))
-    return (weights.to(flat.dtype) @ flat).view(piece.shape[1:])
 
 
 def joined(parts: Sequence[Kept]) -> Kept:
