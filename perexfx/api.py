@@ -24,6 +24,7 @@ from perexfx.plan import Alternatives, Plan, check_forced, make_plan
 from perexfx.profiles import current
 from perexfx.refuse import refuse_batch_statistics, refuse_other_trainables
 from perexfx.regions import faster_with_channels_last, regions_of, with_formats
+from perexfx.rehearse import Rehearsed
 from perexfx.rewrite import Transformed, rewrite, twin_of
 from perexfx.sizes import fit, operand_dtype
 from perexfx.state import PerExample, Settings
@@ -63,7 +64,7 @@ def transform(
             from norms `[B]` to factors `[B]`.
         loss_reduction: How the loss joins the examples: "mean" or "sum". It must be what the loss does.
         strategy: "auto", one strategy's name for every site it applies to, or {site name: strategy name}.
-        memory_budget: Bytes that the rewrite may add to an ordinary step; None: no bound.
+        memory_budget: Bytes by which the rewrite may raise the peak memory of a step, by prediction; None: no bound.
         batch_dim: The example axis of the inputs.
         cost_model: What "auto" goes by. "profile": predictions, by this machine's profile where `perexfx calibrate` has
             made one, else by the built-in one. "measured": the candidates are timed on the real sizes, once for this
@@ -178,14 +179,15 @@ def _plan_for(rules: tuple[Rule, ...], state: PerExample, module: nn.Module, kin
     channels_last = faster_with_channels_last(
         state.regions, graph, module, analysis, fitted, alternatives.least_seconds, machine
     )
-    return make_plan(
+    plan = make_plan(
         state.sites,
         with_formats(fitted, state.regions, channels_last),
         alternatives,
-        channels_last=channels_last,
         forced=settings.strategy,
-        memory_budget=settings.memory_budget,
+        channels_last=channels_last,
+        footprint=Rehearsed(state, kind),
     )
+    return plan if settings.memory_budget is None else plan.within(settings.memory_budget)
 
 
 COST_MODELS = ("profile", "measured")

@@ -1,60 +1,136 @@
-"""Choosing: one alternative per row, least time within a budget of bytes.
+"""Choosing under a memory budget.
 
-Promises: exact, and the same for the same rows; a budget that nothing fits raises, and names the least that would.
+Promises: the choice fits the budget. Over bytes that add up it is the fastest that fits, exactly; a peak is less than
+their sum, so the sum may be as large as the peak allows, and then every single change that makes the step faster and
+fits is made. A budget that nothing fits raises, and names the least that would.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.errors import BudgetError
 
+Rows = Sequence[Sequence[Alternative]]
+Choice = Sequence[Alternative]
 
-def choose(candidates: Sequence[Sequence[Alternative]], budget: int | None) -> list[Alternative]:
-    """One alternative per row, least total time within the budget: a multiple-choice knapsack, solved exactly.
+HALVINGS = 12
+"""How closely the bound on the sum is brought to the one that the peak allows."""
 
-    The bytes of a choice are everything held plus the largest transient. For each possible largest transient the rest
-    is a knapsack over bytes held, solved by extending row by row the choices that are not dominated.
+
+def total_bytes(choice: Choice) -> int:
+    """Everything held, and the largest transient: no peak is higher."""
+    return sum(a.bytes_held for a in choice) + max(map(_transient, choice), default=0)
+
+
+def choose(rows: Rows, budget: int, bytes_added: Callable[[Choice], int] = total_bytes) -> list[Alternative]:
+    """One alternative per row, the least time within the budget.
+
+    Args:
+        rows: The alternatives.
+        budget: Bytes that may be added.
+        bytes_added: What a choice adds.
 
     Raises:
         BudgetError: The budget is too small; the message names the least that suffices.
     """
-    fastest = [min(row, key=lambda a: a.seconds) for row in candidates]
-    if budget is None or _bytes(fastest) <= budget:
+    fastest = [min(row, key=lambda a: a.seconds) for row in rows]
+    if bytes_added(fastest) <= budget:
         return fastest
-    best: list[Alternative] | None = None
-    for cap in sorted({a.bytes_transient for row in candidates for a in row}, reverse=True):
-        allowed = [[a for a in row if a.bytes_transient <= cap] for row in candidates]
-        if not all(allowed):
-            break
-        bound = sum(a.seconds for a in best) if best else math.inf
-        found = _knapsack(allowed, budget - cap, bound)
-        best = found or best
-    if best is None:
-        raise BudgetError(
-            f"No plan fits memory_budget={budget:,} bytes. The least that would do is {least_bytes(candidates):,} "
-            "bytes at this batch size. Raise the budget or lower the batch size."
-        )
-    return best
+    found, low, high = _fastest_within(rows, budget), budget, total_bytes(fastest)
+    if found is None or bytes_added(found) > budget:
+        found = _least(rows, bytes_added)
+        if (least := bytes_added(found)) > budget:
+            raise BudgetError(
+                f"No plan fits memory_budget={budget:,} bytes. The least that would do is {least:,} "
+                "bytes at this batch size. Raise the budget or lower the batch size."
+            )
+        low = max(low, least_bytes(rows))
+    for _ in range(HALVINGS):
+        middle = (low + high) // 2
+        tried = _fastest_within(rows, middle)
+        if tried is not None and bytes_added(tried) <= budget:
+            found, low = min(found, tried, key=_seconds), middle
+        else:
+            high = middle
+    return _improved(rows, found, budget, bytes_added)
 
 
-def _bytes(choice: Sequence[Alternative]) -> int:
-    return sum(a.bytes_held for a in choice) + max((a.bytes_transient for a in choice), default=0)
-
-
-def least_bytes(candidates: Sequence[Sequence[Alternative]]) -> int:
-    """The smallest budget that some plan fits."""
+def least_bytes(rows: Rows) -> int:
+    """The smallest sum of bytes of any choice."""
     least = math.inf
-    for cap in {a.bytes_transient for row in candidates for a in row}:
-        allowed = [[a.bytes_held for a in row if a.bytes_transient <= cap] for row in candidates]
+    for cap in _caps(rows):
+        allowed = [[a.bytes_held for a in row if _transient(a) <= cap] for row in rows]
         if all(allowed):
             least = min(least, cap + sum(min(row) for row in allowed))
     return int(least)
 
 
-def _knapsack(rows: Sequence[Sequence[Alternative]], budget: int, bound: float) -> list[Alternative] | None:
+def _transient(alternative: Alternative) -> int:
+    return max(alternative.bytes_transient, alternative.bytes_summing)
+
+
+def _caps(rows: Rows) -> list[int]:
+    """The possible largest transients, the largest first."""
+    return sorted({_transient(a) for row in rows for a in row}, reverse=True)
+
+
+def _seconds(choice: Choice) -> float:
+    return sum(a.seconds for a in choice)
+
+
+def _least(rows: Rows, bytes_added: Callable[[Choice], int]) -> list[Alternative]:
+    """The choice that adds least: from the one whose sum is least, every single change that adds less."""
+    choice = _fastest_within(rows, least_bytes(rows))
+    assert choice is not None
+    added, improves = bytes_added(choice), True
+    while improves:
+        improves = False
+        for at, row in enumerate(rows):
+            for other in row:
+                tried = [*choice[:at], other, *choice[at + 1 :]]
+                if (less := bytes_added(tried)) < added:
+                    choice, added, improves = tried, less, True
+    return choice
+
+
+def _improved(
+    rows: Rows, choice: list[Alternative], budget: int, bytes_added: Callable[[Choice], int]
+) -> list[Alternative]:
+    """The choice after every single change that is faster and fits, those that gain most first."""
+    gains = sorted(
+        ((choice[at].seconds - a.seconds, at, a) for at, row in enumerate(rows) for a in row),
+        key=lambda gain: -gain[0],
+    )
+    improves = True
+    while improves:
+        improves = False
+        for _, at, other in gains:
+            tried = [*choice[:at], other, *choice[at + 1 :]]
+            if other.seconds < choice[at].seconds and bytes_added(tried) <= budget:
+                choice, improves = tried, True
+    return choice
+
+
+def _fastest_within(rows: Rows, budget: int) -> list[Alternative] | None:
+    """The fastest choice whose sum of bytes fits: a multiple-choice knapsack, solved exactly.
+
+    For each possible largest transient the rest is a knapsack over bytes held, solved by extending row by row the
+    choices that are not dominated.
+    """
+    best: list[Alternative] | None = None
+    for cap in _caps(rows):
+        allowed = [[a for a in row if _transient(a) <= cap] for row in rows]
+        if not all(allowed):
+            break
+        found = _knapsack(allowed, budget - cap, _seconds(best) if best else math.inf)
+        best = found or best
+    return best
+
+
+def _knapsack(rows: Rows, budget: int, bound: float) -> list[Alternative] | None:
     """The fastest choice with `sum(bytes_held) <= budget` and less than `bound` seconds."""
     held_after = [0] * (len(rows) + 1)
     seconds_after = [0.0] * (len(rows) + 1)

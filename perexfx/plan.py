@@ -1,17 +1,18 @@
 """Planning: sites, strategies, machine and memory budget to a plan, from shapes alone.
 
-Promises: the plan minimises predicted time under the budget exactly, and is the same for the same shapes. Each
-decision keeps every alternative, with its predicted cost or the reason why it was refused. A budget that nothing fits
-raises, and names the least that would.
+Promises: without a budget the plan takes the least predicted time at every site; a budget is kept as `choose` says. A
+plan is the same for the same shapes. Each decision keeps every alternative, with its predicted cost or the reason why
+it was refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Protocol
 
-from perexfx.choose import choose
+from perexfx.choose import Choice, choose, total_bytes
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.cost import Cost
 from perexfx.ir.errors import ArgumentError, StrategyError
@@ -21,6 +22,9 @@ from perexfx.ir.refusal import Refusal
 from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Site, are_joined, grouped
 from perexfx.ir.strategy import Strategy
+
+Key = tuple[str, str]
+"""A site and an operand, by name."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,23 @@ class Decision:
         return self.chosen.seconds + self.own_seconds
 
     @property
+    def candidates(self) -> tuple[Alternative, ...]:
+        """What might have been chosen."""
+        return (self.chosen,) if self.reason else tuple(a for a in self.alternatives if a.cost is not None)
+
+    @property
     def runner_up(self) -> Alternative | None:
         """The fastest alternative that was not taken."""
         rivals = [a for a in self.alternatives if a.cost is not None and a is not self.chosen]
         return min(rivals, key=lambda a: a.seconds, default=None)
+
+
+class Footprint(Protocol):
+    """Predicts the memory of plans."""
+
+    def bytes_added(self, plan: Plan, choice: Choice) -> int:
+        """By how many bytes the peak of a step grows with a choice: one alternative per decision of the plan."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -70,17 +87,19 @@ class Plan:
         machine: Name of the machine profile.
         memory_budget: The bound it was made under, in bytes.
         channels_last: The regions, by number, whose images lie with their channels last.
+        footprint: Predicts its memory; None: by what the choices hold together, which is too much.
     """
 
     batch_size: int
     decisions: tuple[Decision, ...]
     fitted: Mapping[str, Fitted] = field(repr=False)
     machine: str
-    memory_budget: int | None
+    memory_budget: int | None = None
     channels_last: frozenset[int] = frozenset()
+    footprint: Footprint | None = field(default=None, repr=False, compare=False)
 
     @cached_property
-    def strategies(self) -> Mapping[tuple[str, str], Strategy]:
+    def strategies(self) -> Mapping[Key, Strategy]:
         """(site, operand) -> strategy."""
         return {(d.site, d.operand): d.chosen.strategy for d in self.decisions}
 
@@ -89,11 +108,27 @@ class Plan:
         """Predicted time of all norms and clipped sums."""
         return sum(decision.seconds for decision in self.decisions)
 
-    @property
+    @cached_property
     def bytes_added(self) -> int:
-        """Predicted bytes on top of an ordinary step: everything held, and the largest transient."""
-        held = sum(decision.chosen.bytes_held for decision in self.decisions)
-        return held + max((decision.chosen.bytes_transient for decision in self.decisions), default=0)
+        """By how many bytes the peak memory of a step is predicted to grow; below zero where it shrinks."""
+        return self._added([decision.chosen for decision in self.decisions])
+
+    def bytes_added_with(self, decision: Decision, other: Alternative) -> int:
+        """The same with another alternative in place of one decision's."""
+        return self._added([other if d is decision else d.chosen for d in self.decisions])
+
+    def within(self, memory_budget: int) -> Plan:
+        """The plan of this kind that keeps a budget, in bytes that the peak may grow by.
+
+        Raises:
+            BudgetError: None does.
+        """
+        chosen = choose([decision.candidates for decision in self.decisions], memory_budget, self._added)
+        decisions = tuple(replace(d, chosen=taken) for d, taken in zip(self.decisions, chosen, strict=True))
+        return replace(self, decisions=decisions, memory_budget=memory_budget)
+
+    def _added(self, choice: Choice) -> int:
+        return total_bytes(choice) if self.footprint is None else self.footprint.bytes_added(self, choice)
 
     def __getitem__(self, site: str) -> str:
         """Name of a site's strategy."""
@@ -143,8 +178,8 @@ def make_plan(
     alternatives: Alternatives,
     *,
     forced: str | Mapping[str, str] = "auto",
-    memory_budget: int | None = None,
     channels_last: frozenset[int] = frozenset(),
+    footprint: Footprint | None = None,
 ) -> Plan:
     """The cheapest strategy for every operand of every site.
 
@@ -153,12 +188,11 @@ def make_plan(
         fitted: Site name -> the site at its shapes.
         alternatives: The strategies to choose from.
         forced: "auto", one strategy's name, or {site name: strategy name}.
-        memory_budget: Bytes that may be held on top of an ordinary step; None: no bound.
         channels_last: The regions that use that format.
+        footprint: Predicts the plan's memory.
 
     Raises:
         StrategyError: A forced strategy does not exist, or does not apply.
-        BudgetError: Nothing fits the budget.
     """
     check_forced(sites, alternatives.strategies, forced)
     joined = _joined(sites)
@@ -169,15 +203,17 @@ def make_plan(
             wanted = _wanted(site, forced) if operand is site.operands[0] else None
             rows.append(_Row(site, operand.name, signature, alternatives.of(signature), wanted, joined[site.name]))
     _check_applicable(rows, forced)
-    picked = choose([row.candidates for row in rows], memory_budget)
     decisions = []
-    for row, chosen in zip(rows, picked, strict=True):
+    for row in rows:
+        chosen = min(row.candidates, key=lambda a: a.seconds)
         found, is_first = fitted[row.site.name], row.operand == row.site.operands[0].name
         own = alternatives.own_seconds(found) if is_first else 0.0
         name, kind = row.site.name, found.rule.kind
         decisions.append(Decision(name, row.operand, kind, row.signature, chosen, row.alternatives, row.reason, own))
     n = next(iter(fitted.values())).geometry.n if fitted else 0
-    return Plan(n, tuple(decisions), fitted, alternatives.machine.name, memory_budget, channels_last)
+    return Plan(
+        n, tuple(decisions), fitted, alternatives.machine.name, channels_last=channels_last, footprint=footprint
+    )
 
 
 @dataclass(frozen=True)

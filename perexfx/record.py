@@ -179,18 +179,54 @@ class Recording(TorchDispatchMode):
         return result
 
 
-class _FakeInterpreter(fx.Interpreter):
-    """Runs a graph with fake tensors, noting which node is at work."""
+class FakeInterpreter(fx.Interpreter):
+    """Runs a graph with fake tensors.
 
-    def __init__(self, module: nn.Module, graph: fx.Graph, fake: FakeTensorMode, run: Run) -> None:
-        super().__init__(module, garbage_collect_values=False, graph=graph)
-        self.fake, self.run_record = fake, run
+    Args:
+        module: Holds what the graph names.
+        graph: To run.
+        fake: The mode whose tensors they are.
+        trains: Whether parameters have gradients, and values are forgotten after their last use: as in a step.
+
+    Attributes:
+        converted: Parameters and buffers as fake tensors, by the `id` of the real one.
+    """
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, fake: FakeTensorMode, *, trains: bool) -> None:
+        super().__init__(module, garbage_collect_values=trains, graph=graph)
+        self._given, self.fake, self.trains = graph, fake, trains
         self.converted: dict[int, Tensor] = {}
         self.extra_traceback = False
+
+    def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An argument; keyword arguments without a name of their own are none, which every call is checked for."""
+        return {} if target.startswith("**") else super().placeholder(target, args, kwargs)
+
+    def fetch_attr(self, target: str) -> Any:
+        """Parameters and buffers as fake tensors, each always the same one."""
+        value = super().fetch_attr(target)
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in self.converted:
+            found = self.fake.from_tensor(value.detach(), static_shapes=True)
+            self.converted[id(value)] = found.requires_grad_(self.trains and value.requires_grad)
+        return self.converted[id(value)]
+
+    def fetch_attributes(self) -> list[Tensor]:
+        """All that the graph names, as fake tensors."""
+        found = [self.fetch_attr(str(node.target)) for node in self._given.nodes if node.op == "get_attr"]
+        return [value for value in found if isinstance(value, Tensor)]
+
+
+class _RecordingInterpreter(FakeInterpreter):
+    """Notes which node is at work."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, fake: FakeTensorMode, run: Run) -> None:
+        super().__init__(module, graph, fake, trains=False)
+        self.run_record = run
         self.of_inputs: set[fx.Node] = set()
-        for node in graph.nodes:  # before anything is recorded: making them fake reads them
-            if node.op == "get_attr":
-                self.fetch_attr(str(node.target))
+        self.fetch_attributes()  # before anything is recorded: making them fake reads them
+        for node in graph.nodes:
             if node.op == "placeholder" or self.of_inputs.intersection(node.all_input_nodes):
                 self.of_inputs.add(node)
 
@@ -200,10 +236,6 @@ class _FakeInterpreter(fx.Interpreter):
         value = super().run_node(n)
         self.run_record.values[n.name] = value
         return value
-
-    def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An argument; keyword arguments without a name of their own are none, which every call is checked for."""
-        return {} if target.startswith("**") else super().placeholder(target, args, kwargs)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call; of a custom function its backward too."""
@@ -222,15 +254,6 @@ class _FakeInterpreter(fx.Interpreter):
         # what was computed for gradients of parameters is theirs to sum
         run.calls[start:] = _needed(run.calls[start:], [*leaves_of(found.result), *sums])
         return found.result
-
-    def fetch_attr(self, target: str) -> Any:
-        """Parameters and buffers as fake tensors, each always the same one."""
-        value = super().fetch_attr(target)
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in self.converted:
-            self.converted[id(value)] = self.fake.from_tensor(value.detach(), static_shapes=True)
-        return self.converted[id(value)]
 
 
 def _needed(calls: list[Call], results: Sequence[Any]) -> list[Call]:
@@ -256,16 +279,11 @@ def record(graph: fx.Graph, module: nn.Module, inputs: Inputs, batch_dim: int, n
     Raises:
         RefusedError: A node fails on these shapes.
     """
-    run = Run(n)
-    values = run.inputs
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    rows = zip(inputs.names, inputs.shapes, inputs.dtypes, inputs.devices, inputs.carriers, strict=True)
-    interpreter = _FakeInterpreter(module, graph, fake, run)
+    run = Run(n, fake_inputs(fake, inputs, batch_dim, n))
+    interpreter = _RecordingInterpreter(module, graph, fake, run)
     with fake, torch.no_grad():
-        for name, shape, dtype, device, carries in rows:
-            size = (*shape[:batch_dim], n, *shape[batch_dim + 1 :]) if carries else shape
-            values[name] = torch.empty(size, dtype=dtype, device=device)
-        arguments = arguments_for(graph, values)
+        arguments = arguments_for(graph, run.inputs)
         torch_log = logging.getLogger("torch._subclasses.fake_tensor")
         level = torch_log.level
         torch_log.setLevel(logging.CRITICAL)
@@ -281,3 +299,14 @@ def record(graph: fx.Graph, module: nn.Module, inputs: Inputs, batch_dim: int, n
         finally:
             torch_log.setLevel(level)
     return run
+
+
+def fake_inputs(fake: FakeTensorMode, inputs: Inputs, batch_dim: int, n: int) -> dict[str, Tensor]:
+    """The tensors of one kind of input, for a batch of n, as fake tensors by name."""
+    found = {}
+    rows = zip(inputs.names, inputs.shapes, inputs.dtypes, inputs.devices, inputs.carriers, strict=True)
+    with fake:
+        for name, shape, dtype, device, carries in rows:
+            size = (*shape[:batch_dim], n, *shape[batch_dim + 1 :]) if carries else shape
+            found[name] = torch.empty(size, dtype=dtype, device=device)
+    return found

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from perexfx.ir.site import Site, are_joined, grouped
 from perexfx.plan import Plan
 from perexfx.regions import Region
 from perexfx.tape import Tape
+
+if TYPE_CHECKING:
+    from perexfx.rehearse import Rehearsal
 
 Clipping = str | Callable[[Tensor], Tensor]
 
@@ -55,6 +58,8 @@ class PerExample(nn.Module):
         sites: Every use of a trainable parameter, in graph order.
         regions: The parts of the graph whose images may lie with their channels last.
         groups: The sites that share parameters, by the name of the first.
+        plans: Kind of input and batch size -> plan, of all that were made.
+        rehearsals: Kind of input and regions with channels last -> batch size -> what a step holds at every moment.
         joined: Names of the groups whose per-example gradients must be added before their norm is taken.
         settings: What `transform` was asked for.
         plan: The plan of the last forward, or the one made ahead of time; None before there is one.
@@ -88,7 +93,8 @@ class PerExample(nn.Module):
         self.gradients: dict[str, Tensor] | None = None
         self._planner = planner
         self._analyses: dict[Inputs, Analysis] = {}
-        self._plans: dict[tuple[Inputs, int], Plan] = {}
+        self.plans: dict[tuple[Inputs, int], Plan] = {}
+        self.rehearsals: dict[tuple[Inputs, frozenset[int]], dict[int, Rehearsal | None]] = {}
         self.groups = grouped(self.sites)
         self.joined = frozenset(name for name, members in self.groups.items() if are_joined(members))
         self._by_name = {site.name: site for site in self.sites}
@@ -98,7 +104,7 @@ class PerExample(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the link to the module, which that restores, and what is known of past inputs."""
-        return {**self.__dict__, "_owner": None, "_analyses": {}, "_plans": {}}
+        return {**self.__dict__, "_owner": None, "_analyses": {}, "plans": {}, "rehearsals": {}}
 
     def extra_repr(self) -> str:
         """A line for `print(gm)`."""
@@ -130,7 +136,7 @@ class PerExample(nn.Module):
             return Tape(self, None, 0)
         self._check_trainable()
         kind, n = self.kind_of(arguments)
-        self.plan = self._plans.get((kind, n)) or self.prepare(kind, n)
+        self.plan = self.plans.get((kind, n)) or self.prepare(kind, n)
         return Tape(self, self.plan, n)
 
     def kind_of(self, arguments: Mapping[str, Any]) -> tuple[Inputs, int]:
@@ -141,7 +147,7 @@ class PerExample(nn.Module):
     def set_aside(self) -> Iterator[None]:
         """What is set, planned, or left behind by a backward in the meantime is undone."""
         before = dict(self.__dict__)
-        self._analyses, self._plans = dict(self._analyses), {}
+        self._analyses, self.plans = dict(self._analyses), {}
         try:
             yield
         finally:
@@ -151,9 +157,9 @@ class PerExample(nn.Module):
     def prepare(self, kind: Inputs, n: int) -> Plan:
         """Makes the plan for one kind of input and batch size, and remembers it."""
         self.plan = self._planner(self, self.owner, kind, n)
-        while len(self._plans) >= PLANS_KEPT:
-            del self._plans[next(iter(self._plans))]
-        self._plans[kind, n] = self.plan
+        while len(self.plans) >= PLANS_KEPT:
+            del self.plans[next(iter(self.plans))]
+        self.plans[kind, n] = self.plan
         return self.plan
 
     def known(self, kind: Inputs) -> Analysis | None:

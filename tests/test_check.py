@@ -427,7 +427,7 @@ def test_everything_is_left_as_it_was() -> None:
     hooked: list[Tensor] = []
     model.first.weight.register_hook(hooked.append)
     state = gm.perexfx
-    before = dict(vars(state)), dict(state._plans), dict(state._analyses)
+    before = dict(vars(state)), dict(state.plans), dict(state._analyses)
     gradients = {name: p.grad for name, p in gm.named_parameters()}
     flags = [m.training for m in (*gm.modules(), *model.modules())]
     fails = FailsAlone(model)
@@ -436,7 +436,7 @@ def test_everything_is_left_as_it_was() -> None:
         assert perexfx.check(gm, given, model=model)
         with pytest.raises(perexfx.ArgumentError, match="does not run on example 0 alone"):
             perexfx.check(gm, given, model=fails)
-    assert (dict(vars(state)), state._plans, state._analyses) == before
+    assert (dict(vars(state)), state.plans, state._analyses) == before
     assert all(p.grad is gradients[name] for name, p in gm.named_parameters())
     assert [m.training for m in (*gm.modules(), *model.modules())] == flags
     assert torch.equal(torch.get_rng_state(), random)

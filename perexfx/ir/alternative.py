@@ -32,5 +32,10 @@ class Alternative:
 
     @property
     def bytes_transient(self) -> int:
-        """Alive for a moment on top of that."""
+        """Alive for a moment on top of that, while the norms are formed."""
         return self.cost.bytes_transient if self.cost else 0
+
+    @property
+    def bytes_summing(self) -> int:
+        """The same while the clipped sum is formed."""
+        return self.cost.bytes_summing if self.cost else 0

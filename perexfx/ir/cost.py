@@ -29,12 +29,16 @@ class Cost:
     Attributes:
         work: From the output gradient to the parameter's clipped sum.
         bytes_held: Kept alive from the site's backward until the clip node.
-        bytes_transient: The most that is alive for a moment on top of that.
+        bytes_transient: The most that is alive for a moment on top of that, while the norms are formed.
+        bytes_summing: The same while the clipped sum is formed, without the sum itself.
+        holds_factors: Whether what is held are the factors as the backward left them, whose memory others may share.
     """
 
     work: tuple[Work, ...]
     bytes_held: int
     bytes_transient: int = 0
+    bytes_summing: int = 0
+    holds_factors: bool = False
 
     @property
     def flops(self) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from perexfx.ir.convolution import ConvolutionSignature
-from perexfx.ir.cost import Work
+from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import ProductSignature, RowsSignature, Signature
 from perexfx.ir.gemm import SMALL_EACH
+from perexfx.ir.kept import PIECE_BYTES
 
 
 def parameter_elements(signature: Signature) -> int:
@@ -50,6 +51,49 @@ def finish_product(signature: Signature, itemsize: int) -> tuple[Work, ...]:
         scaled = signature.n * signature.t * signature.d
         product = Work("index", bytes=itemsize * (scaled + parameter_elements(signature)))
     return Work("memory", bytes=2 * itemsize * scaled), product
+
+
+def held_factors(signature: Signature, itemsize: int, work: tuple[Work, ...], bytes_transient: int = 0) -> Cost:
+    """The cost of a strategy that holds the factors, from its work up to the norms."""
+    return Cost(
+        (*work, *finish_product(signature, itemsize)),
+        bytes_held=signature.held_elements * itemsize,
+        bytes_transient=bytes_transient,
+        bytes_summing=itemsize * _summing_elements(signature),
+        holds_factors=True,
+    )
+
+
+def kept_gradients(signature: Signature, itemsize: int, work: tuple[Work, ...], bytes_transient: int = 0) -> Cost:
+    """The cost of a strategy that holds per-example gradients, from its work up to the norms."""
+    size = parameter_elements(signature) * itemsize
+    return Cost(
+        (*work, finish_kept(signature, itemsize)),
+        bytes_held=signature.n * size,
+        bytes_transient=bytes_transient,
+        bytes_summing=size if signature.n * size > PIECE_BYTES else 0,
+    )
+
+
+def _summing_elements(signature: Signature) -> int:
+    """Elements of the scaled factor, and of the unfolded input where there is one."""
+    if isinstance(signature, ConvolutionSignature):
+        if signature.is_sum_by_product:
+            return signature.unfolded_elements + 2 * signature.output_elements
+        scaled = min(signature.input_elements, signature.output_elements)
+        return scaled + kernel_gradient_elements(signature, signature.n)
+    if isinstance(signature, ProductSignature):
+        return signature.n * signature.g * signature.t * min(signature.i, signature.o)
+    assert isinstance(signature, RowsSignature)
+    return signature.n * signature.t * signature.d
+
+
+def kernel_gradient_elements(signature: ConvolutionSignature, examples: int) -> int:
+    """Elements that oneDNN copies into its own formats for one kernel gradient of so many examples."""
+    kernel, images = parameter_elements(signature), signature.held_elements * examples // max(1, signature.n)
+    if signature.channels_last:
+        return 3 * kernel if images >= kernel else kernel + 2 * images  # copied into the default format first
+    return kernel + images
 
 
 def batched_product(count: int, flops: int, moved: int) -> Work:

@@ -12,7 +12,7 @@ from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Product, ProductSignature, Rows, RowsSignature, Signature
 from perexfx.ir.gemm import products
-from perexfx.strategies.costs import batched_product, finish_product
+from perexfx.strategies.costs import batched_product, held_factors
 
 CHUNK_ELEMENTS = 1 << 20
 """Gram matrices are formed for as many examples at a time as fit this many elements, so that they stay in cache."""
@@ -59,8 +59,7 @@ class Gram:
             Work("cache", bytes=4 * itemsize * squares, calls=2 * chunks),
         )
         transient += 2 * itemsize * min(squares, max(CHUNK_ELEMENTS, t * t))
-        finish = finish_product(signature, itemsize)
-        return Cost((*copies, *work, *finish), signature.held_elements * itemsize, transient)
+        return held_factors(signature, itemsize, (*copies, *work), transient)
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
         """Exact; two t x t matrices per example at a time."""

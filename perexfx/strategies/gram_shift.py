@@ -13,7 +13,7 @@ from perexfx.ir.convolution import Convolution, ConvolutionGeometry, Convolution
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Signature
 from perexfx.ir.gemm import products
-from perexfx.strategies.costs import batched_product, finish_product
+from perexfx.strategies.costs import batched_product, held_factors
 from perexfx.strategies.gram import sum_of_products
 
 CHUNK_ELEMENTS = 1 << 19
@@ -98,9 +98,8 @@ class GramShift:
             batched_product(2 * grams, grams * flops, itemsize * (read + 2 * grams * largest)),
             Work("cache", bytes=itemsize * grams * moved, calls=chunks * calls),
         )
-        finish = finish_product(signature, itemsize)
         transient = 3 * itemsize * max(min(grams * largest, CHUNK_ELEMENTS), largest)
-        return Cost((*work, *finish), signature.held_elements * itemsize, transient)
+        return held_factors(signature, itemsize, work, transient)
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
         """Exact; neither the unfolded input nor a gradient is formed."""

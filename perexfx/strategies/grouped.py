@@ -11,7 +11,7 @@ from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Signature, squared_norms_of
 from perexfx.ir.kept import Kept
-from perexfx.strategies.costs import finish_kept, parameter_elements, read_for_norm
+from perexfx.strategies.costs import kept_gradients, kernel_gradient_elements, parameter_elements, read_for_norm
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,14 @@ class Grouped:
         """The flops of the ordinary kernel gradient; n gradients are written, read and kept."""
         assert isinstance(signature, ConvolutionSignature)
         kept = signature.n * parameter_elements(signature)
-        parts = -(-signature.n // examples_at_a_time(signature, itemsize))
+        at_a_time = examples_at_a_time(signature, itemsize)
+        parts = -(-signature.n // at_a_time)
+        copied = itemsize * kernel_gradient_elements(signature, min(at_a_time, signature.n))
         flops = signature.weight_gradient_flops
         work = (Work("convolution_weight_grouped", flops, itemsize * kept, calls=parts),)
         if signature.channels_last:
             work = (*work, Work("memory", bytes=2 * itemsize * signature.held_elements, calls=2 * parts))
-        return Cost((*work, read_for_norm(kept, itemsize), finish_kept(signature, itemsize)), kept * itemsize)
+        return kept_gradients(signature, itemsize, (*work, read_for_norm(kept, itemsize)), copied)
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
         """Norms of the formed gradients, which are kept."""

@@ -12,8 +12,9 @@ from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Signature, squared_norms_of
 from perexfx.ir.kept import Kept, axes_in_memory
 from perexfx.strategies.costs import (
-    finish_kept,
-    finish_product,
+    held_factors,
+    kept_gradients,
+    kernel_gradient_elements,
     parameter_elements,
     read_for_norm,
 )
@@ -50,10 +51,10 @@ class Loop:
             calls=signature.n,
         )
         norms = read_for_norm(signature.n * parameter_elements(signature), itemsize)
+        copied = itemsize * kernel_gradient_elements(signature, 1)
         if self.keep:
-            return Cost((work, norms, finish_kept(signature, itemsize)), bytes_held=one * signature.n)
-        finish = finish_product(signature, itemsize)
-        return Cost((work, norms, *finish), bytes_held=signature.held_elements * itemsize, bytes_transient=one)
+            return kept_gradients(signature, itemsize, (work, norms), copied)
+        return held_factors(signature, itemsize, (work, norms), copied + one)
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
         """Norms of the formed gradients, one after the other."""

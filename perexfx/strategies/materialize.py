@@ -26,7 +26,8 @@ from perexfx.ir.kept import PIECE_BYTES, Kept, joined, pieces_of
 from perexfx.strategies.costs import (
     batched_product,
     finish_kept,
-    finish_product,
+    held_factors,
+    kept_gradients,
     parameter_elements,
     read_for_norm,
 )
@@ -62,12 +63,11 @@ class Materialize:
         if isinstance(signature, RowsSignature):
             rows = signature.n * signature.t * signature.d
             work = (Work("index", bytes=3 * itemsize * rows, calls=6), read_for_norm(rows, itemsize))
-            finish = finish_product(signature, itemsize)
-            return Cost((*work, *finish), signature.held_elements * itemsize, bytes_transient=rows * itemsize)
+            return held_factors(signature, itemsize, work, bytes_transient=rows * itemsize)
         kept = signature.n * parameter_elements(signature)
         norms = read_for_norm(kept, itemsize)
         if isinstance(signature, GradientSignature):
-            return Cost((norms, finish_kept(signature, itemsize)), kept * itemsize)
+            return Cost((norms, finish_kept(signature, itemsize)), kept * itemsize, holds_factors=True)
         if isinstance(signature, ProductSignature):
             flops, read = 2 * signature.t * kept, signature.held_elements
             copies: tuple[Work, ...] = ()
@@ -83,10 +83,9 @@ class Materialize:
                 copies = (*copies, Work("memory", bytes=moved, calls=signature.n))
         product = batched_product(signature.n, flops, itemsize * (read + kept))
         if self.keep:
-            return Cost((*copies, product, norms, finish_kept(signature, itemsize)), kept * itemsize, transient)
-        finish = finish_product(signature, itemsize)
+            return kept_gradients(signature, itemsize, (*copies, product, norms), transient)
         transient += max(min(kept * itemsize, PIECE_BYTES), parameter_elements(signature) * itemsize)
-        return Cost((*copies, product, norms, *finish), signature.held_elements * itemsize, transient)
+        return held_factors(signature, itemsize, (*copies, product, norms), transient)
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
         """Norms of the formed gradients."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Product, ProductSignature, Signature, squared_norms_of
-from perexfx.strategies.costs import finish_product
+from perexfx.strategies.costs import held_factors
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Outer:
         """One read of both factors, and one product after the clip node."""
         held = signature.held_elements * itemsize
         norms = Work("reduce", flops=2 * signature.held_elements, bytes=held, calls=2)
-        return Cost((norms, *finish_product(signature, itemsize)), bytes_held=held)
+        return held_factors(signature, itemsize, (norms,))
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
         """Exact; nothing is formed."""

@@ -127,7 +127,7 @@ def _totals(plan: Plan) -> str:
         budget = f"memory budget {plan.memory_budget / _MEGABYTE:.2f} MB"
     return (
         f"predicted by the {plan.machine}: {plan.seconds * 1e3:.3f} ms for all norms and clipped sums, "
-        f"{plan.bytes_added / _MEGABYTE:.2f} MB at most on top of an ordinary step ({budget})"
+        f"{plan.bytes_added / _MEGABYTE:+.2f} MB at the peak of a step ({budget})"
     )
 
 
@@ -143,7 +143,7 @@ def _formats(state: PerExample, plan: Plan) -> str:
 def _row(site: Site, plan: Plan) -> Row:
     decisions = [decision for decision in plan.decisions if decision.site == site.name]
     first = decisions[0]
-    next_best, why_not = _rival(first, plan.memory_budget)
+    next_best, why_not = _rival(first, plan)
     if first.reason.endswith("does not apply"):
         why_not = f"{why_not}; {first.reason}"
     if misfit := plan.fitted[site.name].misfit:
@@ -160,17 +160,17 @@ def _row(site: Site, plan: Plan) -> Row:
     )
 
 
-def _rival(decision: Decision, budget: int | None) -> tuple[str, str]:
+def _rival(decision: Decision, plan: Plan) -> tuple[str, str]:
     if decision.reason.startswith(("joined", "pulled")):
         return "-", decision.reason
     rival = decision.runner_up
     if rival is None:
         refused = next((a for a in decision.alternatives if a.refusal), None)
         return "-", "only choice" if refused is None else f"only choice ({refused.strategy.name}: {refused.refusal})"
-    return rival.strategy.name, _comparison(rival, decision, budget)
+    return rival.strategy.name, _comparison(rival, decision, plan)
 
 
-def _comparison(rival: Alternative, decision: Decision, budget: int | None) -> str:
+def _comparison(rival: Alternative, decision: Decision, plan: Plan) -> str:
     """By how much a rival lost, or why it could not win."""
     chosen = decision.chosen
     ratio = rival.seconds / chosen.seconds if chosen.seconds else float("inf")
@@ -179,5 +179,5 @@ def _comparison(rival: Alternative, decision: Decision, budget: int | None) -> s
         return times
     if decision.reason:
         return f"{times}, but {chosen.strategy.name} was asked for"
-    assert budget is not None
-    return f"{times}, but {(rival.bytes_held - chosen.bytes_held) / _MEGABYTE:+.2f} MB held"
+    peak = plan.bytes_added_with(decision, rival)
+    return f"{times}, but {peak / _MEGABYTE:+.2f} MB at the peak"

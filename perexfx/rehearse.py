@@ -1,0 +1,312 @@
+"""Rehearsal: what an ordinary and a clipped step hold at every moment, with fake tensors.
+
+Promises: nothing is computed, and the module and its state are left as they are. A rehearsal is made once and tells
+the memory of every choice of strategies: it notes when each site hands over its factors, in which storages they lie,
+and when the clip node has summed them. The loss is not known; it is taken for a cross-entropy over the last axis.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from perexfx.choose import Choice, total_bytes
+from perexfx.inputs import Inputs, arguments_for
+from perexfx.ir.alternative import Alternative
+from perexfx.ir.cost import Cost
+from perexfx.ir.factors import Factors, Signature
+from perexfx.kernels import hidden_bytes, workspace_bytes
+from perexfx.plan import Key, Plan
+from perexfx.record import FakeInterpreter, fake_inputs, leaves_of
+from perexfx.state import PerExample
+from perexfx.timeline import Span, Timeline
+
+_logger = logging.getLogger("perexfx")
+
+
+@dataclass(frozen=True)
+class HandedOver:
+    """The factors of one operand of one site.
+
+    Attributes:
+        at: The tick at which the site handed them over.
+        until: The tick at which the clip node has summed them.
+        storages: Where they lie, of the clipped step's timeline.
+    """
+
+    at: int
+    until: int
+    storages: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """The memory of one step, for one batch size and every choice of strategies.
+
+    Attributes:
+        n: Number of examples.
+        ordinary: The step without clipping.
+        clipped: The clipped step as if nothing were held for the clip node.
+        handed_over: (site, operand) -> its factors; those whose strategy is a choice.
+    """
+
+    n: int
+    ordinary: Timeline
+    clipped: Timeline
+    handed_over: Mapping[Key, HandedOver]
+
+    def bytes_added(self, chosen: Mapping[Key, Alternative]) -> int:
+        """Peak memory of the clipped step less that of the ordinary step; below zero where clipping needs less."""
+        return self.clipped_bytes(chosen) - self.ordinary.peak()
+
+    def clipped_bytes(self, chosen: Mapping[Key, Alternative]) -> int:
+        """Peak memory of the clipped step with a choice of strategies."""
+        lives_until: dict[int, int] = {}
+        others: list[Span] = []
+        for key, handed in self.handed_over.items():
+            cost = chosen[key].cost
+            assert cost is not None
+            others.append(Span(handed.at, handed.at + 1, cost.bytes_transient))
+            others.append(Span(handed.until, handed.until + 1, cost.bytes_summing))
+            if cost.holds_factors:
+                lives_until |= {at: max(handed.until + 1, lives_until.get(at, 0)) for at in handed.storages}
+            else:
+                others.append(Span(handed.at, handed.until + 1, cost.bytes_held))
+        return self.clipped.peak(lives_until, others)
+
+    def between(self, other: Rehearsal, n: int) -> Rehearsal | None:
+        """The rehearsal for another batch size; None where the two differ in more than sizes."""
+        ordinary = self.ordinary.between(self.n, other.ordinary, other.n, n)
+        clipped = self.clipped.between(self.n, other.clipped, other.n, n)
+        if ordinary is None or clipped is None or self.handed_over != other.handed_over:
+            return None
+        return Rehearsal(n, ordinary, clipped, self.handed_over)
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """The memory of the plans for one kind of input, by rehearsal: one each for two batch sizes, when first asked.
+
+    Where a step cannot be rehearsed, what a choice holds is taken, which is more.
+
+    Attributes:
+        state: Of the transformed module; remembers rehearsals.
+        inputs: The kind of input.
+    """
+
+    state: PerExample
+    inputs: Inputs
+
+    def bytes_added(self, plan: Plan, choice: Choice) -> int:
+        """By how many bytes the peak of a step grows with a choice: one alternative per decision of the plan."""
+        rehearsal = self._rehearsal(plan)
+        if rehearsal is None:
+            return total_bytes(choice)
+        return rehearsal.bytes_added({(d.site, d.operand): a for d, a in zip(plan.decisions, choice, strict=True)})
+
+    def _rehearsal(self, plan: Plan) -> Rehearsal | None:
+        known, n = self.state.rehearsals.setdefault((self.inputs, plan.channels_last), {}), plan.batch_size
+        if n not in known:
+            first, second = (*known.values(), None, None)[:2]
+            found = first.between(second, n) if first and second else None
+            if found is None:
+                try:
+                    owner = self.state.owner
+                    assert isinstance(owner, fx.GraphModule)
+                    found = rehearse(owner, self.state, plan, self.inputs)
+                except Exception as error:  # whatever a model does with fake tensors
+                    _logger.info("The step cannot be rehearsed; its memory is overestimated: %s", error)
+            if len(known) >= REHEARSALS_KEPT:
+                del known[list(known)[2]]
+            known[n] = found
+        return known[n]
+
+
+REHEARSALS_KEPT = 8
+"""Of one kind of input; from the first two the others follow."""
+
+
+def rehearse(gm: fx.GraphModule, state: PerExample, plan: Plan, inputs: Inputs) -> Rehearsal:
+    """What an ordinary and a clipped step hold, from running them with fake tensors.
+
+    Args:
+        gm: The transformed module.
+        state: Its state.
+        plan: For the batch size; what it chose does not matter.
+        inputs: The kind of input.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with state.set_aside(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the real run gives them too
+        given = fake_inputs(fake, inputs, state.settings.batch_dim, plan.batch_size)
+        ordinary = _Recorder()
+        _step(gm, state.captured.graph, fake, given, ordinary)
+        clipped = _Recorder()
+        state.plans[inputs, plan.batch_size] = _watched(plan, clipped)
+        _step(gm, gm.graph, fake, given, clipped)
+    return Rehearsal(plan.batch_size, ordinary.timeline(), clipped.timeline(), clipped.handed_over())
+
+
+def _step(
+    gm: fx.GraphModule, graph: fx.Graph, fake: FakeTensorMode, given: Mapping[str, Tensor], recorder: _Recorder
+) -> None:
+    """Forward, loss and backward."""
+    interpreter = FakeInterpreter(gm, graph, fake, trains=True)
+    parameters = [value for value in interpreter.fetch_attributes() if value.requires_grad]
+    with fake:
+        recorder.ignore([*given.values(), *interpreter.converted.values()])
+        with recorder, torch.enable_grad():
+            loss = _loss(interpreter.run(*arguments_for(graph, given)))
+            interpreter.env.clear()
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            del loss, gradients
+
+
+def _loss(output: Any) -> Tensor:
+    """A cross-entropy over the last axis of everything that has a gradient."""
+    parts = []
+    for value in leaves_of(output):
+        if not value.is_floating_point() or not value.requires_grad:
+            continue
+        if value.dim() < 2:
+            parts.append(value.sum())
+            continue
+        logits = value.flatten(0, -2)
+        parts.append(F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=value.device)))
+    return torch.stack(parts).sum()
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes when every storage comes and goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tick = 0
+        self.spans: list[Span] = []
+        self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}
+        self._ignored: set[int] = set()
+        self._handed: dict[Key, tuple[int, tuple[int, ...]]] = {}
+        self._summed: dict[Key, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in leaves_of(result):
+            self._note(tensor)
+        if workspace := workspace_bytes(func, args):
+            at, _ = self._alive[_address(leaves_of(result)[-1])]
+            self.spans[at] = replace(self.spans[at], bytes=workspace)
+        if hidden := hidden_bytes(func, args, result):
+            self.spans.append(Span(self._next(), self.tick + 1, hidden))
+        return result
+
+    def ignore(self, tensors: Sequence[Tensor]) -> None:
+        """What is there before the step."""
+        self._ignored |= {_address(tensor) for tensor in tensors}
+
+    def _note(self, tensor: Tensor) -> None:
+        address = _address(tensor)
+        if address in self._alive or address in self._ignored:
+            return
+        at, storage = len(self.spans), tensor.untyped_storage()
+        self.spans.append(Span(self._next(), -1, storage.nbytes()))
+        self._alive[address] = at, weakref.ref(storage, lambda _: self._gone(address))
+
+    def _gone(self, address: int) -> None:
+        at, _ = self._alive.pop(address)
+        self.spans[at] = replace(self.spans[at], end=self._next())
+
+    def _next(self) -> int:
+        self.tick += 1
+        return self.tick
+
+    def hand_over(self, key: Key, factors: Factors) -> None:
+        """Notes that a site has left its factors."""
+        places = (self._alive.get(_address(tensor)) for tensor in leaves_of(factors))
+        self._handed[key] = self._next(), tuple(dict.fromkeys(place[0] for place in places if place is not None))
+
+    def sum_up(self, key: Key) -> None:
+        """Notes that the clip node has summed a site's factors."""
+        self._summed[key] = self._next()
+
+    def handed_over(self) -> dict[Key, HandedOver]:
+        """What was handed over, by (site, operand)."""
+        return {key: HandedOver(at, self._summed[key], storages) for key, (at, storages) in self._handed.items()}
+
+    def timeline(self) -> Timeline:
+        """All storages; those that are still there live to the end."""
+        end = self.tick + 1
+        return Timeline(end, tuple(replace(s, end=end) if s.end < 0 else s for s in self.spans))
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """A strategy that notes what it is given, and keeps nothing of it."""
+
+    key: Key
+    recorder: _Recorder
+    name: str = "watch"
+
+    def refuses(self, signature: Signature) -> str | None:
+        """Nothing."""
+        return None
+
+    def cost(self, signature: Signature, itemsize: int) -> Cost:
+        """None."""
+        return Cost((), 0)
+
+    def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
+        """Zeros."""
+        self.recorder.hand_over(self.key, factors)
+        example = next(iter(leaves_of(factors)))
+        numbers = next((t for t in leaves_of(factors) if t.is_floating_point()), example)
+        left = _Left(self.key, self.recorder, factors.signature, numbers.dtype)
+        return numbers.new_zeros(factors.signature.n, dtype=torch.promote_types(numbers.dtype, torch.float32)), left
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What is left of factors that were watched: their sizes."""
+
+    key: Key
+    recorder: _Recorder
+    signature: Signature
+    dtype: torch.dtype
+
+    def gradients(self) -> Tensor:
+        """Not asked for: no gradients are kept in a rehearsal."""
+        raise AssertionError("a rehearsal keeps no per-example gradients")
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Zeros of the parameter's shape."""
+        total = weights.new_zeros(self.signature.shape, dtype=self.dtype)
+        self.recorder.sum_up(self.key)
+        return total
+
+    def without(self, dropped: Tensor) -> _Left:
+        """The same."""
+        return self
+
+
+def _watched(plan: Plan, recorder: _Recorder) -> Plan:
+    """The plan with every strategy watched instead of carried out."""
+    decisions = tuple(
+        replace(d, chosen=Alternative(_Watch((d.site, d.operand), recorder), 0.0, Cost((), 0))) for d in plan.decisions
+    )
+    return replace(plan, decisions=decisions)
+
+
+__all__ = ["HandedOver", "Rehearsal", "Rehearsed", "rehearse"]

@@ -1,0 +1,77 @@
+"""What a step holds at every moment, and the most that it ever holds.
+
+Promises: a timeline counts storages, so memory that several tensors share counts once; it says what would be held if
+some storages lived longer and if others came in between, without another run. Two timelines of one step give that of
+any batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+
+@dataclass(frozen=True)
+class Span:
+    """Memory that is held for a while.
+
+    Attributes:
+        start: The tick at which it is there for the first time.
+        end: The tick at which it is there no more.
+        bytes: How much.
+    """
+
+    start: int
+    end: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The storages of one step; parameters and inputs, which are there before, do not count.
+
+    Attributes:
+        ticks: How many there are: one for every storage that comes or goes, and for every event of interest.
+        storages: In the order in which they came.
+    """
+
+    ticks: int
+    storages: tuple[Span, ...]
+
+    def peak(self, lives_until: Mapping[int, int] | None = None, others: Iterable[Span] = ()) -> int:
+        """The most bytes that are held at once.
+
+        Args:
+            lives_until: Storage -> a tick up to which it lives, where that is longer than it does by itself.
+            others: What is held besides.
+        """
+        longer = lives_until or {}
+        changes = [0] * (self.ticks + 2)
+        for at, span in enumerate(self.storages):
+            changes[span.start] += span.bytes
+            changes[max(span.end, longer.get(at, 0))] -= span.bytes
+        for span in others:
+            changes[span.start] += span.bytes
+            changes[span.end] -= span.bytes
+        return max(accumulate(changes))
+
+    def between(self, n: int, other: Timeline, other_n: int, wanted: int) -> Timeline | None:
+        """The timeline for another batch size; None where the two differ in more than sizes.
+
+        Args:
+            n: The batch size of this one.
+            other: The same step for another batch size.
+            other_n: That batch size.
+            wanted: The batch size asked for.
+        """
+        pairs = list(zip(self.storages, other.storages, strict=False))
+        if len(self.storages) != len(other.storages) or any((a.start, a.end) != (b.start, b.end) for a, b in pairs):
+            return None
+        grown = (a.bytes + (b.bytes - a.bytes) * (wanted - n) // (other_n - n) for a, b in pairs)
+        return replace(
+            self, storages=tuple(replace(a, bytes=size) for a, size in zip(self.storages, grown, strict=True))
+        )
+
+
+__all__ = ["Span", "Timeline"]
