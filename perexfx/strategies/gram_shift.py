@@ -82,24 +82,29 @@ class GramShift:
         channels = signature.in_channels // geometry.groups
         flops = 2 * t * t * (signature.out_channels // geometry.groups)
         moved = 4 * t * t
-        largest, calls = t * t, 2
+        largest, together, calls = t * t, 2 * t * t, 2
         for phases in product(*_phases(geometry, signature.kernel, signature.out_size)):
             sizes = [phase.length for phase in phases]
             pixels = math.prod(sizes)
             flops += 2 * pixels * pixels * channels
-            largest = max(largest, pixels * pixels)
+            largest, before = max(largest, pixels * pixels), pixels
             for axis, phase in enumerate(phases):
                 sizes[axis] = signature.out_size[axis]
-                moved += 3 * len(phase.offsets) * math.prod(sizes) ** 2
+                after = math.prod(sizes)
+                if len(phase.offsets) > 1:
+                    together = max(together, before**2 + after**2)
+                moved += 3 * len(phase.offsets) * after**2
                 calls += len(phase.offsets)
-        chunks = -(-grams // max(1, CHUNK_ELEMENTS // max(1, largest)))
+                before = after
+        at_a_time = min(grams, max(1, CHUNK_ELEMENTS // max(1, largest)))
+        chunks = -(-grams // max(1, at_a_time))
         read = grams * (t * signature.out_channels + math.prod(signature.padded_size) * channels)
         work = (
             batched_product(2 * grams, grams * flops, itemsize * (read + 2 * grams * largest)),
             Work("cache", bytes=itemsize * grams * moved, calls=chunks * calls),
         )
-        transient = 3 * itemsize * max(min(grams * largest, CHUNK_ELEMENTS), largest)
-        return held_factors(signature, itemsize, work, transient)
+        padded = grams * math.prod(signature.padded_size) * channels if any(geometry.padding) else 0
+        return held_factors(signature, itemsize, work, itemsize * (padded + at_a_time * together))
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
         """Exact; neither the unfolded input nor a gradient is formed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -77,7 +78,7 @@ class Materialize:
             unfolded = signature.unfolded_elements
             flops, read = signature.weight_gradient_flops, unfolded + signature.output_elements
             copies = (Work("unfold", bytes=2 * itemsize * unfolded, calls=signature.n),)
-            transient = itemsize * -(-unfolded // max(1, signature.n))
+            transient = itemsize * examples_at_a_time(signature, itemsize) * _elements_at_work(signature)
             if not signature.channels_last:
                 moved = 2 * itemsize * signature.held_elements
                 copies = (*copies, Work("memory", bytes=moved, calls=signature.n))
@@ -107,9 +108,8 @@ class Materialize:
 
     def _of_convolution(self, factors: Convolution) -> tuple[Tensor, Factors]:
         """A few examples at a time, so that what is unfolded stays in the cache."""
-        size = factors.layer_input.element_size()
-        each = factors.signature.unfolded_elements // max(1, factors.signature.n) * size
-        found = [self.squared_norms(part.unfolded()) for part in factors.split(max(1, UNFOLDED_BYTES // max(1, each)))]
+        step = examples_at_a_time(factors.signature, factors.layer_input.element_size())
+        found = [self.squared_norms(part.unfolded()) for part in factors.split(step)]
         squared = torch.cat([norms for norms, _ in found])
         kept = [part for _, part in found if isinstance(part, Kept)]
         return squared, joined(kept) if kept else factors
@@ -117,6 +117,18 @@ class Materialize:
 
 UNFOLDED_BYTES = 4 << 20
 """Inputs are unfolded for as many examples at a time as fit."""
+
+
+def examples_at_a_time(signature: ConvolutionSignature, itemsize: int) -> int:
+    """For how many examples the input is unfolded at once."""
+    each = signature.unfolded_elements // max(1, signature.n) * itemsize
+    return max(1, min(signature.n, UNFOLDED_BYTES // max(1, each)))
+
+
+def _elements_at_work(signature: ConvolutionSignature) -> int:
+    """Of one example: its padded input, the same unfolded, and the gradient of its output in another order."""
+    padded = math.prod(signature.padded_size) * signature.in_channels * signature.frames
+    return padded + (signature.unfolded_elements + signature.output_elements) // max(1, signature.n)
 
 
 def _pieces(product: Product, turned: bool) -> Iterator[Tensor]:
