@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from perexfx.ir.convolution import Convolution, ConvolutionGeometry
-from perexfx.ir.factors import Factors, Gradient, Product, Rows, squared_norms_of
+from perexfx.ir.factors import Factors, Gradient, Product, Rows, SharedGram, squared_norms_of
 from perexfx.ir.layout import Layout
-from perexfx.strategies import STRATEGIES
+from perexfx.strategies import STRATEGIES, Gram
 from perexfx.tags import Mixing, layout_of, tags_of
 
 small = st.integers(1, 4)
@@ -171,3 +171,17 @@ def test_norms_of_large_gradients_are_accurate_in_float32() -> None:
         if strategy.refuses(wide.signature) is None:
             squared, _ = strategy.squared_norms(wide)
             torch.testing.assert_close(squared.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("t", [63, 64, 65, 130])
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_grams_without_their_lower_quarter(n: int, t: int) -> None:
+    torch.manual_seed(0)
+    right, shared = torch.randn(n, 1, t, 6).double(), SharedGram(2)
+    for features in (2, 5):
+        factors = Product(torch.randn(n, 1, t, features).double(), right, (6, features), right_gram=shared)
+        expected = squared_norms_of(factors.gradients())
+        for product in (factors, Product(factors.left, right, factors.shape)):
+            torch.testing.assert_close(Gram().squared_norms(product)[0], expected)
+    opposite = Product(torch.ones(1, 1, t, 1), torch.tensor([1.0, -1.0]).repeat(65)[:t].reshape(1, 1, t, 1), (1, 1))
+    assert Gram().squared_norms(opposite)[0] >= 0

@@ -155,12 +155,12 @@ class SharedGram:
 
     Attributes:
         users: How many products.
-        value: Shape `[n * g, t, t]`; None until it is made.
+        value: Its blocks, each `[n * g, rows, columns]`; None until they are made.
     """
 
     def __init__(self, users: int) -> None:
         self.users = users
-        self.value: Tensor | None = None
+        self.value: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)

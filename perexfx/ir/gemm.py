@@ -7,7 +7,8 @@ operation; which library has which product depends on the processor and the size
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -38,6 +39,20 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             weight = weight.contiguous()  # with other strides, oneDNN falls back to a kernel a thousand times slower
         return _pointwise(rows, weight, bias, "none", [], "")
     return F.linear(rows, weight, bias)
+
+
+def linear_by(weight: Tensor, like: Tensor) -> Callable[[Tensor], Tensor]:
+    """`rows -> rows @ weight.t()` for many calls: the library is chosen once.
+
+    Args:
+        weight: Shape `[o, i]`; a transposed view is as good.
+        like: Its rows are `[*, n, i]`, as every call's.
+    """
+    rows = like.flatten(0, -3)[0] if like.numel() else like.new_empty(0, weight.shape[1])
+    if not _is_for_onednn(rows, weight):
+        return partial(F.linear, weight=weight)
+    product = torch.ops.mkldnn._linear_pointwise.default
+    return partial(product, W=weight, B=None, attr="none", scalars=[], algorithm="")
 
 
 def transposed_product(left: Tensor, right: Tensor) -> Tensor:
@@ -115,4 +130,4 @@ def onednn_is_faster() -> bool:
     return described.exists() and "AuthenticAMD" in described.read_text()
 
 
-__all__ = ["linear", "onednn_is_faster", "products", "transposed_product", "transposed_products"]
+__all__ = ["linear", "linear_by", "onednn_is_faster", "products", "transposed_product", "transposed_products"]

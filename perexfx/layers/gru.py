@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perexfx.ir.gemm import linear
+from perexfx.ir.gemm import linear_by
 from perexfx.ir.recurrent import gru_layer
 from perexfx.ir.rule import Arguments, Backward
 from perexfx.layers.recurrent import GateGradients, Recurrent, all_times, arriving, backwards, tanh_
@@ -55,10 +55,10 @@ class GRU(Recurrent):
         grads, rows = arriving(call)
         views = (of_hidden.unflatten(2, (3, -1)), of_hidden, update)
         steps = zip(*(backwards(value, reverse) for value in views), strict=True)
-        weight = given["weight_hh"].t().contiguous()
+        through_time = linear_by(given["weight_hh"].t().contiguous(), of_hidden)
         for (grad, before), (split, gates, kept) in zip(pairwise(rows), steps, strict=True):
             split.mul_(grad.unsqueeze(1))
-            before.addcmul_(kept, grad).add_(linear(gates, weight))
+            before.addcmul_(kept, grad).add_(through_time(gates))
         of_input.copy_(of_hidden)
         torch.mul(slope_new, grads, out=of_input.unflatten(2, (3, -1))[:, :, 2])
         return GateGradients(of_input, of_hidden, previous, {"h0": rows[-1]})

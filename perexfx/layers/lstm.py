@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from perexfx.ir.factors import Factors, Product
-from perexfx.ir.gemm import linear
+from perexfx.ir.gemm import linear_by
 from perexfx.ir.recurrent import lstm_layer
-from perexfx.ir.rule import Arguments, Backward
+from perexfx.ir.rule import Arguments, Backward, Geometry
+from perexfx.ir.workspace import gates_in, has_gates, lstm_with_workspace
 from perexfx.layers.recurrent import (
     GateGradients,
     Recurrent,
@@ -57,24 +58,38 @@ class LSTM(Recurrent):
         """The fused layer."""
         return lstm_layer(**arguments)
 
+    def forward(self, arguments: Arguments, geometry: Geometry) -> tuple[Any, tuple[Tensor, ...]]:
+        """The fused layer, and its workspace where the backward can read the gates from it."""
+        x, weight = arguments["input"], arguments["weight_hh"]
+        is_plain = arguments["bias_ih"] is not None and arguments["weight_hr"] is None
+        if not is_plain or not has_gates(x, weight):
+            return super().forward(arguments, geometry)
+        reverse = arguments["reverse"]
+        zeros = x.new_zeros(x.shape[1], weight.shape[1])
+        states = [zeros if arguments[name] is None else arguments[name] for name in ("h0", "c0")]
+        parameters = [arguments[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        output, h_n, c_n, workspace = lstm_with_workspace(x.flip(0) if reverse else x, *states, *parameters)
+        output = output.flip(0) if reverse else output
+        return (output, h_n, c_n), (shifted(output, arguments["h0"], reverse), workspace)
+
     def steps_back(self, call: Backward) -> GateGradients:
         """The slopes of `o` times the gradient of `o tanh(c)`; the slopes of the others times that of `c`."""
         given, reverse = call.arguments, call.arguments["reverse"]
         previous = call.residuals[0]
-        slopes = _slopes(given, previous)
+        slopes = _slopes(given, previous, _kept_gates(call))
         grads, rows = arriving(call)
         grad_cell = call.grad_outputs[2].clone()
         split = slopes.gates.unflatten(2, (4, -1))
         views = (split[:, :, :3], split[:, :, 3], slopes.gates, slopes.forget, slopes.cell)
         steps = zip(*(backwards(value, reverse) for value in views), strict=True)
-        weight, projection = given["weight_hh"].t().contiguous(), given["weight_hr"]
+        through_time, projection = linear_by(given["weight_hh"].t().contiguous(), slopes.gates), given["weight_hr"]
         for (grad, before), (by_cell, by_output, gates, forget, cell) in zip(pairwise(rows), steps, strict=True):
             grad_raw = grad if projection is None else grad @ projection
             grad_cell.addcmul_(grad_raw, cell)
             by_cell.mul_(grad_cell.unsqueeze(1))
             by_output.mul_(grad_raw)
             grad_cell.mul_(forget)
-            before.add_(linear(gates, weight))
+            before.add_(through_time(gates))
         factors: dict[str, Factors] = {}
         if "weight_hr" in call.operands:
             layout = call.geometry.layouts["input"]
@@ -100,19 +115,37 @@ class _Slopes:
     raw: Tensor
 
 
-def _slopes(given: Arguments, previous: Tensor) -> _Slopes:
-    """The gates of all times at once, overwritten by their slopes. All are sigmoids: `tanh(g) = 2 sigmoid(2 g) - 1`."""
-    reverse, bias = given["reverse"], given["bias_ih"]
+def _kept_gates(call: Backward) -> Tensor | None:
+    """The gates of all times, where the forward has kept its workspace."""
+    given = call.arguments
+    if len(call.residuals) < 2 or call.residuals[1].dtype.is_floating_point:
+        return None
+    gates = gates_in(call.residuals[1], given["input"], given["weight_hh"].shape[1])
+    if gates is None:
+        return None
+    return gates.flip(0) if given["reverse"] else gates.clone(memory_format=torch.contiguous_format)
+
+
+def _computed_gates(given: Arguments, previous: Tensor) -> Tensor:
+    """The gates of all times at once. All are sigmoids: `tanh(g) = 2 sigmoid(2 g) - 1`."""
+    bias = given["bias_ih"]
     gates = all_times(given["input"], given["weight_ih"], None if bias is None else bias + given["bias_hh"])
     gates.add_(all_times(previous, given["weight_hh"], None))
-    i, f, g, o = gates.unflatten(2, (4, -1)).unbind(2)
+    g = gates.unflatten(2, (4, -1))[:, :, 2]
     g.mul_(2)
     gates.sigmoid_()
     g.mul_(2).sub_(1)
+    return gates
+
+
+def _slopes(given: Arguments, previous: Tensor, kept: Tensor | None) -> _Slopes:
+    """The gates, overwritten by their slopes."""
+    reverse, gates = given["reverse"], _computed_gates(given, previous) if kept is None else kept
+    i, f, g, o = gates.unflatten(2, (4, -1)).unbind(2)
     cells = i * g
     state = torch.zeros_like(cells[0]) if given["c0"] is None else given["c0"]
-    for cell, kept in zip(forwards(cells, reverse), forwards(f, reverse), strict=True):
-        state = cell.addcmul_(kept, state)
+    for cell, stays in zip(forwards(cells, reverse), forwards(f, reverse), strict=True):
+        state = cell.addcmul_(stays, state)
     forget, cells_before = f.clone(), shifted(cells, given["c0"], reverse)
     tanh_(cells)
     slope_i = _sigmoid_backward(g, i)

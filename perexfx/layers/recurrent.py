@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from perexfx.ir.factors import Factors, Gradient, GradientSignature, Product, ProductSignature, SharedGram, Signature
-from perexfx.ir.gemm import linear
+from perexfx.ir.gemm import linear, linear_by
 from perexfx.ir.layout import Layout
 from perexfx.ir.recurrent import rnn_layer
 from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, sum_positions
@@ -100,6 +100,7 @@ class Recurrent(Rule):
         layout, shapes = call.geometry.layouts["input"], call.geometry.shapes
         factors = {name: found.factors[name] for name in call.operands if name in found.factors}
         gram = SharedGram(2) if self.shares_gates else None
+        of_bias: Tensor | None = None
         sides = (("ih", found.of_input, call.arguments.get("input")), ("hh", found.of_hidden, found.previous))
         for side, right, left in sides:
             weight, bias = f"weight_{side}", f"bias_{side}"
@@ -109,7 +110,9 @@ class Recurrent(Rule):
                     by_example(layout, left), by_example(layout, right), shapes[weight], right_gram=gram
                 )
             if bias in call.operands:
-                factors[bias] = Gradient(sum_positions(by_example(layout, right).squeeze(1)))
+                if of_bias is None or not self.shares_gates:
+                    of_bias = sum_positions(by_example(layout, right).squeeze(1))
+                factors[bias] = Gradient(of_bias)
         return gradients, factors
 
 
@@ -197,13 +200,13 @@ class RNN(Recurrent):
     def steps_back(self, call: Backward) -> GateGradients:
         """`g = slope * (gradient of h)`, and `g W_hh` goes to the time before."""
         (previous, last), reverse = call.residuals, call.arguments["reverse"]
-        weight = call.arguments["weight_hh"].t().contiguous()
         output = shifted(previous, last, not reverse)
         if call.arguments["nonlinearity"] == "tanh":
             gates = output.square_().neg_().add_(1)
         else:
             gates = (output > 0).to(output.dtype)
         _, rows = arriving(call)
+        through_time = linear_by(call.arguments["weight_hh"].t().contiguous(), gates)
         for (grad, before), gate in zip(pairwise(rows), backwards(gates, reverse), strict=True):
-            before.add_(linear(gate.mul_(grad), weight))
+            before.add_(through_time(gate.mul_(grad)))
         return GateGradients(gates, gates, previous, {"h0": rows[-1]})

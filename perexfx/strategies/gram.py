@@ -11,7 +11,7 @@ from torch import Tensor
 from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Product, ProductSignature, Rows, RowsSignature, Signature
-from perexfx.ir.gemm import products
+from perexfx.ir.gemm import SMALL_EACH, products
 from perexfx.strategies.costs import batched_product, held_factors
 
 CHUNK_ELEMENTS = 1 << 20
@@ -71,17 +71,39 @@ class Gram:
         shared = product.right_gram
         left = product.left.reshape(n * g, t, i)
         right = product.right.reshape(n * g, t, product.right.shape[3])
+        blocks = 2 if t >= HALVED and 2 * t * t * right.shape[2] < SMALL_EACH else 1
         size = max(1, CHUNK_ELEMENTS // max(1, t * t))
         if shared is not None and n * g <= size:
             if shared.value is None:
-                shared.value = products(right, right)
-            sums = [sum_of_products(products(left, left), shared.value)]
+                shared.value = _gram(right, blocks)
+            sums = [_sum_of_blocks(_gram(left, blocks), shared.value)]
         else:
             sums = [
-                sum_of_products(products(a, a), products(b, b))
+                _sum_of_blocks(_gram(a, blocks), _gram(b, blocks))
                 for a, b in zip(left.split(size), right.split(size), strict=True)
             ]
         return torch.cat(sums).reshape(n, g).sum(1), factors
+
+
+HALVED = 64
+"""Gram matrices of at least so many positions are made without one of their two equal quarters, unless oneDNN makes
+them: its products of half the size are no faster."""
+
+
+def _gram(rows: Tensor, blocks: int) -> tuple[Tensor, ...]:
+    """The Gram matrices of `[m, t, i]`, whole or without the block below the diagonal; that one comes last."""
+    if blocks == 1:
+        return (products(rows, rows),)
+    first, second = rows.split(-(-rows.shape[1] // 2), dim=1)
+    return products(first, first), products(second, second), products(first, second)
+
+
+def _sum_of_blocks(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Tensor:
+    """`sum_{t,s} left[m, t, s] right[m, t, s]`, `[m]`; `left` is overwritten."""
+    if len(left) == 1:
+        return sum_of_products(left[0], right[0])
+    first, second, beside = (_inner_product(a, b) for a, b in zip(left, right, strict=True))
+    return first.add_(second).add_(beside, alpha=2).clamp_(min=0)
 
 
 def sum_of_products(left_gram: Tensor, right_gram: Tensor) -> Tensor:
@@ -89,9 +111,13 @@ def sum_of_products(left_gram: Tensor, right_gram: Tensor) -> Tensor:
 
     `left_gram` is overwritten.
     """
-    dtype = torch.promote_types(left_gram.dtype, torch.float32)
-    products = left_gram.mul_(right_gram)
-    return products.sum(dim=tuple(range(1, products.dim())), dtype=dtype).clamp_(min=0)
+    return _inner_product(left_gram, right_gram).clamp_(min=0)
+
+
+def _inner_product(left: Tensor, right: Tensor) -> Tensor:
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    products = left.mul_(right)
+    return products.sum(dim=tuple(range(1, products.dim())), dtype=dtype)
 
 
 def _rows_squared_norms(factors: Rows) -> Tensor:

@@ -1,0 +1,94 @@
+"""The gates of torch's fused LSTM on a CPU, from the workspace that oneDNN keeps for its own backward.
+
+Promises: what is read are the gates after their activations, or nothing. How they lie is not documented, so it is found
+out for each size by a trial on random numbers, against gates that are computed; a size where they are not found has
+no workspace. Reading them spares the two products that compute them again.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
+
+_LSTM = 2
+"""torch's number for the kind of cell."""
+PADDING = 64
+"""Elements, at most, that a row of gates is padded by."""
+
+
+def lstm_with_workspace(
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor,
+    bias_hh: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, last hidden state, last cell state, and the workspace. Arguments as of `lstm_layer`."""
+    # the operation takes every memory for contiguous, and has no workspace without autograd
+    given = [value.detach().contiguous() for value in (input, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0)]
+    with torch.enable_grad():
+        return torch.ops.aten.mkldnn_rnn_layer.default(
+            *given, False, [], _LSTM, h0.shape[1], 1, True, False, False, True
+        )
+
+
+def has_gates(input: Tensor, weight_hh: Tensor) -> bool:
+    """Whether the gates of a layer can be read from its workspace.
+
+    Args:
+        input: Shape `[T, B, I]`.
+        weight_hh: Shape `[4 H, H]`.
+    """
+    if input.device.type != "cpu" or not input.dtype == weight_hh.dtype == torch.float32 or input.numel() == 0:
+        return False
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    return _row_stride(*input.shape, weight_hh.shape[1], torch.get_num_threads()) is not None
+
+
+def gates_in(workspace: Tensor, input: Tensor, hidden: int) -> Tensor | None:
+    """A view of the gates after their activations, `[T, B, 4 H]`; None while a graph is traced.
+
+    Args:
+        workspace: Of a layer that `has_gates`.
+        input: Of that layer, shape `[T, B, I]`.
+        hidden: H.
+    """
+    if is_in_torch_dispatch_mode():
+        return None
+    stride = _row_stride(*input.shape, hidden, torch.get_num_threads())
+    return None if stride is None else _view(workspace, input.shape[0], input.shape[1], hidden, stride)
+
+
+def _view(workspace: Tensor, steps: int, examples: int, hidden: int, stride: int) -> Tensor | None:
+    numbers = workspace.view(-1)[: workspace.numel() // 4 * 4].view(torch.float32)
+    if numbers.numel() < steps * examples * stride:
+        return None
+    return numbers.as_strided((steps, examples, 4 * hidden), (examples * stride, stride, 1))
+
+
+@cache
+def _row_stride(steps: int, examples: int, features: int, hidden: int, _threads: int) -> int | None:
+    """From one row of gates to the next in a workspace; None where the gates are not found."""
+    with _disable_current_modes(), torch.no_grad():
+        random = torch.Generator().manual_seed(0)
+        x = torch.rand(steps, examples, features, generator=random) - 0.5
+        weight_ih, weight_hh = (torch.rand(4 * hidden, i, generator=random) - 0.5 for i in (features, hidden))
+        bias, state = torch.zeros(4 * hidden), torch.zeros(examples, hidden)
+        output, _, _, workspace = lstm_with_workspace(x, state, state, weight_ih, weight_hh, bias, bias)
+        gates = x @ weight_ih.t() + torch.cat([state[None], output[:-1]]) @ weight_hh.t()
+        expected = gates.sigmoid()
+        expected[:, :, 2 * hidden : 3 * hidden] = gates[:, :, 2 * hidden : 3 * hidden].tanh()
+        for stride in range(4 * hidden, 4 * hidden + PADDING + 1):
+            found = _view(workspace, steps, examples, hidden, stride)
+            if found is not None and torch.allclose(found, expected, rtol=0.0, atol=1e-4):
+                return stride
+    return None
+
+
+__all__ = ["gates_in", "has_gates", "lstm_with_workspace"]
