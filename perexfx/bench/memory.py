@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,12 +35,28 @@ def peak_allocation(run: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines about itself for every run
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with _collector_paused(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     results = recorded.profiler.kineto_results if recorded.profiler else None
     assert results is not None
-    changes = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
-    return max(accumulate((change for _, change in changes), initial=0))
+    changes = [
+        (event.start_ns(), event.nbytes())  # pyright: ignore[reportAttributeAccessIssue]  # missing in torch's stubs
+        for event in results.events()
+        if event.name() == "[memory]"
+    ]
+    return max(accumulate((change for _, change in sorted(changes)), initial=0))
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without garbage collections: they free what was there before."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def peak_of_process(workload: Workload, make: Callable[[Setup], Step], device: torch.device) -> int:

@@ -234,9 +234,9 @@ def _draw(results: Sequence[Result], figure: Figure) -> None:
     def of(value: Callable[[Result, Outcome], float | None]) -> dict[str, list[float | None]]:
         return {way: [value(result, result.outcomes[at]) for result in results] for at, way in enumerate(ways)}
 
-    bars(above, names, of(lambda _, outcome: outcome.ratio), is_log=True)
+    bars(above, names, of(lambda _, outcome: outcome.ratio), is_log=True, missing="x")
     above.set_ylabel("time / ordinary step's")
     above.legend(frameon=False, ncols=len(ways), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     memory = of(lambda result, o: None if o.peak_bytes is None else o.peak_bytes / result.ordinary_bytes)
-    bars(below, names, memory, is_log=True)
+    bars(below, names, memory, is_log=True, missing="x")
     below.set_ylabel("peak memory / ordinary process's")

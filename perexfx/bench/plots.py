@@ -9,32 +9,44 @@ import math
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#B8A800")
 MARKERS = "osD^vPX*"
 
 
 def bars(
-    axes: Axes, labels: Sequence[str], series: Mapping[str, Sequence[float | None]], *, is_log: bool = False
+    axes: Axes,
+    labels: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    *,
+    is_log: bool = False,
+    missing: str = "",
 ) -> None:
-    """Groups of bars from 1.0, where the ordinary step is; None leaves a gap.
+    """Groups of bars, and a line at 1.0, where the ordinary step is.
 
     Args:
         axes: To draw on.
         labels: One per group.
         series: Name -> one ratio per group.
         is_log: Whether the axis of the ratios is logarithmic.
+        missing: Written where a ratio is None.
     """
     width = 0.8 / len(series)
     for at, (name, values) in enumerate(series.items()):
         places = [group + width * (at - (len(series) - 1) / 2) for group in range(len(labels))]
         heights = [math.nan if value is None else value for value in values]
-        axes.bar(places, heights, width, label=name, color=COLORS[at % len(COLORS)])
+        color = COLORS[at % len(COLORS)]
+        axes.bar(places, heights, width, label=name, color=color)
+        for place, value in zip(places, values, strict=True):
+            if value is None:
+                axes.text(place, 1.0, missing, color=color, ha="center", va="bottom")
     axes.axhline(1.0, color="black", linewidth=1)
     axes.set_xticks(range(len(labels)), labels, rotation=20, ha="right")
     if is_log:
         axes.set_yscale("log")
-        _plain_numbers(axes)
+        axes.set_ylim(bottom=min(0.5, axes.get_ylim()[0]))
+        _write_plain_numbers(axes)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -76,12 +88,12 @@ def curves(axes: Axes, sizes: Sequence[int], series: Mapping[str, Sequence[float
     axes.set_yscale("log")
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
+    _write_plain_numbers(axes)
     axes.grid(alpha=0.3)
 
 
-def _plain_numbers(axes: Axes) -> None:
-    """Ratios as people write them, not as powers of ten."""
-    low, high = axes.get_ylim()
-    ticks = [t for t in (0.25, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200) if low <= t <= high]
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
+def _write_plain_numbers(axes: Axes) -> None:
+    """Along a logarithmic axis: as people write them, not as powers of ten."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_locator(NullLocator())

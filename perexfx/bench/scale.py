@@ -21,7 +21,7 @@ from perexfx.bench.results import Sheet, progress_bar, publish
 from perexfx.bench.steps import clipped, ordinary, set_up
 from perexfx.bench.workloads import Workload
 
-LIMIT = 4.0
+LIMIT = 3.0
 """Seconds after which the steps of one size are not timed further."""
 LAST = 3
 """Points that an exponent is fitted to: at smaller sizes it is calls that take the time."""
