@@ -96,7 +96,8 @@ def run(
 
 def all_sizes() -> list[Signature]:
     """The grid of calibrations at a quarter, once and four times its batch sizes."""
-    return [_with_batch(signature, n) for signature in signatures() for n in _batches(signature.n)]
+    every = [_with_batch(signature, n) for signature in signatures() for n in _batches(signature.n)]
+    return list(dict.fromkeys(every))
 
 
 def _batches(n: int) -> list[int]:
