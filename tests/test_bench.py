@@ -155,7 +155,7 @@ def test_a_peer_is_right_or_refuses(peer: Peer, workload: Workload, monkeypatch:
     if not peer.is_installed:
         pytest.skip(f"{peer.package} is an extra")
     monkeypatch.setattr(peers, "peak_of_process", lambda *_: 1)
-    expected = peers._expected(workload, CPU)
+    expected = peers.expected_of(workload, CPU)
     found = peers.outcome(peer, workload, expected, 1, CPU)
     assert not found.problem.startswith("wrong")
     if workload is TOKENS and peer.package:  # positions without an example axis; layers that BackPACK leaves out
@@ -167,7 +167,7 @@ def test_a_peer_is_right_or_refuses(peer: Peer, workload: Workload, monkeypatch:
 def test_half_of_the_examples_are_clipped() -> None:
     setup = set_up(TINY, CPU)
     norms = torch.stack([norm_of(libraries.gradients_of_one(setup, at)) for at in range(setup.n)])
-    clip_norm = peers._expected(TINY, CPU).clip_norm
+    clip_norm = peers.expected_of(TINY, CPU).clip_norm
     assert int((clip_factors(norms, clip_norm) < 1).sum()) == 2
 
 
@@ -175,7 +175,7 @@ def test_the_expected_gradients_are_those_of_the_check() -> None:
     setup = set_up(TINY, CPU)
     every = perexfx.per_example_grads(setup.model, setup.loss, setup.inputs, setup.targets)
     norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in every.values()]).norm(dim=0)
-    expected = peers._expected(TINY, CPU)
+    expected = peers.expected_of(TINY, CPU)
     factors = clip_factors(norms, expected.clip_norm) / setup.n
     for gradient, found in zip(every.values(), expected.gradients, strict=True):
         torch.testing.assert_close(found, torch.einsum("n,n...->...", factors, gradient))

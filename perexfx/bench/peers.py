@@ -10,7 +10,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -79,7 +79,7 @@ class Result:
     Attributes:
         name: Of the workload.
         clip_norm: What gradients were clipped to.
-        ordinary_seconds: Median over all rounds of all ways.
+        ordinary_seconds: Median of the ordinary step, timed alone; ratios are with it in turn.
         ordinary_bytes: Peak memory of the ordinary step's process.
         outcomes: One per way.
     """
@@ -111,22 +111,24 @@ def run(
     with progress_bar() as progress:
         task = progress.add_task("", total=len(workloads) * len(peers))
         for workload in workloads:
-            expected = _expected(workload, device)
+            expected = expected_of(workload, device)
             outcomes = []
             for peer in peers:
                 progress.update(task, description=f"{workload.name}: {peer.name}")
                 outcomes.append(outcome(peer, workload, expected, rounds, device))
                 progress.advance(task)
-            results.append(_result(workload, expected, outcomes, device))
+            results.append(_result(workload, expected, outcomes, rounds, device))
     publish(_sheet(results, rounds), partial(_draw, results), device, out)
     return results
 
 
-def _expected(workload: Workload, device: torch.device) -> Expected:
+def expected_of(workload: Workload, device: torch.device) -> Expected:
+    """What one example at a time finds, by plain autograd."""
     setup = set_up(workload, device)
-    norms = [float(norm_of(gradients_of_one(setup, at))) for at in range(setup.n)]
-    clip_norm = statistics.median(norms)
-    one_at_a_time(setup, clip_norm)()
+    with _full_precision():
+        norms = [float(norm_of(gradients_of_one(setup, at))) for at in range(setup.n)]
+        clip_norm = statistics.median(norms)
+        one_at_a_time(setup, clip_norm)()
     return Expected(clip_norm, [_gradient(parameter) for parameter in setup.parameters])
 
 
@@ -146,7 +148,8 @@ def outcome(peer: Peer, workload: Workload, expected: Expected, rounds: int, dev
         with _quiet():
             setup = set_up(workload, device)
             step = peer.make(setup, expected.clip_norm)
-            step()
+            with _full_precision():
+                step()
             if difference := _difference(expected.gradients, list(map(_gradient, setup.parameters))):
                 return Outcome(peer.name, problem=f"wrong: {difference}")
             steps = {"ordinary": ordinary(set_up(workload, device)), "peer": step}
@@ -163,6 +166,11 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _full_precision() -> AbstractContextManager[None]:
+    """Without TF32, which cuDNN uses for convolutions: ways are compared, not roundings."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def _gradient(parameter: Tensor) -> Tensor:
@@ -185,11 +193,12 @@ def _first_words(error: Exception) -> str:
     return words if len(words) <= 140 else f"{words[:140]}..."
 
 
-def _result(workload: Workload, expected: Expected, outcomes: Sequence[Outcome], device: torch.device) -> Result:
-    rounds = [seconds for outcome in outcomes if outcome.timing for seconds in outcome.timing.seconds["ordinary"]]
-    seconds = statistics.median(rounds) if rounds else math.nan
+def _result(
+    workload: Workload, expected: Expected, outcomes: Sequence[Outcome], rounds: int, device: torch.device
+) -> Result:
+    alone = timed({"ordinary": ordinary(set_up(workload, device))}, rounds, device, LIMIT)
     peak = peak_of_process(workload, ordinary, device)
-    return Result(workload.name, expected.clip_norm, seconds, peak, outcomes)
+    return Result(workload.name, expected.clip_norm, alone.median("ordinary"), peak, outcomes)
 
 
 def _sheet(results: Sequence[Result], rounds: int) -> Sheet:
