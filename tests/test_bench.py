@@ -120,6 +120,16 @@ def forgets_to_clip(setup: Setup, clip_norm: float) -> Step:
     return ordinary(setup)
 
 
+def forgets_a_parameter(setup: Setup, clip_norm: float) -> Step:
+    step = libraries.vmapped(setup, clip_norm)
+
+    def forgetful() -> None:
+        step()
+        setup.parameters[-1].grad = None
+
+    return forgetful
+
+
 def refuses(setup: Setup, clip_norm: float) -> Step:
     raise NotImplementedError("no rule for\nthis layer")
 
@@ -128,20 +138,22 @@ def test_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ways = [
         PEERS[0],
         Peer("fake", forgets_to_clip),
+        Peer("forgetful", forgets_a_parameter),
         Peer("picky", refuses),
         Peer("absent", forgets_to_clip, "no_such_package", "no-such-package"),
     ]
     (result,) = peers.run([TINY], 2, CPU, tmp_path, ways)
-    right, fake, picky, absent = result.outcomes
+    right, fake, forgetful, picky, absent = result.outcomes
     assert right.problem == ""
     assert right.ratio is not None
     assert right.ratio > 0
-    assert fake.problem.startswith("wrong: gradients of 4 parameters differ")
+    assert fake.problem.startswith("wrong: gradients differ in 4 of 4 parameters")
+    assert forgetful.problem == "wrong: gradients differ in 1 of 4 parameters, by 100% of theirs at most"
     assert picky.problem == "refuses: no rule for this layer"
     assert absent.problem == "not installed: pip install no-such-package"
-    assert {outcome.ratio for outcome in (fake, picky, absent)} == {None}
+    assert {outcome.ratio for outcome in (fake, forgetful, picky, absent)} == {None}
     assert files_of("peers", tmp_path)["results"][0]["outcomes"][1]["problem"] == fake.problem
-    assert rows_of(tmp_path / "peers.md")[0][-3:] == ["wrong", "refuses", "not installed"]
+    assert rows_of(tmp_path / "peers.md")[0][-4:] == ["wrong", "wrong", "refuses", "not installed"]
     assert fake.problem in capsys.readouterr().out
 
 
@@ -177,8 +189,9 @@ def test_the_expected_gradients_are_those_of_the_check() -> None:
     norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in every.values()]).norm(dim=0)
     expected = peers.expected_of(TINY, CPU)
     factors = clip_factors(norms, expected.clip_norm) / setup.n
-    for gradient, found in zip(every.values(), expected.gradients, strict=True):
-        torch.testing.assert_close(found, torch.einsum("n,n...->...", factors, gradient))
+    for gradient, *found in zip(every.values(), *expected.gradients, strict=True):
+        for value in found:
+            torch.testing.assert_close(value.float(), torch.einsum("n,n...->...", factors, gradient))
 
 
 # layers

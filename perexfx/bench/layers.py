@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from perexfx.bench.calibration import quality_in_words
+from perexfx.bench.measure import FEWEST
 from perexfx.bench.memory import peak_allocation
 from perexfx.bench.plots import points
 from perexfx.bench.results import Sheet, progress_bar, publish
@@ -28,7 +30,7 @@ from perexfx.profiles import current
 from perexfx.strategies import STRATEGIES
 
 ITEMSIZE = 4
-LONGEST = 0.25
+LONGEST = 0.1
 """Seconds that a strategy may take by the current profile, or it is not measured."""
 HOPELESS = 20.0
 """Nor is one that is predicted to take this many times as long as the best prediction."""
@@ -36,6 +38,8 @@ LARGEST = 1 << 30
 """Bytes that factors, or what a strategy allocates, may take."""
 CLOSE = 1.1
 """Choices that cost more than this are measured again: most such differences are noise."""
+LIMIT = 3.0
+"""Seconds after which one size is not measured again any more, once it was `FEWEST` times."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def run(
     """Measures every strategy, shows a table, and writes it with the machine's description.
 
     Args:
-        rounds: How many times a choice that seems bad is measured again.
+        rounds: How many times a choice that seems bad is measured again, at most.
         device: Where the factors are.
         out: Folder for the files; None: show only.
         grid: Layers at batch sizes; None: those that calibrations are made on, at a quarter, once and four times
@@ -171,7 +175,7 @@ def remeasured(size: Size, profiles: Sequence[Machine], rounds: int, device: tor
     Args:
         size: As measured at first.
         profiles: Whose choices to look at.
-        rounds: How often they are measured; the median counts.
+        rounds: How often they are measured, at most; the median counts.
         device: Where the factors are.
     """
     bad = [size.chosen(profile).seconds for profile in profiles if size.regret(profile) > CLOSE]
@@ -180,7 +184,9 @@ def remeasured(size: Size, profiles: Sequence[Machine], rounds: int, device: tor
     if not names:
         return size
     rivals = [strategy for strategy in STRATEGIES if strategy.name in names]
-    taken = [measure(rivals, size.signature, torch.float32, device) for _ in range(rounds)]
+    start, taken = time.perf_counter(), []
+    while len(taken) < rounds and (len(taken) < FEWEST or time.perf_counter() - start < LIMIT):
+        taken.append(measure(rivals, size.signature, torch.float32, device))
     again = {name: statistics.median(seconds[name] for seconds in taken) for name in names}
     return replace(
         size, observations=[replace(seen, seconds=again.get(seen.name, seen.seconds)) for seen in size.observations]
