@@ -197,20 +197,20 @@ def test_the_expected_gradients_are_those_of_the_check() -> None:
 # layers
 
 
-def observed(*timings: tuple[str, int, float]) -> layers.Size:
+def observed(*timings: tuple[str, int, float]) -> layers.Case:
     """Strategies by name, predicted and measured seconds."""
     seen = [Observation("size", name, Cost((Work("a", calls=calls),), 0), seconds) for name, calls, seconds in timings]
-    return layers.Size(GradientSignature(2, (3,)), seen, {name: 0 for name, _, _ in timings})
+    return layers.Case(GradientSignature(2, (3,)), seen, {name: 0 for name, _, _ in timings})
 
 
 SECONDS = Machine("seconds", {"a": Rate(1, 1, 1.0)})
 
 
 def test_regret_is_the_price_of_the_choice() -> None:
-    size = observed(("x", 1, 3.0), ("y", 2, 2.0), ("z", 3, 9.0))
-    assert size.chosen(SECONDS).name == "x"
-    assert size.best.name == "y"
-    assert size.regret(SECONDS) == pytest.approx(1.5)
+    case = observed(("x", 1, 3.0), ("y", 2, 2.0), ("z", 3, 9.0))
+    assert case.chosen(SECONDS).name == "x"
+    assert case.best.name == "y"
+    assert case.regret(SECONDS) == pytest.approx(1.5)
 
 
 def test_choices_that_seem_bad_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,8 +221,8 @@ def test_choices_that_seem_bad_are_measured_again(monkeypatch: pytest.MonkeyPatc
         return {"materialize": 5.0, "loop": 5.5}
 
     monkeypatch.setattr(layers, "measure", again)
-    size = observed(("materialize", 1, 3.0), ("gram", 3, 9.0), ("loop", 2, 2.0))
-    found = layers.remeasured(size, [SECONDS], 4, CPU)
+    case = observed(("materialize", 1, 3.0), ("gram", 3, 9.0), ("loop", 2, 2.0))
+    found = layers.remeasured(case, [SECONDS], 4, CPU)
     assert taken == [["materialize", "loop"]] * 4
     assert {seen.name: seen.seconds for seen in found.observations} == {"materialize": 5.0, "gram": 9.0, "loop": 5.5}
     assert found.regret(SECONDS) == 1
@@ -231,21 +231,21 @@ def test_choices_that_seem_bad_are_measured_again(monkeypatch: pytest.MonkeyPatc
 
 def test_layers(tmp_path: Path) -> None:
     grid = [GradientSignature(3, (7,)), *(ProductSignature(n, 1, 40, 50, 60, (60, 50)) for n in (2, 4))]
-    sizes = layers.run(1, CPU, tmp_path, grid)
-    assert [size.signature for size in sizes] == grid
+    cases = layers.run(1, CPU, tmp_path, grid)
+    assert [case.signature for case in cases] == grid
     found = files_of("layers", tmp_path)
     assert list(found["quality"]) == ["built-in profile"]
     assert len(rows_of(tmp_path / "layers.md")) == 2  # one per layer, at its worst batch size
-    for size in {row["size"] for row in found["sizes"]}:
-        assert [row["is_chosen"] for row in found["sizes"] if row["size"] == size].count(True) == 1
+    chosen = [row["case"] for row in found["cases"] if row["is_chosen"]]
+    assert chosen == [layers.describe(signature) for signature in grid]
 
 
 def test_bytes_are_those_of_what_is_made_and_kept() -> None:
-    (size,) = layers.run(1, CPU, None, [ProductSignature(8, 1, 40, 50, 60, (60, 50))])
-    assert size.allocated["materialize"] >= 4 * 8 * 50 * 60
-    assert size.allocated["gram"] >= 4 * 8 * 40 * (50 + 60)
-    for seen in size.observations:
-        assert size.allocated[seen.name] == pytest.approx(layers.predicted_bytes(seen.cost), rel=0.2)
+    (case,) = layers.run(1, CPU, None, [ProductSignature(8, 1, 40, 50, 60, (60, 50))])
+    assert case.allocated["materialize"] >= 4 * 8 * 50 * 60
+    assert case.allocated["gram"] >= 4 * 8 * 40 * (50 + 60)
+    for seen in case.observations:
+        assert case.allocated[seen.name] == pytest.approx(layers.predicted_bytes(seen.cost), rel=0.2)
 
 
 def test_sizes_of_the_grid_differ_in_words() -> None:

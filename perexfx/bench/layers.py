@@ -39,11 +39,11 @@ LARGEST = 1 << 30
 CLOSE = 1.1
 """Choices that cost more than this are measured again: most such differences are noise."""
 LIMIT = 3.0
-"""Seconds after which one size is not measured again any more, once it was `FEWEST` times."""
+"""Seconds after which one case is not measured again any more, once it was `FEWEST` times."""
 
 
 @dataclass(frozen=True)
-class Size:
+class Case:
     """One layer at one batch size, under every strategy.
 
     Attributes:
@@ -75,7 +75,7 @@ def run(
     device: torch.device,
     out: Path | None,
     grid: Sequence[Signature] | None = None,
-) -> list[Size]:
+) -> list[Case]:
     """Measures every strategy, shows a table, and writes it with the machine's description.
 
     Args:
@@ -85,17 +85,17 @@ def run(
         grid: Layers at batch sizes; None: those that calibrations are made on, at a quarter, once and four times
             their batch sizes.
     """
-    sizes = []
+    cases = []
     profile = current()
     worth = [found for each in (all_sizes() if grid is None else grid) if (found := _worth(each, profile))]
     with progress_bar() as progress:
         task = progress.add_task("", total=len(worth))
         for signature, costs in worth:
             progress.update(task, description=describe(signature))
-            sizes.append(remeasured(_measured(signature, costs, device), _profiles(), rounds, device))
+            cases.append(remeasured(_measured(signature, costs, device), _profiles(), rounds, device))
             progress.advance(task)
-    publish(_sheet(sizes, rounds), partial(_draw, sizes, profile), device, out)
-    return sizes
+    publish(_sheet(cases, rounds), partial(_draw, cases, profile), device, out)
+    return cases
 
 
 def all_sizes() -> list[Signature]:
@@ -139,11 +139,11 @@ def predicted_bytes(cost: Cost) -> int:
     return cost.bytes_held + cost.bytes_transient
 
 
-def _measured(signature: Signature, costs: Mapping[Strategy, Cost], device: torch.device) -> Size:
+def _measured(signature: Signature, costs: Mapping[Strategy, Cost], device: torch.device) -> Case:
     seconds = measure(list(costs), signature, torch.float32, device)
     what = describe(signature)
     observations = [Observation(what, s.name, cost, seconds[s.name]) for s, cost in costs.items()]
-    return Size(signature, observations, {s.name: _bytes_of(s, signature, device) for s in costs})
+    return Case(signature, observations, {s.name: _bytes_of(s, signature, device) for s in costs})
 
 
 def _bytes_of(strategy: Strategy, signature: Signature, device: torch.device) -> int:
@@ -152,7 +152,7 @@ def _bytes_of(strategy: Strategy, signature: Signature, device: torch.device) ->
     given = dict(_storages(factors))
     with torch.no_grad():
         _, held = strategy.squared_norms(factors)  # libraries set up what they need once
-        kept = {memory: size for memory, size in _storages(held) if memory in given}
+        kept = {memory: case for memory, size in _storages(held) if memory in given}
         del held
         return peak_allocation(lambda: strategy.squared_norms(factors), device) + sum(kept.values())
 
@@ -169,58 +169,58 @@ def _storages(value: object) -> Iterator[tuple[int, int]]:
             yield from _storages(getattr(value, field.name))
 
 
-def remeasured(size: Size, profiles: Sequence[Machine], rounds: int, device: torch.device) -> Size:
-    """The same size, its strategies measured again where a profile's choice seems bad.
+def remeasured(case: Case, profiles: Sequence[Machine], rounds: int, device: torch.device) -> Case:
+    """The same case, its strategies measured again where a profile's choice seems bad.
 
     Args:
-        size: As measured at first.
+        case: As measured at first.
         profiles: Whose choices to look at.
         rounds: How often they are measured, at most; the median counts.
         device: Where the factors are.
     """
-    bad = [size.chosen(profile).seconds for profile in profiles if size.regret(profile) > CLOSE]
+    bad = [case.chosen(profile).seconds for profile in profiles if case.regret(profile) > CLOSE]
     dearest = max(bad, default=0.0)
-    names = {seen.name for seen in size.observations if seen.seconds <= dearest}
+    names = {seen.name for seen in case.observations if seen.seconds <= dearest}
     if not names:
-        return size
+        return case
     rivals = [strategy for strategy in STRATEGIES if strategy.name in names]
     start, taken = time.perf_counter(), []
     while len(taken) < rounds and (len(taken) < FEWEST or time.perf_counter() - start < LIMIT):
-        taken.append(measure(rivals, size.signature, torch.float32, device))
+        taken.append(measure(rivals, case.signature, torch.float32, device))
     again = {name: statistics.median(seconds[name] for seconds in taken) for name in names}
     return replace(
-        size, observations=[replace(seen, seconds=again.get(seen.name, seen.seconds)) for seen in size.observations]
+        case, observations=[replace(seen, seconds=again.get(seen.name, seen.seconds)) for seen in case.observations]
     )
 
 
-def _sheet(sizes: Sequence[Size], rounds: int) -> Sheet:
+def _sheet(cases: Sequence[Case], rounds: int) -> Sheet:
     profile = current()
-    observations = [seen for size in sizes for seen in size.observations]
-    by_layer: dict[Signature, list[Size]] = {}
-    for size in sizes:
-        by_layer.setdefault(_with_batch(size.signature, 0), []).append(size)
-    worst = [max(group, key=lambda size: size.regret(profile)) for group in by_layer.values()]
+    observations = [seen for case in cases for seen in case.observations]
+    by_layer: dict[Signature, list[Case]] = {}
+    for case in cases:
+        by_layer.setdefault(_with_batch(case.signature, 0), []).append(case)
+    worst = [max(group, key=lambda case: case.regret(profile)) for group in by_layer.values()]
     return Sheet(
         "layers",
-        f"strategies on {len(sizes)} sizes of layers; of each layer the batch size with the largest regret",
+        f"strategies on {len(cases)} sizes of layers; of each layer the batch size with the largest regret",
         ("batch x layer", "chosen", "best", "regret", "predicted\nms", "measured\nms", "predicted\nMB", "measured\nMB"),
-        [_row(size, profile) for size in worst],
+        [_row(case, profile) for case in worst],
         [quality_in_words(profile, observations) for profile in _profiles()],
-        {"rounds": rounds, "profile": profile.name, "quality": _qualities(observations), "sizes": _raw(sizes)},
+        {"rounds": rounds, "profile": profile.name, "quality": _qualities(observations), "cases": _raw(cases)},
     )
 
 
-def _row(size: Size, profile: Machine) -> list[str]:
-    chosen = size.chosen(profile)
+def _row(case: Case, profile: Machine) -> list[str]:
+    chosen = case.chosen(profile)
     return [
-        describe(size.signature),
+        describe(case.signature),
         chosen.name,
-        size.best.name,
-        f"{size.regret(profile):.2f}",
+        case.best.name,
+        f"{case.regret(profile):.2f}",
         f"{profile.seconds(chosen.cost) * 1e3:.3f}",
         f"{chosen.seconds * 1e3:.3f}",
         f"{predicted_bytes(chosen.cost) / 1e6:.2f}",
-        f"{size.allocated[chosen.name] / 1e6:.2f}",
+        f"{case.allocated[chosen.name] / 1e6:.2f}",
     ]
 
 
@@ -228,36 +228,36 @@ def _qualities(observations: Sequence[Observation]) -> dict[str, Any]:
     return {profile.name: asdict(quality(profile, observations)) for profile in _profiles()}
 
 
-def _raw(sizes: Sequence[Size]) -> list[dict[str, Any]]:
+def _raw(cases: Sequence[Case]) -> list[dict[str, Any]]:
     profile = current()
     return [
         {
-            "size": seen.what,
+            "case": seen.what,
             "strategy": seen.name,
             "predicted_seconds": profile.seconds(seen.cost),
             "seconds": seen.seconds,
             "predicted_bytes": predicted_bytes(seen.cost),
-            "bytes": size.allocated[seen.name],
-            "is_chosen": seen is size.chosen(profile),
+            "bytes": case.allocated[seen.name],
+            "is_chosen": seen is case.chosen(profile),
         }
-        for size in sizes
-        for seen in size.observations
+        for case in cases
+        for seen in case.observations
     ]
 
 
-def _draw(sizes: Sequence[Size], profile: Machine, figure: Figure) -> None:
+def _draw(cases: Sequence[Case], profile: Machine, figure: Figure) -> None:
     figure.set_size_inches(10, 5.6)
     left, right = figure.subplots(1, 2)
 
-    def of(value: Callable[[Size, Observation], tuple[float, float]]) -> dict[str, list[tuple[float, float]]]:
+    def of(value: Callable[[Case, Observation], tuple[float, float]]) -> dict[str, list[tuple[float, float]]]:
         found: dict[str, list[tuple[float, float]]] = {strategy.name: [] for strategy in STRATEGIES}
-        for size in sizes:
-            for seen in size.observations:
-                found[seen.name].append(value(size, seen))
+        for case in cases:
+            for seen in case.observations:
+                found[seen.name].append(value(case, seen))
         return found
 
     points(left, of(lambda _, seen: (profile.seconds(seen.cost) * 1e3, seen.seconds * 1e3)))
     left.set(xlabel="predicted ms", ylabel="measured ms")
-    points(right, of(lambda size, seen: (predicted_bytes(seen.cost) / 1e6, size.allocated[seen.name] / 1e6)))
+    points(right, of(lambda case, seen: (predicted_bytes(seen.cost) / 1e6, case.allocated[seen.name] / 1e6)))
     right.set(xlabel="predicted MB", ylabel="measured MB")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
