@@ -152,7 +152,7 @@ def _bytes_of(strategy: Strategy, signature: Signature, device: torch.device) ->
     given = dict(_storages(factors))
     with torch.no_grad():
         _, held = strategy.squared_norms(factors)  # libraries set up what they need once
-        kept = {memory: case for memory, size in _storages(held) if memory in given}
+        kept = {memory: size for memory, size in _storages(held) if memory in given}
         del held
         return peak_allocation(lambda: strategy.squared_norms(factors), device) + sum(kept.values())
 
