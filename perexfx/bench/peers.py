@@ -238,7 +238,7 @@ def _sheet(results: Sequence[Result], rounds: int) -> Sheet:
         "ways to clipped gradients, time / peak memory of a process, as multiples of the ordinary step's",
         ("workload", "ordinary\nms", "ordinary\nMB", *(outcome.peer for outcome in results[0].outcomes)),
         [_row(result) for result in results],
-        problems,
+        ["The memory of a process has in it what a library loads.", *problems],
         {"rounds": rounds, "limit_seconds": LIMIT, "results": [_raw(result) for result in results]},
     )
 
