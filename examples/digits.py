@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import perexfx
-from perexfx.bench.measure import in_turn
+from perexfx.bench.measure import timed
 
 OUT = Path("demo-output")
 EPOCHS = 30
@@ -90,8 +90,8 @@ def step_times(x: Tensor, y: Tensor) -> tuple[float, float, float]:
         model.zero_grad()
         F.cross_entropy(module(x), y).backward()
 
-    *_, timing = in_turn(lambda: step(model), lambda: step(transformed), rounds=40)
-    return timing.ordinary * 1e3, timing.clipped * 1e3, timing.ratio
+    timing = timed({"ordinary": lambda: step(model), "clipped": lambda: step(transformed)}, rounds=40)
+    return timing.median("ordinary") * 1e3, timing.median("clipped") * 1e3, timing.ratio("clipped")
 
 
 def plot_norms(norms: Tensor, path: Path) -> None:

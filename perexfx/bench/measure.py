@@ -1,106 +1,79 @@
-"""How times and memory are measured: two steps in turn in one process, and peak memory in a process of its own."""
+"""How times are measured: steps in turn in one process."""
 
 from __future__ import annotations
 
-import resource
+import math
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import nn
 
-import perexfx
-from perexfx.bench.workloads import WORKLOADS, Workload
-
+CPU = torch.device("cpu")
 WARM_UP = 3
+FEWEST = 3
+"""Rounds that are taken however long they take."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Two steps, timed in turn.
+    """Steps, timed in turn.
 
     Attributes:
-        ordinary: Median seconds of the ordinary step.
-        clipped: Median seconds of the clipped step.
-        ratio: Median over rounds of clipped / ordinary within the round.
+        seconds: Name of a step -> its seconds in each round.
     """
 
-    ordinary: float
-    clipped: float
-    ratio: float
+    seconds: Mapping[str, Sequence[float]]
+
+    def median(self, name: str) -> float:
+        """Seconds of one step."""
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, name: str, to: str = "ordinary") -> float:
+        """Median over rounds of one step's time / another's within the round: machines drift."""
+        return statistics.median(a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True))
 
 
-def in_turn(ordinary: Callable[[], object], clipped: Callable[[], object], rounds: int) -> Iterator[Timing]:
-    """Times two steps in turn; yields what is known after each round.
+def in_turn(
+    steps: Mapping[str, Callable[[], object]], rounds: int, device: torch.device = CPU, limit: float = math.inf
+) -> Iterator[Timing]:
+    """Times steps in turn; yields what is known after each round.
 
-    Machines drift: only the ratio within a round compares like with like.
+    Args:
+        steps: By name.
+        rounds: How many times each is timed.
+        device: What the steps run on.
+        limit: Seconds after which no further round is begun, once there are `FEWEST`.
     """
+    start = time.perf_counter()
     for _ in range(WARM_UP):
-        ordinary()
-        clipped()
-    pairs: list[tuple[float, float]] = []
-    for _ in range(rounds):
-        pairs.append((_seconds(ordinary), _seconds(clipped)))
-        yield Timing(
-            statistics.median(a for a, _ in pairs),
-            statistics.median(b for _, b in pairs),
-            statistics.median(b / a for a, b in pairs),
-        )
+        for step in steps.values():
+            step()
+        if time.perf_counter() - start > limit / 4:
+            break
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for at in range(rounds):
+        if at >= FEWEST and time.perf_counter() - start > limit:
+            return
+        for name, step in steps.items():
+            taken[name].append(_seconds(step, device))
+        yield Timing({name: tuple(seconds) for name, seconds in taken.items()})
 
 
-def _seconds(step: Callable[[], object]) -> float:
+def timed(
+    steps: Mapping[str, Callable[[], object]], rounds: int, device: torch.device = CPU, limit: float = math.inf
+) -> Timing:
+    """What is known after the last round. Arguments: as of `in_turn`."""
+    *_, timing = in_turn(steps, rounds, device, limit)
+    return timing
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-def training_step(workload: Workload, module: nn.Module, seed: int = 0) -> Callable[[], None]:
-    """Forward, loss and backward of one batch, always the same; gradients are forgotten first."""
-    torch.manual_seed(seed)
-    inputs, targets = workload.inputs(), workload.targets()
-    parameters = list(module.parameters())
-
-    def step() -> None:
-        for parameter in parameters:
-            parameter.grad = None
-        workload.loss(module(inputs), targets).backward()
-
-    return step
-
-
-def steps_of(workload: Workload) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The ordinary and the clipped step of one model."""
-    torch.manual_seed(0)
-    model = workload.model()
-    return training_step(workload, model), training_step(workload, perexfx.transform(model))
-
-
-def peak_bytes(name: str, kind: str) -> int:
-    """Peak resident memory of a fresh process that takes a few steps of one kind ("ordinary" or "clipped")."""
-    command = [sys.executable, "-m", "perexfx.bench.measure", name, kind]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def _main(name: str, kind: str) -> None:
-    step = steps_of(WORKLOADS[name])[("ordinary", "clipped").index(kind)]
-    for _ in range(WARM_UP):
-        step()
-    print(_peak_of_this_process())
-
-
-def _peak_of_this_process() -> int:
-    """Bytes. The system's own count of a process starts with what its parent had; `VmHWM` starts anew."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

@@ -45,9 +45,12 @@ class ResNet18(nn.Module):
         classes: Number of logits.
         small_images: The stem of the CIFAR variant: one 3x3 convolution and no pooling.
         width: Channels of the first stage.
+        blocks_per_stage: Two in ResNet-18.
     """
 
-    def __init__(self, classes: int = 10, small_images: bool = True, width: int = 64) -> None:
+    def __init__(
+        self, classes: int = 10, small_images: bool = True, width: int = 64, blocks_per_stage: int = 2
+    ) -> None:
         super().__init__()
         stem = nn.Conv2d(3, width, 3, 1, 1, bias=False) if small_images else nn.Conv2d(3, width, 7, 2, 3, bias=False)
         pool = nn.Identity() if small_images else nn.MaxPool2d(3, 2, 1)
@@ -55,7 +58,7 @@ class ResNet18(nn.Module):
         blocks: list[nn.Module] = []
         channels = width
         for stage in range(4):
-            for block in range(2):
+            for block in range(blocks_per_stage):
                 stride = 2 if stage > 0 and block == 0 else 1
                 blocks.append(BasicBlock(channels, width << stage, stride))
                 channels = width << stage

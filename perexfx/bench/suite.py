@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import psutil
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from matplotlib.figure import Figure
 
-from perexfx.bench.measure import Timing, in_turn, peak_bytes, steps_of
-from perexfx.bench.workloads import WORKLOADS
-from perexfx.profiles import processor
+import perexfx
+from perexfx.bench.measure import Timing, in_turn
+from perexfx.bench.memory import peak_of_process
+from perexfx.bench.plots import bars
+from perexfx.bench.results import Sheet, progress_bar, publish
+from perexfx.bench.steps import Setup, Step, clipped, ordinary, set_up, training_step
+from perexfx.bench.workloads import Workload
+from perexfx.compiled import CompiledStep
 
 
 @dataclass(frozen=True)
@@ -26,77 +28,120 @@ class Result:
 
     Attributes:
         name: Of the workload.
-        timing: Seconds and their ratio.
+        timing: Of the steps "ordinary", "clipped" and, for small workloads, "compiled".
+        way: What `compile_step` took: "eager", "graph" or "compiled"; "" where it was not asked.
         ordinary_bytes: Peak memory of the ordinary step's process.
         clipped_bytes: Peak memory of the clipped step's process.
     """
 
     name: str
     timing: Timing
+    way: str
     ordinary_bytes: int
     clipped_bytes: int
 
+    @property
+    def ratio(self) -> float:
+        """The one that the geometric mean counts."""
+        return self.timing.ratio("compiled" if self.way else "clipped")
 
-def run(names: Sequence[str], rounds: int, out: Path | None) -> list[Result]:
+    @property
+    def bytes_ratio(self) -> float:
+        """Of the clipped step's process to the ordinary one's."""
+        return self.clipped_bytes / self.ordinary_bytes
+
+
+def run(workloads: Sequence[Workload], rounds: int, device: torch.device, out: Path | None) -> list[Result]:
     """Measures workloads, shows a table, and writes it with the machine's description.
 
     Args:
-        names: Keys of `WORKLOADS`.
-        rounds: Pairs of steps timed for each.
-        out: Folder for `suite.json`; None: show only.
+        workloads: What to measure.
+        rounds: How many times each step is timed.
+        device: What the steps run on.
+        out: Folder for the files; None: show only.
     """
     results = []
-    with Progress(transient=True) as progress:
-        task = progress.add_task("measuring", total=len(names) * (rounds + 2))
-        for name in names:
-            progress.update(task, description=name)
-            timing: Timing | None = None
-            for timing in in_turn(*steps_of(WORKLOADS[name]), rounds):  # noqa: B007
-                progress.advance(task)
-            assert timing is not None
-            peaks = []
-            for kind in ("ordinary", "clipped"):
-                peaks.append(peak_bytes(name, kind))
-                progress.advance(task)
-            results.append(Result(name, timing, *peaks))
-    Console().print(_table(results))
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        described = {"machine": machine(), "rounds": rounds, "results": [asdict(result) for result in results]}
-        (out / "suite.json").write_text(json.dumps(described, indent=2) + "\n")
+    with progress_bar() as progress:
+        task = progress.add_task("", total=len(workloads) * (rounds + 2))
+        for workload in workloads:
+            progress.update(task, description=workload.name)
+            results.append(_measured(workload, rounds, device, partial(progress.advance, task)))
+    publish(_sheet(results, rounds), partial(_draw, results), device, out)
     return results
 
 
-def machine() -> dict[str, object]:
-    """What the numbers were measured on."""
-    return {
-        "processor": processor(),
-        "cores": psutil.cpu_count(logical=False),
-        "memory_bytes": psutil.virtual_memory().total,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
+def _measured(workload: Workload, rounds: int, device: torch.device, advance: Callable[[], None]) -> Result:
+    setup = set_up(workload, device)
+    transformed = perexfx.transform(setup.model)
+    steps = {"ordinary": ordinary(setup), "clipped": training_step(setup, transformed)}
+    whole = perexfx.compile_step(transformed, setup.loss) if workload.is_small else None
+    if whole is not None:
+        steps["compiled"] = _whole_step(setup, whole)
+    timing: Timing | None = None
+    for timing in in_turn(steps, rounds, device):  # noqa: B007
+        advance()
+    assert timing is not None
+    way = next(iter(whole.ways.values())) if whole is not None else ""
+    peaks = []
+    for make in (ordinary, clipped):
+        peaks.append(peak_of_process(workload, make, device))
+        advance()
+    return Result(workload.name, timing, way, *peaks)
 
 
-def _table(results: Sequence[Result]) -> Table:
-    table = Table(title="clipped against ordinary step", caption=f"geometric mean of the ratios {_mean(results):.3f}")
-    for heading in ("workload", "ordinary\nms", "clipped\nms", "ratio", "ordinary\nMB", "clipped\nMB", "ratio"):
-        table.add_column(heading, justify="left" if heading == "workload" else "right")
-    for result in results:
-        timing = result.timing
-        table.add_row(
-            result.name,
-            f"{timing.ordinary * 1e3:.2f}",
-            f"{timing.clipped * 1e3:.2f}",
-            f"{timing.ratio:.3f}",
-            f"{result.ordinary_bytes / 1e6:.0f}",
-            f"{result.clipped_bytes / 1e6:.0f}",
-            f"{result.clipped_bytes / result.ordinary_bytes:.3f}",
-        )
-    return table
+def _whole_step(setup: Setup, whole: CompiledStep) -> Step:
+    """The first call takes long: it settles on a way. Calls to warm up are thus enough."""
+
+    def step() -> None:
+        setup.forget_gradients()
+        whole(setup.inputs, setup.targets)
+
+    return step
 
 
-def _mean(results: Sequence[Result]) -> float:
-    return statistics.geometric_mean(result.timing.ratio for result in results)
+def _sheet(results: Sequence[Result], rounds: int) -> Sheet:
+    times = ("ordinary\nms", "clipped\nms", "ratio", "compiled\nms", "ratio")
+    small = ", ".join(result.name for result in results if result.way)
+    counted = f", of the compiled step for {small} and of the eager one for the others" if small else ""
+    mean = statistics.geometric_mean(result.ratio for result in results)
+    return Sheet(
+        "suite",
+        "clipped against ordinary step",
+        ("workload", *times, "ordinary\nMB", "clipped\nMB", "ratio"),
+        [_row(result) for result in results],
+        [f"Geometric mean of the ratios {mean:.3f}{counted}."],
+        {"rounds": rounds, "geometric_mean": mean, "results": [_raw(result) for result in results]},
+    )
+
+
+def _row(result: Result) -> list[str]:
+    timing = result.timing
+    compiled = [f"{timing.median('compiled') * 1e3:.2f}", f"{timing.ratio('compiled'):.3f}"] if result.way else ["", ""]
+    return [
+        result.name,
+        f"{timing.median('ordinary') * 1e3:.2f}",
+        f"{timing.median('clipped') * 1e3:.2f}",
+        f"{timing.ratio('clipped'):.3f}",
+        *compiled,
+        f"{result.ordinary_bytes / 1e6:.0f}",
+        f"{result.clipped_bytes / 1e6:.0f}",
+        f"{result.bytes_ratio:.3f}",
+    ]
+
+
+def _raw(result: Result) -> dict[str, Any]:
+    others = [name for name in result.timing.seconds if name != "ordinary"]
+    return {**asdict(result), "ratios": {name: result.timing.ratio(name) for name in others}}
+
+
+def _draw(results: Sequence[Result], figure: Figure) -> None:
+    figure.set_size_inches(10, 8)
+    above, below = figure.subplots(2, 1, sharex=True)
+    names = [result.name for result in results]
+    whole = [result.timing.ratio("compiled") if result.way else None for result in results]
+    times = {"clipped step": [result.timing.ratio("clipped") for result in results]}
+    bars(above, names, {**times, "clipped step by compile_step": whole} if any(whole) else times)
+    above.set_ylabel("time / ordinary step's")
+    above.legend(frameon=False)
+    bars(below, names, {"clipped step": [result.bytes_ratio for result in results]})
+    below.set_ylabel("peak memory / ordinary process's")
