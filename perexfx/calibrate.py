@@ -90,6 +90,12 @@ def _convolution(
     )
 
 
+def describe(signature: Signature) -> str:
+    """Batch and sizes in words, other words for other sizes."""
+    last = isinstance(signature, ConvolutionSignature) and signature.channels_last
+    return f"{signature.n} x {signature.describe()}{', channels last' if last else ''}"
+
+
 def observe(strategies: Sequence[Strategy]) -> Iterator[tuple[int, int, list[Observation]]]:
     """Takes all timings; yields how many sizes are done, of how many, and the timings so far."""
     device = torch.device("cpu")
@@ -108,7 +114,7 @@ def _of_strategies(strategies: Sequence[Strategy], signature: Signature, device:
     predicted = BUILT_IN.predict(costs, signature)
     worth = [s for s in costs if predicted[s] <= min(LONGEST, HOPELESS * min(predicted.values()))]
     seconds = measure(worth, signature, torch.float32, device)
-    what = f"{signature.n} x {signature.describe()}"
+    what = describe(signature)
     return [Observation(what, s.name, costs[s], seconds[s.name]) for s in worth]
 
 
@@ -154,7 +160,7 @@ def _of_images(n: int, channels: int, out: int, size: int, kernel: int, stride: 
         "max_pool": (image_work("max_pool", sizes.output_elements, last),),
         "group_norm": (image_work("group_norm", sizes.output_elements, last),),
     }
-    what = f"{n} x {sizes.describe()}{', channels last' if last else ''}"
+    what = f"images of {describe(sizes)}"
     return [Observation(what, name, Cost(work[name], 0), seconds[name]) for name in seconds]
 
 
@@ -222,4 +228,4 @@ def profile_name() -> str:
     return f"profile of {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-__all__ = ["Observation", "Quality", "fit", "observe", "profile_name", "quality", "signatures"]
+__all__ = ["Observation", "Quality", "describe", "fit", "observe", "profile_name", "quality", "signatures"]

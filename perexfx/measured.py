@@ -85,17 +85,18 @@ def measure(
 def medians(runs: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
     """Median seconds of several runs, taken in turn."""
     with torch.no_grad():
-        first = {name: _seconds(run, device) for name, run in runs.items()}
+        first = {name: seconds_of(run, device) for name, run in runs.items()}
         repeats = {name: min(MOST, max(FEWEST, int(SECONDS / max(first[name], 1e-6)))) for name in runs}
         taken: dict[str, list[float]] = {name: [] for name in runs}
         for at in range(max(repeats.values(), default=0)):
             for name, run in runs.items():
                 if at < repeats[name]:
-                    taken[name].append(_seconds(run, device))
+                    taken[name].append(seconds_of(run, device))
     return {name: statistics.median(found) for name, found in taken.items()}
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """What one call takes, until its device is done."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
     start = time.perf_counter()

@@ -106,7 +106,8 @@ def test_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.C
     shown = capsys.readouterr().out
     assert f"{found['geometric_mean']:.3f}" in shown
     assert "the compiled step for small" in shown
-    assert [(row[0], row[-1]) for row in rows_of(tmp_path / "suite.md")] == [("tiny", "1.500"), ("small", "1.500")]
+    assert [(row[0], row[8]) for row in rows_of(tmp_path / "suite.md")] == [("tiny", "1.500"), ("small", "1.500")]
+    assert all(result.added == pytest.approx(result.predicted_added, abs=2000) for result in (eager, whole))
 
 
 def test_workloads_that_are_mostly_python_are_compiled() -> None:

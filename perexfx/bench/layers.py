@@ -19,7 +19,7 @@ from perexfx.bench.measure import FEWEST
 from perexfx.bench.memory import peak_allocation
 from perexfx.bench.plots import points
 from perexfx.bench.results import Sheet, progress_bar, publish
-from perexfx.calibrate import Observation, quality, signatures
+from perexfx.calibrate import Observation, describe, quality, signatures
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost
 from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature, Signature
@@ -111,12 +111,6 @@ def _batches(n: int) -> list[int]:
 def _with_batch(signature: Signature, n: int) -> Signature:
     assert isinstance(signature, GradientSignature | ProductSignature | RowsSignature | ConvolutionSignature)
     return replace(signature, n=n)
-
-
-def describe(signature: Signature) -> str:
-    """Batch and sizes in words, other words for other sizes."""
-    last = isinstance(signature, ConvolutionSignature) and signature.channels_last
-    return f"{signature.n} x {signature.describe()}{', channels last' if last else ''}"
 
 
 def _profiles() -> list[Machine]:

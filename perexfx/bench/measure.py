@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from perexfx.measured import seconds_of
+
 CPU = torch.device("cpu")
 WARM_UP = 3
 FEWEST = 3
@@ -57,7 +59,7 @@ def in_turn(
         if at >= FEWEST and time.perf_counter() - start > limit:
             return
         for name, step in steps.items():
-            taken[name].append(_seconds(step, device))
+            taken[name].append(seconds_of(step, device))
         yield Timing({name: tuple(seconds) for name, seconds in taken.items()})
 
 
@@ -67,13 +69,3 @@ def timed(
     """What is known after the last round. Arguments: as of `in_turn`."""
     *_, timing = in_turn(steps, rounds, device, limit)
     return timing
-
-
-def _seconds(step: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

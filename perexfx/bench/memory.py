@@ -62,6 +62,8 @@ def _collector_paused() -> Iterator[None]:
 def peak_of_process(workload: Workload, make: Callable[[Setup], Step], device: torch.device) -> int:
     """Peak bytes of a fresh process that takes a few steps: resident ones, or on a GPU those of torch's allocator.
 
+    As in any training loop there is an optimizer: torch's own load a good part of torch, 70 MB.
+
     Args:
         workload: What it sets up.
         make: Makes the step; a function of a module, or a partial of one.
@@ -75,9 +77,11 @@ def peak_of_process(workload: Workload, make: Callable[[Setup], Step], device: t
 
 def _peak_after_steps(workload: Workload, make: Callable[[Setup], Step], device: torch.device) -> int:
     warnings.simplefilter("ignore")  # they have been seen where the step was timed
-    step = make(set_up(workload, device))
+    setup = set_up(workload, device)
+    step, optimizer = make(setup), torch.optim.SGD(setup.parameters, lr=0.0)
     for _ in range(WARM_UP):
         step()
+        optimizer.step()
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
 
 

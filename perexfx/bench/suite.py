@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 import perexfx
 from perexfx.bench.measure import Timing, in_turn
-from perexfx.bench.memory import peak_of_process
+from perexfx.bench.memory import peak_allocation, peak_of_process
 from perexfx.bench.plots import bars
 from perexfx.bench.results import Sheet, progress_bar, publish
 from perexfx.bench.steps import Setup, Step, clipped, ordinary, set_up, training_step
@@ -32,6 +32,8 @@ class Result:
         way: What `compile_step` took: "eager", "graph" or "compiled"; "" where it was not asked.
         ordinary_bytes: Peak memory of the ordinary step's process.
         clipped_bytes: Peak memory of the clipped step's process.
+        allocated: Name of a step -> the most bytes it has allocated at once, on top of model and batch.
+        predicted_added: By how much the plan predicts that this grows.
     """
 
     name: str
@@ -39,6 +41,13 @@ class Result:
     way: str
     ordinary_bytes: int
     clipped_bytes: int
+    allocated: Mapping[str, int]
+    predicted_added: int
+
+    @property
+    def added(self) -> int:
+        """By how much the most that a step has allocated grows."""
+        return self.allocated["clipped"] - self.allocated["ordinary"]
 
     @property
     def ratio(self) -> float:
@@ -82,11 +91,18 @@ def _measured(workload: Workload, rounds: int, device: torch.device, advance: Ca
         advance()
     assert timing is not None
     way = next(iter(whole.ways.values())) if whole is not None else ""
+    allocated = {}
+    for name in ("ordinary", "clipped"):
+        setup.forget_gradients()
+        allocated[name] = peak_allocation(steps[name], device)
+    plan = transformed.perexfx.plan
+    assert plan is not None
     peaks = []
     for make in (ordinary, clipped):
         peaks.append(peak_of_process(workload, make, device))
         advance()
-    return Result(workload.name, timing, way, *peaks)
+    before, after = peaks
+    return Result(workload.name, timing, way, before, after, allocated, plan.bytes_added)
 
 
 def _whole_step(setup: Setup, whole: CompiledStep) -> Step:
@@ -107,9 +123,13 @@ def _sheet(results: Sequence[Result], rounds: int) -> Sheet:
     return Sheet(
         "suite",
         "clipped against ordinary step",
-        ("workload", *times, "ordinary\nMB", "clipped\nMB", "ratio"),
+        ("workload", *times, "ordinary\nMB", "clipped\nMB", "ratio", "allocated\nMB more", "predicted\nMB more"),
         [_row(result) for result in results],
-        [f"Geometric mean of the ratios {mean:.3f}{counted}."],
+        [
+            f"Geometric mean of the ratios {mean:.3f}{counted}.",
+            "MB are peaks of processes of their own; allocated is what torch's allocator has handed out at once, on top "
+            "of model and batch.",
+        ],
         {"rounds": rounds, "geometric_mean": mean, "results": [_raw(result) for result in results]},
     )
 
@@ -126,6 +146,8 @@ def _row(result: Result) -> list[str]:
         f"{result.ordinary_bytes / 1e6:.0f}",
         f"{result.clipped_bytes / 1e6:.0f}",
         f"{result.bytes_ratio:.3f}",
+        f"{result.added / 1e6:+.1f}",
+        f"{result.predicted_added / 1e6:+.1f}",
     ]
 
 
