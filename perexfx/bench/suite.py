@@ -127,8 +127,8 @@ def _sheet(results: Sequence[Result], rounds: int) -> Sheet:
         [_row(result) for result in results],
         [
             f"Geometric mean of the ratios {mean:.3f}{counted}.",
-            "MB are peaks of processes of their own; allocated is what torch's allocator has handed out at once, on top "
-            "of model and batch.",
+            "MB are peaks of processes of their own; allocated is what torch's allocator has handed out at once, on "
+            "top of model and batch.",
         ],
         {"rounds": rounds, "geometric_mean": mean, "results": [_raw(result) for result in results]},
     )
