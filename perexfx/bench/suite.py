@@ -21,6 +21,9 @@ from perexfx.bench.steps import Setup, Step, clipped, ordinary, set_up, training
 from perexfx.bench.workloads import Workload
 from perexfx.compiled import CompiledStep
 
+SMALL = 10
+"""Small steps are timed so many times as often."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -87,8 +90,10 @@ def _measured(workload: Workload, rounds: int, device: torch.device, advance: Ca
     if whole is not None:
         steps["compiled"] = _whole_step(setup, whole)
     timing: Timing | None = None
-    for timing in in_turn(steps, rounds, device):  # noqa: B007
-        advance()
+    many = SMALL if workload.is_small else 1
+    for at, timing in enumerate(in_turn(steps, many * rounds, device), start=1):  # noqa: B007
+        if at % many == 0:
+            advance()
     assert timing is not None
     way = next(iter(whole.ways.values())) if whole is not None else ""
     allocated = {}

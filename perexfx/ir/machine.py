@@ -105,6 +105,7 @@ BUILT_IN = Machine(
         "convolution_weight": Rate(4.27e11, 2.91e10, 2.0e-06),
         "convolution_weight_grouped": Rate(3.55e11, 1.35e10, 2.8e-04),
         "convolution_weight_single": Rate(3.74e11, 6.02e09, 1.1e-04),
+        "convolution_weight_thin": Rate(8.30e10, 1.06e10, 2.8e-04),
         "gemm": Rate(4.17e11, 1.25e11, 2.0e-06),
         "group_norm": Rate(math.inf, 3.27e10, 6.5e-06),
         "group_norm_last": Rate(math.inf, 1.40e10, 2.0e-06),

@@ -76,7 +76,8 @@ class LSTM(Recurrent):
         """The slopes of `o` times the gradient of `o tanh(c)`; the slopes of the others times that of `c`."""
         given, reverse = call.arguments, call.arguments["reverse"]
         previous = call.residuals[0]
-        slopes = _slopes(given, previous, _kept_gates(call))
+        kept = _kept_gates(call)
+        slopes = _slopes(given, _computed_gates(given, previous) if kept is None else kept)
         grads, rows = arriving(call)
         grad_cell = call.grad_outputs[2].clone()
         split = slopes.gates.unflatten(2, (4, -1))
@@ -104,7 +105,7 @@ class _Slopes:
 
     Attributes:
         gates: Of every gate, by the cell state it leads to; of the output gate, by the hidden state. `[T, B, 4 H]`.
-        forget: Of the cell state before, by the cell state. `[T, B, H]`.
+        forget: Of the cell state before, by the cell state: the gate itself. `[T, B, H]`.
         cell: Of the cell state, by the hidden state. `[T, B, H]`.
         raw: The hidden state itself, before a projection. `[T, B, H]`; empty where there is none.
     """
@@ -123,7 +124,7 @@ def _kept_gates(call: Backward) -> Tensor | None:
     gates = gates_in(call.residuals[1], given["input"], given["weight_hh"].shape[1])
     if gates is None:
         return None
-    return gates.flip(0) if given["reverse"] else gates.clone(memory_format=torch.contiguous_format)
+    return gates.flip(0) if given["reverse"] else gates
 
 
 def _computed_gates(given: Arguments, previous: Tensor) -> Tensor:
@@ -138,21 +139,20 @@ def _computed_gates(given: Arguments, previous: Tensor) -> Tensor:
     return gates
 
 
-def _slopes(given: Arguments, previous: Tensor, kept: Tensor | None) -> _Slopes:
-    """The gates, overwritten by their slopes."""
-    reverse, gates = given["reverse"], _computed_gates(given, previous) if kept is None else kept
+def _slopes(given: Arguments, gates: Tensor) -> _Slopes:
+    """From the gates after their activations, `[T, B, 4 H]`, which are only read."""
+    reverse, slopes = given["reverse"], torch.empty_like(gates, memory_format=torch.contiguous_format)
     i, f, g, o = gates.unflatten(2, (4, -1)).unbind(2)
+    by_i, by_f, by_g, by_o = slopes.unflatten(2, (4, -1)).unbind(2)
     cells = i * g
     state = torch.zeros_like(cells[0]) if given["c0"] is None else given["c0"]
-    for cell, stays in zip(forwards(cells, reverse), forwards(f, reverse), strict=True):
-        state = cell.addcmul_(stays, state)
-    forget, cells_before = f.clone(), shifted(cells, given["c0"], reverse)
+    for cell, kept in zip(forwards(cells, reverse), forwards(f, reverse), strict=True):
+        state = cell.addcmul_(kept, state)
+    cells_before = shifted(cells, given["c0"], reverse)
     tanh_(cells)
-    slope_i = _sigmoid_backward(g, i)
-    _sigmoid_backward.grad_input(cells_before, f, grad_input=f)
-    _tanh_backward.grad_input(i, g, grad_input=g)
-    i.copy_(slope_i)
-    slope_cell = _tanh_backward(o, cells)
+    _sigmoid_backward.grad_input(g, i, grad_input=by_i)
+    _sigmoid_backward.grad_input(cells_before, f, grad_input=by_f)
+    _tanh_backward.grad_input(i, g, grad_input=by_g)
+    _sigmoid_backward.grad_input(cells, o, grad_input=by_o)
     raw = cells[:0] if given["weight_hr"] is None else o * cells
-    _sigmoid_backward.grad_input(cells, o, grad_input=o)
-    return _Slopes(gates, forget, slope_cell, raw)
+    return _Slopes(slopes, f, _tanh_backward(o, cells), raw)

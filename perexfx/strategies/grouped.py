@@ -36,6 +36,9 @@ class Grouped:
         copied = itemsize * kernel_gradient_elements(signature, min(at_a_time, signature.n))
         flops = signature.weight_gradient_flops
         work = (Work("convolution_weight_grouped", flops, itemsize * kept, calls=parts),)
+        if signature.geometry.groups == 1 and signature.in_channels <= THIN:
+            moved = itemsize * (kept + signature.held_elements)
+            work = (Work("convolution_weight_thin", flops, moved, calls=parts),)
         if signature.channels_last:
             work = (*work, Work("memory", bytes=2 * itemsize * signature.held_elements, calls=2 * parts))
         return kept_gradients(signature, itemsize, (*work, read_for_norm(kept, itemsize)), copied)
@@ -49,6 +52,8 @@ class Grouped:
         return (norms[0] if len(norms) == 1 else torch.cat(norms)), Kept(tuple(pieces), factors.shape)
 
 
+THIN = 4
+"""Images of no more channels than this are groups that oneDNN has no fast kernel for."""
 CHUNK_BYTES = 8 << 20
 """Images of as many examples at a time as fit the cache."""
 KERNEL_ELEMENTS = 1 << 18
