@@ -169,6 +169,6 @@ def _draw(results: Sequence[Result], figure: Figure) -> None:
     times = {"clipped step": [result.timing.ratio("clipped") for result in results]}
     bars(above, names, {**times, "clipped step by compile_step": whole} if any(whole) else times)
     above.set_ylabel("time / ordinary step's")
-    above.legend(frameon=False)
+    above.legend(frameon=False, loc="upper center", ncols=2)
     bars(below, names, {"clipped step": [result.bytes_ratio for result in results]})
     below.set_ylabel("peak memory / ordinary process's")

@@ -109,10 +109,13 @@ class Materialize:
     def _of_convolution(self, factors: Convolution) -> tuple[Tensor, Factors]:
         """A few examples at a time, so that what is unfolded stays in the cache."""
         step = examples_at_a_time(factors.signature, factors.layer_input.element_size())
-        found = [self.squared_norms(part.unfolded()) for part in factors.split(step)]
-        squared = torch.cat([norms for norms, _ in found])
-        kept = [part for _, part in found if isinstance(part, Kept)]
-        return squared, joined(kept) if kept else factors
+        norms, kept = [], []
+        for part in factors.split(step):
+            squared, held = self.squared_norms(part.unfolded())
+            norms.append(squared)
+            if isinstance(held, Kept):
+                kept.append(held)
+        return torch.cat(norms), joined(kept) if kept else factors
 
 
 UNFOLDED_BYTES = 4 << 20
