@@ -106,7 +106,7 @@ def test_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.C
     shown = capsys.readouterr().out
     assert f"{found['geometric_mean']:.3f}" in shown
     assert "the compiled step for small" in shown
-    assert [(row[0], row[8]) for row in rows_of(tmp_path / "suite.md")] == [("tiny", "1.500"), ("small", "1.500")]
+    assert [(row[0], row[9]) for row in rows_of(tmp_path / "suite.md")] == [("tiny", "1.500"), ("small", "1.500")]
     assert all(result.added == pytest.approx(result.predicted_added, abs=2000) for result in (eager, whole))
 
 

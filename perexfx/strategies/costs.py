@@ -6,7 +6,7 @@ import math
 
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
-from perexfx.ir.factors import ProductSignature, RowsSignature, Signature
+from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature, Signature
 from perexfx.ir.gemm import SMALL_EACH
 from perexfx.ir.kept import PIECE_BYTES
 
@@ -22,6 +22,21 @@ def finish_kept(signature: Signature, itemsize: int) -> Work:
     return Work("matrix_vector", flops=2 * elements, bytes=itemsize * elements)
 
 
+def ordinary_gradient(signature: Signature, itemsize: int) -> tuple[Work, ...]:
+    """The parameter's gradient over all examples together, as an ordinary backward computes it."""
+    if isinstance(signature, GradientSignature):
+        return ()
+    moved = itemsize * (signature.held_elements + parameter_elements(signature))
+    if isinstance(signature, ConvolutionSignature):
+        return (Work("convolution_weight", signature.weight_gradient_flops, moved),)
+    if isinstance(signature, ProductSignature):
+        rows = signature.n * signature.g * signature.t
+        return (Work("gemm", 2 * rows * signature.i * signature.o, moved),)
+    assert isinstance(signature, RowsSignature)
+    rows = signature.n * signature.t * signature.d
+    return (Work("index", bytes=itemsize * (rows + parameter_elements(signature))),)
+
+
 def finish_product(signature: Signature, itemsize: int) -> tuple[Work, ...]:
     """The clipped sum from held factors: scale one of them, then one ordinary parameter gradient."""
     if isinstance(signature, ConvolutionSignature):
@@ -33,24 +48,12 @@ def finish_product(signature: Signature, itemsize: int) -> tuple[Work, ...]:
                 Work("memory", bytes=2 * itemsize * parameter_elements(signature)),
                 Work("gemm", signature.weight_gradient_flops, unfolded + itemsize * parameter_elements(signature)),
             )
-        product = Work(
-            "convolution_weight",
-            flops=signature.weight_gradient_flops,
-            bytes=itemsize * (signature.held_elements + parameter_elements(signature)),
-        )
     elif isinstance(signature, ProductSignature):
-        rows = signature.n * signature.g * signature.t
-        scaled = rows * signature.o
-        product = Work(
-            "gemm",
-            flops=2 * rows * signature.i * signature.o,
-            bytes=itemsize * (signature.held_elements + parameter_elements(signature)),
-        )
+        scaled = signature.n * signature.g * signature.t * signature.o
     else:
         assert isinstance(signature, RowsSignature)
         scaled = signature.n * signature.t * signature.d
-        product = Work("index", bytes=itemsize * (scaled + parameter_elements(signature)))
-    return Work("memory", bytes=2 * itemsize * scaled), product
+    return (Work("memory", bytes=2 * itemsize * scaled), *ordinary_gradient(signature, itemsize))
 
 
 def held_factors(signature: Signature, itemsize: int, work: tuple[Work, ...], bytes_transient: int = 0) -> Cost:
