@@ -129,9 +129,12 @@ def examples_at_a_time(signature: ConvolutionSignature, itemsize: int) -> int:
 
 
 def _elements_at_work(signature: ConvolutionSignature) -> int:
-    """Of one example: its padded input, the same unfolded, and the gradient of its output in another order."""
-    padded = math.prod(signature.padded_size) * signature.in_channels * signature.frames
-    return padded + (signature.unfolded_elements + signature.output_elements) // max(1, signature.n)
+    """Of one example: its input unfolded, that in channels last and padded, and its output gradient likewise."""
+    copied = 0
+    if any(signature.geometry.padding) or not signature.channels_last:
+        copied = math.prod(signature.padded_size) * signature.in_channels * signature.frames
+    reordered = 0 if signature.channels_last else signature.output_elements
+    return copied + (signature.unfolded_elements + reordered) // max(1, signature.n)
 
 
 def _pieces(product: Product, turned: bool) -> Iterator[Tensor]:
