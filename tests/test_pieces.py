@@ -11,6 +11,7 @@ from torch import Tensor
 from perexfx.ir.convolution import Convolution, ConvolutionGeometry
 from perexfx.ir.factors import Factors, Gradient, Product, Rows, SharedGram, squared_norms_of
 from perexfx.ir.layout import Layout
+from perexfx.layers.convolution import _input_gradient
 from perexfx.strategies import STRATEGIES, Gram
 from perexfx.tags import Mixing, layout_of, tags_of
 
@@ -185,3 +186,22 @@ def test_grams_without_their_lower_quarter(n: int, t: int) -> None:
             torch.testing.assert_close(Gram().squared_norms(product)[0], expected)
     opposite = Product(torch.ones(1, 1, t, 1), torch.tensor([1.0, -1.0]).repeat(65)[:t].reshape(1, 1, t, 1), (1, 1))
     assert Gram().squared_norms(opposite)[0] >= 0
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("stride", [(2,), (3, 1), (2, 3), (1, 2, 2)])
+def test_input_gradients_of_strided_pixels(stride: tuple[int, ...], last: bool) -> None:
+    torch.manual_seed(0)
+    rank = len(stride)
+    x = torch.randn(2, 3, *(7, 8, 5)[:rank]).double()
+    if last and rank == 2:
+        x = x.contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    weight = torch.randn(4, 3, *[1] * rank).double()
+    output = (torch.conv1d, torch.conv2d, torch.conv3d)[rank - 1](x, weight, None, stride)
+    grad_output = torch.randn_like(output)
+    (expected,) = torch.autograd.grad(output, x, grad_output)
+    geometry = ConvolutionGeometry(stride, (0,) * rank, (1,) * rank, 1)
+    found = _input_gradient(grad_output, x.detach(), weight, geometry)
+    torch.testing.assert_close(found, expected)
+    assert found.stride() == x.stride()

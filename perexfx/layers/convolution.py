@@ -150,6 +150,8 @@ def _input_gradient(grad_output: Tensor, layer_input: Tensor, weight: Tensor, sl
     if is_copied_for(weight, layer_input, grad_output.numel()):
         found = _input_gradient(grad_output.contiguous(), layer_input.contiguous(), weight, slide)
         return found.contiguous(memory_format=torch.channels_last)
+    if set(weight.shape[2:]) == {1} and max(slide.stride) > 1 and not any(slide.padding) and slide.groups == 1:
+        return _of_strided_pixels(grad_output, layer_input, weight, slide.stride)
     return torch.ops.aten.convolution_backward(
         grad_output,
         layer_input,
@@ -163,6 +165,16 @@ def _input_gradient(grad_output: Tensor, layer_input: Tensor, weight: Tensor, sl
         slide.groups,
         [True, False, False],
     )[0]
+
+
+def _of_strided_pixels(grad_output: Tensor, layer_input: Tensor, weight: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Where a kernel is one pixel and some are skipped, theirs is zero: several times faster than torch's own way."""
+    rank = len(stride)
+    gradient = torch.zeros_like(layer_input)
+    read = gradient[(slice(None), slice(None), *(slice(None, None, step) for step in stride))]
+    ones, zeros = [1] * rank, [0] * rank
+    read.copy_(torch.convolution(grad_output, weight.transpose(0, 1), None, ones, zeros, ones, False, zeros, 1))
+    return gradient
 
 
 CONVOLUTIONS = (
