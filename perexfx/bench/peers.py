@@ -10,9 +10,12 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +144,7 @@ def run(
             outcomes = []
             for peer in peers:
                 progress.update(task, description=f"{workload.name}: {peer.name}")
-                outcomes.append(outcome(peer, workload, expected, rounds, device))
+                outcomes.append(_in_its_own_process(peer, workload, expected, rounds, device))
                 progress.advance(task)
             results.append(_result(workload, expected, outcomes, rounds, device))
     publish(_sheet(results, rounds), partial(_draw, results), device, out)
@@ -155,6 +158,19 @@ def expected_of(workload: Workload, device: torch.device) -> Expected:
     return Expected(
         clip_norm, [_gradients(one_at_a_time, sample.of(workload, device), clip_norm) for sample in SAMPLES]
     )
+
+
+def _in_its_own_process(
+    peer: Peer, workload: Workload, expected: Expected, rounds: int, device: torch.device
+) -> Outcome:
+    """As `outcome`: some ways keep gradients alive, and some take all the memory there is."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(outcome, peer, workload, expected, rounds, device).result()
+        except BrokenProcessPool:
+            return Outcome(
+                peer.name, problem="refuses: its process was killed, most likely for the memory that it took"
+            )
 
 
 def outcome(peer: Peer, workload: Workload, expected: Expected, rounds: int, device: torch.device) -> Outcome:
