@@ -32,7 +32,7 @@ from perexfx.ir.errors import CaptureError
 from perexfx.memories import Attributes, Slot, empty, refuse_kept
 from perexfx.outputs import OutputTemplate
 from perexfx.places import line_of, reason_of, user_frame, user_line
-from perexfx.tracer import TRACING, states_outside_torch, unchanged
+from perexfx.tracer import TRACING, same_einsums, states_outside_torch, unchanged
 
 
 def export(
@@ -126,7 +126,16 @@ def _free_axes(value: Tensor, batch_dim: int, carries: bool) -> dict[int, Any] |
 def _run(model: _Flat, examples: tuple[Tensor, ...], axes: tuple[dict[int, Any] | None, ...]) -> ExportedProgram:
     outside, functions = states_outside_torch(), custom_functions(_refuse_custom)
     try:
-        with TRACING, unchanged(model), _quiet(), _short_traces(), torch.enable_grad(), no_tensor_hooks(), functions:
+        with (
+            TRACING,
+            unchanged(model),
+            same_einsums(),
+            _quiet(),
+            _short_traces(),
+            torch.enable_grad(),
+            no_tensor_hooks(),
+            functions,
+        ):
             program = torch.export.export(model, examples, dynamic_shapes=(axes,), strict=False)
     except CaptureError:
         raise

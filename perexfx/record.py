@@ -26,7 +26,7 @@ from perexfx.custom import CustomFunction, gradients_of, nonlinear_in
 from perexfx.failed import failed, not_linear
 from perexfx.inputs import Inputs, arguments_for
 from perexfx.ir.errors import RefusedError
-from perexfx.tracer import TRACING
+from perexfx.tracer import TRACING, same_einsums
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ def record(graph: fx.Graph, module: nn.Module, inputs: Inputs, batch_dim: int, n
         level = torch_log.level
         torch_log.setLevel(logging.CRITICAL)
         try:
-            with TRACING, Recording(run), warnings.catch_warnings():
+            with TRACING, same_einsums(), Recording(run), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the real run gives them too
                 interpreter.run(*arguments)
         except RefusedError:

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +29,11 @@ from perexfx.traceable import forward_of, traceable
 
 TRACING = threading.RLock()
 """fx patches torch.nn.Module while it traces: one thread at a time may trace, or run a graph for its shapes."""
+
+
+def same_einsums() -> AbstractContextManager[None]:
+    """Without opt_einsum, where it is installed: the order in which it multiplies depends on the batch size."""
+    return torch.backends.opt_einsum.flags(enabled=False)
 
 
 class _Proxy(fx.Proxy):

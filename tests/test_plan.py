@@ -150,7 +150,12 @@ def test_machines_add_up() -> None:
     kinds = {
         work.kind
         for strategy in STRATEGIES
-        for signature in (convolution(4, 2, 2, 5), ProductSignature(8, 1, 1, 3, 2, (2, 3)), RowsSignature(4, 5, 9, 3))
+        for signature in (
+            convolution(4, 2, 2, 5),
+            convolution(4, 8, 2, 5),
+            ProductSignature(8, 1, 1, 3, 2, (2, 3)),
+            RowsSignature(4, 5, 9, 3),
+        )
         if strategy.refuses(signature) is None
         for work in strategy.cost(signature, 4).work
     }

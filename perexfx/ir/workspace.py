@@ -11,6 +11,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
 _LSTM = 2
@@ -60,7 +62,10 @@ def gates_in(workspace: Tensor, input: Tensor, hidden: int) -> Tensor | None:
         hidden: H.
     """
     if is_in_torch_dispatch_mode():
-        return None
+        if not isinstance(workspace, FakeTensor) or get_proxy_mode() is not None:
+            return None
+        shape = (*input.shape[:2], 4 * hidden)  # nothing is computed: shapes and memory alone are asked for
+        return workspace.new_empty(1, dtype=torch.float32).expand(shape)
     stride = _row_stride(*input.shape, hidden, torch.get_num_threads())
     return None if stride is None else _view(workspace, input.shape[0], input.shape[1], hidden, stride)
 
