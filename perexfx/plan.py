@@ -59,7 +59,8 @@ class Decision:
     @property
     def candidates(self) -> tuple[Alternative, ...]:
         """What might have been chosen."""
-        return (self.chosen,) if self.reason else tuple(a for a in self.alternatives if a.cost is not None)
+        has_choice = not self.reason or self.reason.endswith("does not apply")
+        return tuple(a for a in self.alternatives if a.cost is not None) if has_choice else (self.chosen,)
 
     @property
     def runner_up(self) -> Alternative | None:

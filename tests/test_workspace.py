@@ -83,11 +83,13 @@ def test_float32_norms_and_sums(batch_first: bool, bidirectional: bool, bias: bo
     assert_close({k: v.double() for k, v in found.items()}, weighted(gradients, factors), 1e-5, "sums")
 
 
-def test_where_no_gates_are_found_they_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stride", [None, 33])
+def test_where_no_gates_are_found_they_are_computed(stride: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """33: where they are looked for in the wrong place."""
     torch.manual_seed(0)
     model = Whole(nn.LSTM(3, 8, batch_first=True))
     batch = Batch((torch.randn(4, 6, 3),), torch.randn(4))
     expected = train_step(perexfx.transform(model), batch, squares)
-    monkeypatch.setattr(workspace, "_row_stride", lambda *_: None)
+    monkeypatch.setattr(workspace, "_row_stride", lambda *_: stride)
     found = train_step(perexfx.transform(model), batch, squares)
     assert_close(found, expected, 1e-5, "computed gates")

@@ -13,7 +13,7 @@ from perexfx.ir.factors import Factors, Product
 from perexfx.ir.gemm import linear_by
 from perexfx.ir.recurrent import lstm_layer
 from perexfx.ir.rule import Arguments, Backward, Geometry
-from perexfx.ir.workspace import gates_in, has_gates, lstm_with_workspace
+from perexfx.ir.workspace import are_equal, gates_in, has_gates, lstm_with_workspace
 from perexfx.layers.recurrent import (
     GateGradients,
     Recurrent,
@@ -77,7 +77,7 @@ class LSTM(Recurrent):
         given, reverse = call.arguments, call.arguments["reverse"]
         previous = call.residuals[0]
         kept = _kept_gates(call)
-        slopes = _slopes(given, _computed_gates(given, previous) if kept is None else kept)
+        slopes = _slopes(given, _computed_gates(given, given["input"], previous) if kept is None else kept)
         grads, rows = arriving(call)
         grad_cell = call.grad_outputs[2].clone()
         split = slopes.gates.unflatten(2, (4, -1))
@@ -117,20 +117,24 @@ class _Slopes:
 
 
 def _kept_gates(call: Backward) -> Tensor | None:
-    """The gates of all times, where the forward has kept its workspace."""
+    """The gates of all times from the workspace; None where it has none, or the last ones are not right."""
     given = call.arguments
     if len(call.residuals) < 2 or call.residuals[1].dtype.is_floating_point:
         return None
     gates = gates_in(call.residuals[1], given["input"], given["weight_hh"].shape[1])
-    if gates is None:
+    if gates is None or call.residuals[1].numel() == 0:
+        return gates
+    first, last = (0, 1) if given["reverse"] else (-1, None)
+    computed = _computed_gates(given, given["input"][first:last], call.residuals[0][first:last])
+    if not are_equal(gates[-1], computed[0]):
         return None
     return gates.flip(0) if given["reverse"] else gates
 
 
-def _computed_gates(given: Arguments, previous: Tensor) -> Tensor:
-    """The gates of all times at once. All are sigmoids: `tanh(g) = 2 sigmoid(2 g) - 1`."""
+def _computed_gates(given: Arguments, inputs: Tensor, previous: Tensor) -> Tensor:
+    """The gates of some times at once. All are sigmoids: `tanh(g) = 2 sigmoid(2 g) - 1`."""
     bias = given["bias_ih"]
-    gates = all_times(given["input"], given["weight_ih"], None if bias is None else bias + given["bias_hh"])
+    gates = all_times(inputs, given["weight_ih"], None if bias is None else bias + given["bias_hh"])
     gates.add_(all_times(previous, given["weight_hh"], None))
     g = gates.unflatten(2, (4, -1))[:, :, 2]
     g.mul_(2)
