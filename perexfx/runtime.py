@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from perexfx.clipping import clip_factors_of
 from perexfx.ir.errors import ShapeError
 from perexfx.ir.factors import Gradient, squared_norms_of
 from perexfx.ir.rule import Backward, Shape
 from perexfx.ir.site import Operand, Site
+from perexfx.ir.tracing import is_watched
 from perexfx.pull_back import add_pulled, pull_back, pull_back_each
 from perexfx.state import PerExample
 from perexfx.tape import Tape
@@ -253,7 +253,7 @@ def _clipped_sums(tape: Tape, total: Tensor) -> dict[str, Tensor]:
     state = tape.state
     norms = total.sqrt() * tape.scale
     lost = ~torch.isfinite(norms)
-    is_traced = is_in_torch_dispatch_mode()  # a graph has no branches: it selects in any case
+    is_traced = is_watched()  # a graph has no branches: it selects in any case
     drops = is_traced or bool(lost.any())
     if drops and not is_traced:
         _logger.warning(

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from perexfx.ir.tracing import is_watched
 
 SMALL = 1 << 22
 """Products of fewer flops are left to `F.linear`: oneDNN takes some ten microseconds to begin."""
@@ -117,7 +118,7 @@ def _is_for_onednn(rows: Tensor, weight: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and type(rows) is type(weight) is Tensor
         and torch.backends.mkldnn.enabled
-        and not is_in_torch_dispatch_mode()
+        and not is_watched()
     )
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from perexfx.ir.tracing import is_watched
 
 _LSTM = 2
 """torch's number for the kind of cell."""
@@ -63,7 +65,7 @@ def gates_in(workspace: Tensor, input: Tensor, hidden: int) -> Tensor | None:
         input: Of that layer, shape `[T, B, I]`.
         hidden: H.
     """
-    if is_in_torch_dispatch_mode():
+    if is_watched():
         if not isinstance(workspace, FakeTensor) or get_proxy_mode() is not None:
             return None
         shape = (*input.shape[:2], 4 * hidden)  # nothing is computed: shapes and memory alone are asked for
