@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from perexfx.ir.convolution import Convolution, ConvolutionGeometry
 from perexfx.ir.factors import Factors, Gradient, Product, Rows, SharedGram, squared_norms_of
 from perexfx.ir.layout import Layout
+from perexfx.ir.tracing import is_watched
 from perexfx.layers.convolution import _input_gradient
 from perexfx.strategies import STRATEGIES, Gram
 from perexfx.tags import Mixing, layout_of, tags_of
@@ -205,3 +207,12 @@ def test_input_gradients_of_strided_pixels(stride: tuple[int, ...], last: bool) 
     found = _input_gradient(grad_output, x.detach(), weight, geometry)
     torch.testing.assert_close(found, expected)
     assert found.stride() == x.stride()
+
+
+def test_who_watches_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export that failed leaves torch's own flag set."""
+    monkeypatch.setattr("torch.utils._python_dispatch._is_in_torch_dispatch_mode", True)
+    assert not is_watched()
+    with TorchDispatchMode():
+        assert is_watched()
+    assert not is_watched()
