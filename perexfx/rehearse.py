@@ -12,6 +12,7 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from perexfx.plan import Key, Plan
 from perexfx.record import FakeInterpreter, fake_inputs, leaves_of
 from perexfx.state import PerExample
 from perexfx.timeline import Span, Timeline
+from perexfx.tracer import TRACING, same_einsums
 
 _logger = logging.getLogger("perexfx")
 
@@ -67,7 +69,12 @@ class Rehearsal:
 
     def bytes_added(self, chosen: Mapping[Key, Alternative]) -> int:
         """Peak memory of the clipped step less that of the ordinary step; below zero where clipping needs less."""
-        return self.clipped_bytes(chosen) - self.ordinary.peak()
+        return self.clipped_bytes(chosen) - self.ordinary_bytes
+
+    @cached_property
+    def ordinary_bytes(self) -> int:
+        """Peak memory of the ordinary step."""
+        return self.ordinary.peak()
 
     def clipped_bytes(self, chosen: Mapping[Key, Alternative]) -> int:
         """Peak memory of the clipped step with a choice of strategies."""
@@ -146,7 +153,7 @@ def rehearse(gm: fx.GraphModule, state: PerExample, plan: Plan, inputs: Inputs) 
         inputs: The kind of input.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with state.set_aside(), warnings.catch_warnings():
+    with TRACING, same_einsums(), state.set_aside(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the real run gives them too
         given = fake_inputs(fake, inputs, state.settings.batch_dim, plan.batch_size)
         ordinary = _Recorder()
@@ -271,8 +278,7 @@ class _Watch:
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
         """Zeros."""
         self.recorder.hand_over(self.key, factors)
-        example = next(iter(leaves_of(factors)))
-        numbers = next((t for t in leaves_of(factors) if t.is_floating_point()), example)
+        numbers = next(tensor for tensor in leaves_of(factors) if tensor.is_floating_point())
         left = _Left(self.key, self.recorder, factors.signature, numbers.dtype)
         return numbers.new_zeros(factors.signature.n, dtype=torch.promote_types(numbers.dtype, torch.float32)), left
 

@@ -93,3 +93,15 @@ def test_where_no_gates_are_found_they_are_computed(stride: int | None, monkeypa
     monkeypatch.setattr(workspace, "_row_stride", lambda *_: stride)
     found = train_step(perexfx.transform(model), batch, squares)
     assert_close(found, expected, 1e-5, "computed gates")
+
+
+@pytest.mark.skipif(not has_onednn, reason="this build of torch has no oneDNN, whose workspace it is")
+def test_the_trial_is_in_float32_on_the_cpu_whatever_the_defaults_are() -> None:
+    x, weight = torch.randn(5, 3, 11), torch.randn(4 * 7, 7)
+    workspace._row_stride.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert has_gates(x, weight)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -46,7 +46,7 @@ def linear_by(weight: Tensor, like: Tensor) -> Callable[[Tensor], Tensor]:
     """`rows -> rows @ weight.t()` for many calls: the library is chosen once.
 
     Args:
-        weight: Shape `[o, i]`; a transposed view is as good.
+        weight: Shape `[o, i]`, contiguous.
         like: Its rows are `[*, n, i]`, as every call's.
     """
     rows = like.flatten(0, -3)[0] if like.numel() else like.new_empty(0, weight.shape[1])

@@ -94,11 +94,11 @@ def _stride_for(input: Tensor, hidden: int) -> int | None:
 @cache
 def _row_stride(steps: int, examples: int, features: int, hidden: int, _threads: int) -> int | None:
     """From one row of gates to the next in a workspace; None where the gates are not found."""
-    with _disable_current_modes(), torch.no_grad():
+    with _disable_current_modes(), torch.no_grad(), torch.device("cpu"):
         random = torch.Generator().manual_seed(0)
-        x = torch.rand(steps, examples, features, generator=random) - 0.5
-        weight_ih, weight_hh = (torch.rand(4 * hidden, i, generator=random) - 0.5 for i in (features, hidden))
-        bias, state = torch.zeros(4 * hidden), torch.zeros(examples, hidden)
+        shapes = ((steps, examples, features), (4 * hidden, features), (4 * hidden, hidden))
+        x, weight_ih, weight_hh = (torch.rand(s, generator=random, dtype=torch.float32) - 0.5 for s in shapes)
+        bias, state = x.new_zeros(4 * hidden), x.new_zeros(examples, hidden)
         output, _, _, workspace = lstm_with_workspace(x, state, state, weight_ih, weight_hh, bias, bias)
         gates = x @ weight_ih.t() + torch.cat([state[None], output[:-1]]) @ weight_hh.t()
         expected = gates.sigmoid()
