@@ -1,4 +1,4 @@
-"""A training step by the fastest way there is: eager, as one static graph, or that graph compiled.
+"""A training step by the fastest way there is: eager, with kernels, as one static graph, or that graph compiled.
 
 Promises: every call leaves loss, norms, factors and `.grad` as an eager step does, to rounding. For each kind of batch
 the ways are tried on the first batch: one that fails, or whose norms or gradients differ from the eager step's, is
@@ -11,6 +11,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import CaptureError
+from perexfx.native import using_kernels
 from perexfx.rewrite import Transformed
 from perexfx.step import LossFunction, Step, call, functional_step, traced
 
@@ -28,13 +30,15 @@ COMPILED_NODES = 800
 KINDS = 8
 """Kinds of batches that ways are tried for; others run eagerly: Poisson sampling makes a size for every batch."""
 TRIES = 7
+EAGER = ("eager", "kernels")
+"""Ways that go through autograd."""
 
 
 class CompiledStep:
     """`step(x, y) -> loss`: forward, loss, backward, clipping, and the optimizer's step where there is one.
 
     Attributes:
-        ways: Kind of batch -> "eager", "graph" or "compiled".
+        ways: Kind of batch -> "eager", "kernels" (eager, with kernels of `perexfx.native`), "graph" or "compiled".
     """
 
     def __init__(self, gm: Transformed, loss_fn: LossFunction, optimizer: torch.optim.Optimizer | None) -> None:
@@ -58,10 +62,11 @@ class CompiledStep:
         if kind not in self._runs:
             ways = self._ways(x, y) if len(self._runs) < KINDS else {"eager": self._step}
             self.ways[kind] = self._fastest(ways, x, y)
-            self._runs[kind] = None if self.ways[kind] == "eager" else ways[self.ways[kind]]
+            self._runs[kind] = None if self.ways[kind] in EAGER else ways[self.ways[kind]]
         run = self._runs[kind]
         if run is None:
-            loss = self._eager(x, y)
+            with using_kernels() if self.ways[kind] == "kernels" else nullcontext():
+                loss = self._eager(x, y)
         else:
             with torch.no_grad():
                 given = {name: parameter.detach() for name, parameter in params.items()}
@@ -89,16 +94,7 @@ class CompiledStep:
         """The ways that find for one batch what the eager step finds, by name."""
         ways: dict[str, Step] = {"eager": self._step}
         expected = self._tried(self._step, x, y)
-        try:
-            graph = traced(self.gm, self._step, x, y)
-        except CaptureError as error:
-            _logger.info("The step stays eager: %s", error)
-            return ways
-        candidates: dict[str, Step] = {"graph": graph}
-        if len(graph.graph.nodes) <= COMPILED_NODES:
-            options: dict[str, str | int | bool | Callable[..., Any]] = {"fallback_random": True}
-            candidates["compiled"] = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
-        for name, way in candidates.items():
+        for name, way in self._candidates(x, y).items():
             try:
                 found = self._tried(way, x, y)
             except Exception as error:  # a compiler may fail in any way
@@ -109,6 +105,28 @@ class CompiledStep:
             else:
                 ways[name] = way
         return ways
+
+    def _candidates(self, x: Any, y: Any) -> dict[str, Step]:
+        """The ways beside the eager one that there are for a batch, by name."""
+        candidates: dict[str, Step] = {}
+        with using_kernels() as ran:
+            self._tried(self._step, x, y)
+        if ran:
+            candidates["kernels"] = self._step_with_kernels
+        try:
+            graph = traced(self.gm, self._step, x, y)
+        except CaptureError as error:
+            _logger.info("The step stays eager: %s", error)
+            return candidates
+        candidates["graph"] = graph
+        if len(graph.graph.nodes) <= COMPILED_NODES:
+            options: dict[str, str | int | bool | Callable[..., Any]] = {"fallback_random": True}
+            candidates["compiled"] = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+        return candidates
+
+    def _step_with_kernels(self, *arguments: Any) -> Any:
+        with using_kernels():
+            return self._step(*arguments)
 
     def _fastest(self, ways: Mapping[str, Step], x: Any, y: Any) -> str:
         """The name of the way that takes least."""
@@ -177,9 +195,10 @@ def compile_step(
 
     Without an optimizer it adds to `.grad`, as `loss_fn(gm(x), y).backward()` does; with one it also forgets the
     gradients first and steps at the end. `gm.perexfx` has norms and factors as ever. The first batch of each kind
-    (shapes, modes, what is trainable) takes longer: the step is made a graph, compiled where that may pay (a C++
-    compiler is needed on a CPU), compared with the eager step, and timed; see `step.ways` for what was taken. Hooks
-    on parameters or modules, and DistributedDataParallel, need eager steps.
+    (shapes, modes, what is trainable) takes longer: kernels are compiled for what the model has, the step is made a
+    graph and compiled where that may pay (a C++ compiler is needed on a CPU), each is compared with the eager step,
+    and timed; see `step.ways` for what was taken. Hooks on parameters or modules, and DistributedDataParallel, need
+    eager steps.
 
     Args:
         gm: From `perexfx.transform`.

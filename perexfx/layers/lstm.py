@@ -25,6 +25,10 @@ from perexfx.layers.recurrent import (
     shifted,
     tanh_,
 )
+from perexfx.native import lstm_steps_back
+
+COMPARED = 16
+"""Of the gates that were kept, those of every so-manieth example are computed again, at the last time."""
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward
 _tanh_backward = torch.ops.aten.tanh_backward
@@ -77,7 +81,11 @@ class LSTM(Recurrent):
         given, reverse = call.arguments, call.arguments["reverse"]
         previous = call.residuals[0]
         kept = _kept_gates(call)
-        slopes = _slopes(given, _computed_gates(given, given["input"], previous) if kept is None else kept)
+        gates = _computed_gates(given, given["input"], previous) if kept is None else kept
+        if found := _by_kernel(call, gates):
+            grad_gates, grad_hidden, grad_cell = found
+            return GateGradients(grad_gates, grad_gates, previous, {"h0": grad_hidden, "c0": grad_cell})
+        slopes = _slopes(given, gates)
         grads, rows = arriving(call)
         grad_cell = call.grad_outputs[2].clone()
         split = slopes.gates.unflatten(2, (4, -1))
@@ -97,6 +105,14 @@ class LSTM(Recurrent):
             left, right = by_example(layout, slopes.raw), by_example(layout, grads)
             factors["weight_hr"] = Product(left, right, call.geometry.shapes["weight_hr"])
         return GateGradients(slopes.gates, slopes.gates, previous, {"h0": rows[-1], "c0": grad_cell}, factors)
+
+
+def _by_kernel(call: Backward, gates: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Gradients of the gates and of both initial states; None where there is no kernel for them."""
+    given = call.arguments
+    if given["weight_hr"] is not None:
+        return None
+    return lstm_steps_back(gates, given["c0"], *call.grad_outputs, given["weight_hh"], given["reverse"])
 
 
 @dataclass(frozen=True)
@@ -124,9 +140,9 @@ def _kept_gates(call: Backward) -> Tensor | None:
     gates = gates_in(call.residuals[1], given["input"], given["weight_hh"].shape[1])
     if gates is None or call.residuals[1].numel() == 0:
         return gates
-    first, last = (0, 1) if given["reverse"] else (-1, None)
-    computed = _computed_gates(given, given["input"][first:last], call.residuals[0][first:last])
-    if not are_equal(gates[-1], computed[0]):
+    at = 0 if given["reverse"] else -1
+    last = (value[at, : gates.shape[1] : COMPARED].unsqueeze(0) for value in (given["input"], call.residuals[0]))
+    if not are_equal(gates[-1, ::COMPARED], _computed_gates(given, *last)[0]):
         return None
     return gates.flip(0) if given["reverse"] else gates
 

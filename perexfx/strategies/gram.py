@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from perexfx import native
 from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Product, ProductSignature, Rows, RowsSignature, Signature
@@ -92,6 +93,8 @@ them: its products of half the size are no faster."""
 
 def _gram(rows: Tensor, blocks: int) -> tuple[Tensor, ...]:
     """The Gram matrices of `[m, t, i]`, whole or without the block below the diagonal; that one comes last."""
+    if (whole := native.gram(rows)) is not None:
+        return (whole,)
     if blocks == 1:
         return (products(rows, rows),)
     first, second = rows.split(-(-rows.shape[1] // 2), dim=1)

@@ -1,0 +1,66 @@
+// The backward of an LSTM through time: the gradients of the gates before their activations.
+//
+// Every thread takes some examples through all times, so that threads never wait for each other, and what one time
+// needs of the next is still in the cache. Matrices are row-major and contiguous unless a stride is given; gates lie in
+// torch's order (input, forget, cell, output), after their activations.
+
+// cells[0] is the initial state; cells[1..T] are filled, in the order in which the layer runs.
+//
+// Shapes: gates [T, B, stride] in the order of the layer's input, which is the other way round if reverse; cells
+// [T + 1, B, H].
+extern "C" void lstm_cells(const float* gates, int64_t stride, float* cells, int64_t T, int64_t B, int64_t H,
+                           int reverse, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t t = 0; t < T; ++t) {
+      const int64_t at = reverse ? T - 1 - t : t;
+      const float* __restrict__ gate = gates + (at * B + b) * stride;
+      const float* __restrict__ before = cells + (t * B + b) * H;
+      float* __restrict__ after = cells + ((t + 1) * B + b) * H;
+#pragma omp simd
+      for (int64_t j = 0; j < H; ++j) after[j] = gate[H + j] * before[j] + gate[j] * gate[2 * H + j];
+    }
+}
+
+// grad_gates is filled; grad_hidden and grad_cell are those of the last states, and become those of the initial ones.
+//
+// Shapes: cells [T + 1, B, H] and activated [T, B, H] = tanh(cells[1..T]) in the order in which the layer runs; gates
+// [T, B, stride], grad_output [T, B, H] and grad_gates [T, B, 4 H] in the order of its input; weight [4 H, H];
+// grad_hidden and grad_cell [B, H].
+extern "C" void lstm_steps_back(const float* gates, int64_t stride, const float* cells, const float* activated,
+                                const float* grad_output, const float* weight, float* grad_gates, float* grad_hidden,
+                                float* grad_cell, int64_t T, int64_t B, int64_t H, int reverse, int threads) {
+  const int64_t each = (B + threads - 1) / threads;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int64_t first = 0; first < B; first += each) {
+    const int64_t last = std::min(B, first + each);
+    for (int64_t t = T - 1; t >= 0; --t) {
+      const int64_t at = reverse ? T - 1 - t : t;
+      for (int64_t b = first; b < last; ++b) {
+        const float* __restrict__ gate = gates + (at * B + b) * stride;
+        const float* __restrict__ before = cells + (t * B + b) * H;
+        const float* __restrict__ state = activated + (t * B + b) * H;
+        const float* __restrict__ arriving = grad_output + (at * B + b) * H;
+        float* __restrict__ found = grad_gates + (at * B + b) * 4 * H;
+        float* __restrict__ hidden = grad_hidden + b * H;
+        float* __restrict__ cell = grad_cell + b * H;
+#pragma omp simd
+        for (int64_t j = 0; j < H; ++j) {
+          const float i = gate[j], f = gate[H + j], g = gate[2 * H + j], o = gate[3 * H + j];
+          const float by_hidden = hidden[j] + arriving[j];
+          const float by_cell = cell[j] + by_hidden * o * (1 - state[j] * state[j]);
+          found[j] = by_cell * g * i * (1 - i);
+          found[H + j] = by_cell * before[j] * f * (1 - f);
+          found[2 * H + j] = by_cell * i * (1 - g * g);
+          found[3 * H + j] = by_hidden * state[j] * o * (1 - o);
+          cell[j] = by_cell * f;
+          hidden[j] = 0;
+        }
+      }
+      const float* rows = grad_gates + at * B * 4 * H;
+      int64_t b = first;
+      for (; b + 8 <= last; b += 8) add_rows<8>(rows + b * 4 * H, 4 * H, weight, H, grad_hidden + b * H, H, 4 * H, H);
+      for (; b < last; ++b) add_rows<1>(rows + b * 4 * H, 4 * H, weight, H, grad_hidden + b * H, H, 4 * H, H);
+    }
+  }
+}
