@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import perexfx
 from perexfx import compiled
-from perexfx.bench.models import mlp, small_cnn
+from perexfx.bench.models import SequenceClassifier, mlp, small_cnn
 from perexfx.compiled import CompiledStep
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own
@@ -85,12 +85,29 @@ def test_training_with_an_optimizer(way: str, take: Callable[[str], None]) -> No
     assert_close(dict(fast.named_parameters()), dict(plain.named_parameters()), 1e-10, "parameters")
 
 
-def test_the_fastest_way_is_one_of_three() -> None:
+def test_the_fastest_way_is_one_of_all() -> None:
     torch.manual_seed(0)
     gm = perexfx.transform(mlp((6, 5, 10)))
     step = perexfx.compile_step(gm, F.cross_entropy)
     step(torch.randn(4, 6), torch.randint(0, 10, (4,)))
-    assert set(step.ways.values()) <= {"eager", "graph", "compiled"}
+    assert set(step.ways.values()) <= {"eager", "graph", "compiled"}  # no kernel is for an MLP
+
+
+def test_kernels(take: Callable[[str], None]) -> None:
+    take("kernels")
+    torch.manual_seed(0)
+    plain, fast = pair(SequenceClassifier(5, 32), clip_norm=0.5)
+    optimizers = [torch.optim.SGD(gm.parameters(), lr=0.1) for gm in (plain, fast)]
+    step = perexfx.compile_step(fast, F.cross_entropy, optimizers[1])
+    for n in (4, 4, 9):
+        x, y = torch.randn(n, 6, 5), torch.randint(0, 10, (n,))
+        optimizers[0].zero_grad()
+        expected = F.cross_entropy(plain(x), y)
+        expected.backward()
+        optimizers[0].step()
+        torch.testing.assert_close(step(x, y), expected.detach())
+        agree(plain, fast, 1e-4)
+    assert set(step.ways.values()) == {"kernels"}
 
 
 def test_most_batch_sizes_stay_eager(monkeypatch: pytest.MonkeyPatch, take: Callable[[str], None]) -> None:

@@ -308,17 +308,25 @@ def squared_norms_of(gradients: Tensor) -> Tensor:
     Args:
         gradients: Shape `[n, ...]`.
     """
+    return block_norms(gradients).square().sum(1)
+
+
+def block_norms(gradients: Tensor) -> Tensor:
+    """Norms of blocks of each example's entries, in float32 at least. Shape `[n, blocks]`.
+
+    Args:
+        gradients: Shape `[n, ...]`.
+    """
     n, size = gradients.shape[0], math.prod(gradients.shape[1:])
-    flat = gradients.reshape(n, size)
-    if size <= NORM_BLOCK:
-        return _squared_norm(flat)
-    whole = size // NORM_BLOCK
-    if size == whole * NORM_BLOCK:
-        return _squared_norm(flat.view(n, whole, NORM_BLOCK)).sum(1)
-    blocks, rest = flat.split([whole * NORM_BLOCK, size % NORM_BLOCK], dim=1)
-    return _squared_norm(blocks.unflatten(1, (whole, NORM_BLOCK))).sum(1).add_(_squared_norm(rest))
+    whole, rest = divmod(size, NORM_BLOCK)
+    if whole == 0:
+        return _norm(gradients.reshape(n, 1, size))
+    if rest == 0:
+        return _norm(gradients.reshape(n, whole, NORM_BLOCK))
+    blocks, last = gradients.reshape(n, size).split([size - rest, rest], dim=1)
+    return torch.cat([_norm(blocks.unflatten(1, (whole, NORM_BLOCK))), _norm(last.unsqueeze(1))], dim=1)
 
 
-def _squared_norm(value: Tensor) -> Tensor:
+def _norm(value: Tensor) -> Tensor:
     dtype = torch.promote_types(value.dtype, torch.float32)
-    return torch.linalg.vector_norm(value, dim=-1, dtype=dtype).square()
+    return torch.linalg.vector_norm(value, dim=-1, dtype=dtype)

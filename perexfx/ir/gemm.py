@@ -7,7 +7,7 @@ operation; which library has which product depends on the processor and the size
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
@@ -77,15 +77,29 @@ def transposed_products(left: Tensor, right: Tensor) -> Tensor:
         left: Shape `[m, t, o]`.
         right: Shape `[m, t, i]`.
     """
-    if not _is_loop_for_onednn(left.transpose(1, 2), right.transpose(1, 2)):
+    if not are_one_by_one(left, right):
         return left.transpose(1, 2) @ right
-    if left.shape[0] == 1:
-        return linear(left[0].t(), right[0].t())[None]
-    rows = left.transpose(1, 2).contiguous()
     found = left.new_empty(left.shape[0], left.shape[2], right.shape[2])
-    for into, a, b in zip(found, rows, right.transpose(1, 2), strict=True):
-        into.copy_(linear(a, b))
+    for into, each in zip(found, transposed_products_one_by_one(left, right), strict=True):
+        into.copy_(each)
     return found
+
+
+def are_one_by_one(left: Tensor, right: Tensor) -> bool:
+    """Whether `transposed_products` are faster one by one, through oneDNN. Arguments as there."""
+    return _is_loop_for_onednn(left.transpose(1, 2), right.transpose(1, 2))
+
+
+def transposed_products_one_by_one(left: Tensor, right: Tensor) -> Iterator[Tensor]:
+    """`left[m].t() @ right[m]`, one m after the other, for what `are_one_by_one`. Arguments as there."""
+    product = torch.ops.mkldnn._linear_pointwise.default
+    for rows, weight in zip(left.transpose(1, 2), _dense(right).transpose(1, 2), strict=True):
+        yield product(rows, weight, None, "none", [], "")
+
+
+def _dense(value: Tensor) -> Tensor:
+    """With dense matrices `[m, *, *]`: with other strides, oneDNN falls back to a kernel a thousand times slower."""
+    return value if value[:1].is_contiguous() else value.contiguous()
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ it at every step; their weighted sum is one matrix-vector product per piece, eac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,25 +18,12 @@ PIECE_BYTES = 16 << 20
 """C libraries get every block of more than 32 MiB from the system anew; its first touch costs more than a product."""
 
 ALONE_BYTES = 256 << 10
-"""Gradients of at least this size are a piece each: to copy them side by side costs more than a call for each."""
+"""Gradients of at least this size that are made one by one are a piece each: to copy them side by side costs more."""
 
 
 def axes_in_memory(value: Tensor) -> tuple[int, ...]:
     """The axes of a dense tensor in the order in which they lie in memory."""
     return tuple(sorted(range(value.dim()), key=lambda axis: (-value.stride(axis), axis)))
-
-
-def pieces_of(n: int, bytes_each: int, *, one_by_one: bool) -> Iterator[slice]:
-    """Slices of the batch whose gradients make one piece; one at least, empty for an empty batch.
-
-    Args:
-        n: Examples.
-        bytes_each: Of one example's gradient.
-        one_by_one: Whether each is made by a call of its own.
-    """
-    alone = one_by_one and bytes_each >= ALONE_BYTES
-    step = 1 if alone else max(1, PIECE_BYTES // max(1, bytes_each))
-    return (slice(start, min(start + step, n)) for start in range(0, max(n, 1), step))
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from perexfx.ir.factors import (
     Rows,
     RowsSignature,
     Signature,
+    block_norms,
     squared_norms_of,
 )
-from perexfx.ir.gemm import SMALL_EACH, transposed_products
-from perexfx.ir.kept import PIECE_BYTES, Kept, joined, pieces_of
+from perexfx.ir.gemm import are_one_by_one, transposed_products, transposed_products_one_by_one
+from perexfx.ir.kept import ALONE_BYTES, PIECE_BYTES, Kept, joined
 from perexfx.strategies.costs import (
     batched_product,
     finish_kept,
@@ -100,10 +101,10 @@ class Materialize:
         turned = factors.left.shape[3] < factors.right.shape[3]  # the narrower factor is cheaper to transpose
         norms, pieces = [], []
         for piece in _pieces(factors, turned):
-            norms.append(squared_norms_of(piece))
+            norms.append(block_norms(piece))
             if self.keep:
                 pieces.append(piece)
-        squared = norms[0] if len(norms) == 1 else torch.cat(norms)
+        squared = torch.cat(norms).square_().sum(1)
         return squared, Kept(tuple(pieces), factors.shape, factors.axes, turned) if self.keep else factors
 
     def _of_convolution(self, factors: Convolution) -> tuple[Tensor, Factors]:
@@ -140,13 +141,16 @@ def _elements_at_work(signature: ConvolutionSignature) -> int:
 def _pieces(product: Product, turned: bool) -> Iterator[Tensor]:
     """Per-example gradients, a piece of the batch at a time: `[examples, groups, outputs, inputs]`, or turned."""
     first, second = (product.left, product.right) if turned else (product.right, product.left)
-    n, g, t, a = first.shape
-    b = second.shape[3]
-    one_by_one = 2 * t * a * b >= SMALL_EACH
-    for piece in pieces_of(n, g * a * b * first.element_size(), one_by_one=one_by_one):
-        size = len(range(n)[piece])
-        each = transposed_products(first[piece].reshape(size * g, t, a), second[piece].reshape(size * g, t, b))
-        yield each.reshape(size, g, a, b)
+    n, g, a, b = *first.shape[:2], first.shape[3], second.shape[3]
+    bytes_each = g * a * b * first.element_size()
+    if g == 1 and bytes_each >= ALONE_BYTES and are_one_by_one(first[:, 0], second[:, 0]):
+        for each in transposed_products_one_by_one(first[:, 0], second[:, 0]):
+            yield each.view(1, 1, a, b)
+        return
+    step = max(1, PIECE_BYTES // max(1, bytes_each))
+    for start in range(0, max(n, 1), step):
+        left, right = (value[start : start + step].flatten(0, 1) for value in (first, second))
+        yield transposed_products(left, right).reshape(min(step, n - start), g, a, b)
 
 
 def _summed_rows(factors: Rows) -> Tensor:
