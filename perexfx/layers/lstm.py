@@ -112,7 +112,8 @@ def _by_kernel(call: Backward, gates: Tensor) -> tuple[Tensor, Tensor, Tensor] |
     given = call.arguments
     if given["weight_hr"] is not None:
         return None
-    return lstm_steps_back(gates, given["c0"], *call.grad_outputs, given["weight_hh"], given["reverse"])
+    output, h_n, c_n = call.grad_outputs
+    return lstm_steps_back(gates, given["c0"], output, h_n, c_n, given["weight_hh"], given["reverse"])
 
 
 @dataclass(frozen=True)
