@@ -83,8 +83,8 @@ class LSTM(Recurrent):
         kept = _kept_gates(call)
         gates = _computed_gates(given, given["input"], previous) if kept is None else kept
         if found := _by_kernel(call, gates):
-            grad_gates, grad_hidden, grad_cell = found
-            return GateGradients(grad_gates, grad_gates, previous, {"h0": grad_hidden, "c0": grad_cell})
+            grad_gates, sums, grad_hidden, grad_cell = found
+            return GateGradients(grad_gates, grad_gates, previous, {"h0": grad_hidden, "c0": grad_cell}, sums=sums)
         slopes = _slopes(given, gates)
         grads, rows = arriving(call)
         grad_cell = call.grad_outputs[2].clone()
@@ -107,8 +107,8 @@ class LSTM(Recurrent):
         return GateGradients(slopes.gates, slopes.gates, previous, {"h0": rows[-1], "c0": grad_cell}, factors)
 
 
-def _by_kernel(call: Backward, gates: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Gradients of the gates and of both initial states; None where there is no kernel for them."""
+def _by_kernel(call: Backward, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Gradients of the gates, their sums, and those of both initial states; None where there is no kernel for them."""
     given = call.arguments
     if given["weight_hr"] is not None:
         return None

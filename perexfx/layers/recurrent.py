@@ -34,6 +34,7 @@ class GateGradients:
         previous: The hidden state before each time. Shape `[T, B, P]`.
         states: Gradients of the initial states, by name.
         factors: Of parameters that belong to no gate.
+        sums: `of_input` summed over all times, where that is at hand. Shape `[B, gates]`.
     """
 
     of_input: Tensor
@@ -41,6 +42,7 @@ class GateGradients:
     previous: Tensor
     states: Mapping[str, Tensor]
     factors: Mapping[str, Factors] = field(default_factory=dict)
+    sums: Tensor | None = None
 
 
 _SIDES = ("weight_ih", "weight_hh")
@@ -100,7 +102,7 @@ class Recurrent(Rule):
         layout, shapes = call.geometry.layouts["input"], call.geometry.shapes
         factors = {name: found.factors[name] for name in call.operands if name in found.factors}
         gram = SharedGram(2) if self.shares_gates else None
-        of_bias: Tensor | None = None
+        of_bias = None if found.sums is None else _of_bias(layout, found.sums.unsqueeze(0))
         sides = (("ih", found.of_input, call.arguments.get("input")), ("hh", found.of_hidden, found.previous))
         for side, right, left in sides:
             weight, bias = f"weight_{side}", f"bias_{side}"
@@ -111,9 +113,14 @@ class Recurrent(Rule):
                 )
             if bias in call.operands:
                 if of_bias is None or not self.shares_gates:
-                    of_bias = sum_positions(by_example(layout, right).squeeze(1))
+                    of_bias = _of_bias(layout, right)
                 factors[bias] = Gradient(of_bias)
         return gradients, factors
+
+
+def _of_bias(layout: Layout, gates: Tensor) -> Tensor:
+    """`[T, B, gates]` summed over all that belongs to an example. Shape `[n, gates]`."""
+    return sum_positions(by_example(layout, gates).squeeze(1))
 
 
 def by_example(layout: Layout, value: Tensor) -> Tensor:

@@ -49,8 +49,9 @@ def lstm_steps_back(
     grad_c_n: Tensor,
     weight_hh: Tensor,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Gradients of the gates before their activations, `[T, B, 4 H]`, and of both initial states, `[B, H]` each.
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Gradients of the gates before their activations, `[T, B, 4 H]`, their sums over all times, `[B, 4 H]`, and the
+    gradients of both initial states, `[B, H]` each.
 
     None where there is no kernel: not asked for, not compiled, or not for these tensors.
 
@@ -77,9 +78,10 @@ def lstm_steps_back(
     grad_output, weight = grad_output.contiguous(), weight_hh.contiguous()
     grad_gates = gates.new_empty(steps, examples, 4 * hidden)
     grad_hidden, grad_cell = (value.clone(memory_format=torch.contiguous_format) for value in (grad_h_n, grad_c_n))
-    pointers = (cells, activated, grad_output, weight, grad_gates, grad_hidden, grad_cell)
+    sums = gates.new_zeros(examples, 4 * hidden)
+    pointers = (cells, activated, grad_output, weight, grad_gates, sums, grad_hidden, grad_cell)
     library.lstm_steps_back(gates.data_ptr(), gates.stride(1), *(value.data_ptr() for value in pointers), *how)
-    return grad_gates, grad_hidden, grad_cell
+    return grad_gates, sums, grad_hidden, grad_cell
 
 
 def gram(rows: Tensor) -> Tensor | None:
@@ -116,7 +118,7 @@ _POINTER, _SIZE, _INT = c_void_p, c_int64, c_int
 _SIGNATURES = {
     "lstm": {
         "lstm_cells": (_POINTER, _SIZE, _POINTER, *[_SIZE] * 3, _INT, _INT),
-        "lstm_steps_back": (_POINTER, _SIZE, *[_POINTER] * 7, *[_SIZE] * 3, _INT, _INT),
+        "lstm_steps_back": (_POINTER, _SIZE, *[_POINTER] * 8, *[_SIZE] * 3, _INT, _INT),
     },
     "gram": {"gram": (_POINTER, _SIZE, _SIZE, _POINTER, *[_SIZE] * 3, _INT)},
 }

@@ -22,14 +22,16 @@ extern "C" void lstm_cells(const float* gates, int64_t stride, float* cells, int
     }
 }
 
-// grad_gates is filled; grad_hidden and grad_cell are those of the last states, and become those of the initial ones.
+// grad_gates is filled, and its sums over all times are added to grad_sums; grad_hidden and grad_cell are those of the
+// last states, and become those of the initial ones.
 //
 // Shapes: cells [T + 1, B, H] and activated [T, B, H] = tanh(cells[1..T]) in the order in which the layer runs; gates
 // [T, B, stride], grad_output [T, B, H] and grad_gates [T, B, 4 H] in the order of its input; weight [4 H, H];
-// grad_hidden and grad_cell [B, H].
+// grad_sums [B, 4 H]; grad_hidden and grad_cell [B, H].
 extern "C" void lstm_steps_back(const float* gates, int64_t stride, const float* cells, const float* activated,
-                                const float* grad_output, const float* weight, float* grad_gates, float* grad_hidden,
-                                float* grad_cell, int64_t T, int64_t B, int64_t H, int reverse, int threads) {
+                                const float* grad_output, const float* weight, float* grad_gates, float* grad_sums,
+                                float* grad_hidden, float* grad_cell, int64_t T, int64_t B, int64_t H, int reverse,
+                                int threads) {
   const int64_t each = (B + threads - 1) / threads;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int64_t first = 0; first < B; first += each) {
@@ -42,6 +44,7 @@ extern "C" void lstm_steps_back(const float* gates, int64_t stride, const float*
         const float* __restrict__ state = activated + (t * B + b) * H;
         const float* __restrict__ arriving = grad_output + (at * B + b) * H;
         float* __restrict__ found = grad_gates + (at * B + b) * 4 * H;
+        float* __restrict__ sums = grad_sums + b * 4 * H;
         float* __restrict__ hidden = grad_hidden + b * H;
         float* __restrict__ cell = grad_cell + b * H;
 #pragma omp simd
@@ -49,10 +52,10 @@ extern "C" void lstm_steps_back(const float* gates, int64_t stride, const float*
           const float i = gate[j], f = gate[H + j], g = gate[2 * H + j], o = gate[3 * H + j];
           const float by_hidden = hidden[j] + arriving[j];
           const float by_cell = cell[j] + by_hidden * o * (1 - state[j] * state[j]);
-          found[j] = by_cell * g * i * (1 - i);
-          found[H + j] = by_cell * before[j] * f * (1 - f);
-          found[2 * H + j] = by_cell * i * (1 - g * g);
-          found[3 * H + j] = by_hidden * state[j] * o * (1 - o);
+          sums[j] += found[j] = by_cell * g * i * (1 - i);
+          sums[H + j] += found[H + j] = by_cell * before[j] * f * (1 - f);
+          sums[2 * H + j] += found[2 * H + j] = by_cell * i * (1 - g * g);
+          sums[3 * H + j] += found[3 * H + j] = by_hidden * state[j] * o * (1 - o);
           cell[j] = by_cell * f;
           hidden[j] = 0;
         }
