@@ -83,6 +83,24 @@ def test_an_lstm(bidirectional: bool, hidden: int, examples: int, steps: int, th
     assert_close({k: v.double() for k, v in found.items()}, weighted(gradients, factors), 1e-5, "sums")
 
 
+@pytest.mark.parametrize("bias", [-200.0, -60.0, -20.0, 200.0])
+@pytest.mark.parametrize("gate", range(4))
+def test_gates_at_their_ends(gate: int, bias: float) -> None:
+    """The kernel divides the output by the output gate, which may be zero."""
+    torch.manual_seed(0)
+    model = FromState(16, bidirectional=False)
+    with torch.no_grad():
+        model.lstm.bias_ih_l0.unflatten(0, (4, -1))[gate] += bias
+    batch = Batch((torch.randn(9, 5, 3),), torch.randn(9))
+    gm = perexfx.transform(model, clip_norm=None)
+    with using_kernels() as ran:
+        found = train_step(gm, batch, squares)
+    assert "lstm" in ran
+    gradients = one_at_a_time(model.double(), batch.double(), squares)
+    expected = weighted(gradients, torch.ones(9, dtype=torch.float64) / 9)
+    assert_close({k: v.double() for k, v in found.items()}, expected, 1e-5, "sums")
+
+
 @pytest.mark.parametrize(
     ("layer", "dtype"),
     [

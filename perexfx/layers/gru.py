@@ -12,7 +12,7 @@ from torch import Tensor
 from perexfx.ir.gemm import linear_by
 from perexfx.ir.recurrent import gru_layer
 from perexfx.ir.rule import Arguments, Backward
-from perexfx.layers.recurrent import GateGradients, Recurrent, all_times, arriving, backwards, tanh_
+from perexfx.layers.recurrent import GateGradients, Recurrent, all_times, arriving, backwards, before, tanh_
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward
 
@@ -48,7 +48,7 @@ class GRU(Recurrent):
     def steps_back(self, call: Backward) -> GateGradients:
         """`g W_hh` goes to the time before, and so does `z` times the gradient of `h`."""
         given, reverse = call.arguments, call.arguments["reverse"]
-        previous = call.residuals[0]
+        previous = before(call.residuals[0], reverse)
         of_input = all_times(given["input"], given["weight_ih"], given["bias_ih"])
         of_hidden = all_times(previous, given["weight_hh"], given["bias_hh"])
         update, slope_new = _slopes(of_input, of_hidden, previous)
@@ -56,9 +56,9 @@ class GRU(Recurrent):
         views = (of_hidden.unflatten(2, (3, -1)), of_hidden, update)
         steps = zip(*(backwards(value, reverse) for value in views), strict=True)
         through_time = linear_by(given["weight_hh"].t().contiguous(), of_hidden)
-        for (grad, before), (split, gates, kept) in zip(pairwise(rows), steps, strict=True):
+        for (grad, earlier), (split, gates, kept) in zip(pairwise(rows), steps, strict=True):
             split.mul_(grad.unsqueeze(1))
-            before.addcmul_(kept, grad).add_(through_time(gates))
+            earlier.addcmul_(kept, grad).add_(through_time(gates))
         of_input.copy_(of_hidden)
         torch.mul(slope_new, grads, out=of_input.unflatten(2, (3, -1))[:, :, 2])
         return GateGradients(of_input, of_hidden, previous, {"h0": rows[-1]})

@@ -17,13 +17,15 @@ from perexfx.ir.workspace import are_equal, gates_in, has_gates, lstm_with_works
 from perexfx.layers.recurrent import (
     GateGradients,
     Recurrent,
+    after,
     all_times,
     arriving,
     backwards,
+    before,
     by_example,
     forwards,
-    shifted,
     tanh_,
+    with_first,
 )
 from perexfx.native import lstm_steps_back
 
@@ -74,12 +76,12 @@ class LSTM(Recurrent):
         parameters = [arguments[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         output, h_n, c_n, workspace = lstm_with_workspace(x.flip(0) if reverse else x, *states, *parameters)
         output = output.flip(0) if reverse else output
-        return (output, h_n, c_n), (shifted(output, arguments["h0"], reverse), workspace)
+        return (output, h_n, c_n), (with_first(output, arguments["h0"], reverse), workspace)
 
     def steps_back(self, call: Backward) -> GateGradients:
         """The slopes of `o` times the gradient of `o tanh(c)`; the slopes of the others times that of `c`."""
         given, reverse = call.arguments, call.arguments["reverse"]
-        previous = call.residuals[0]
+        previous = before(call.residuals[0], reverse)
         kept = _kept_gates(call)
         gates = _computed_gates(given, given["input"], previous) if kept is None else kept
         if found := _by_kernel(call, gates):
@@ -92,13 +94,13 @@ class LSTM(Recurrent):
         views = (split[:, :, :3], split[:, :, 3], slopes.gates, slopes.forget, slopes.cell)
         steps = zip(*(backwards(value, reverse) for value in views), strict=True)
         through_time, projection = linear_by(given["weight_hh"].t().contiguous(), slopes.gates), given["weight_hr"]
-        for (grad, before), (by_cell, by_output, gates, forget, cell) in zip(pairwise(rows), steps, strict=True):
+        for (grad, earlier), (by_cell, by_output, gates, forget, cell) in zip(pairwise(rows), steps, strict=True):
             grad_raw = grad if projection is None else grad @ projection
             grad_cell.addcmul_(grad_raw, cell)
             by_cell.mul_(grad_cell.unsqueeze(1))
             by_output.mul_(grad_raw)
             grad_cell.mul_(forget)
-            before.add_(through_time(gates))
+            earlier.add_(through_time(gates))
         factors: dict[str, Factors] = {}
         if "weight_hr" in call.operands:
             layout = call.geometry.layouts["input"]
@@ -113,7 +115,9 @@ def _by_kernel(call: Backward, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     if given["weight_hr"] is not None:
         return None
     output, h_n, c_n = call.grad_outputs
-    return lstm_steps_back(gates, given["c0"], output, h_n, c_n, given["weight_hh"], given["reverse"])
+    reverse = given["reverse"]
+    states = after(call.residuals[0], reverse)
+    return lstm_steps_back(gates, states, given["c0"], output, h_n, c_n, given["weight_hh"], reverse)
 
 
 @dataclass(frozen=True)
@@ -136,13 +140,14 @@ class _Slopes:
 def _kept_gates(call: Backward) -> Tensor | None:
     """The gates of all times from the workspace; None where it has none, or the last ones are not right."""
     given = call.arguments
-    if len(call.residuals) < 2 or call.residuals[1].dtype.is_floating_point:
+    if len(call.residuals) < 2:
         return None
     gates = gates_in(call.residuals[1], given["input"], given["weight_hh"].shape[1])
     if gates is None or call.residuals[1].numel() == 0:
         return gates
     at = 0 if given["reverse"] else -1
-    last = (value[at, : gates.shape[1] : COMPARED].unsqueeze(0) for value in (given["input"], call.residuals[0]))
+    previous = before(call.residuals[0], given["reverse"])
+    last = (value[at, : gates.shape[1] : COMPARED].unsqueeze(0) for value in (given["input"], previous))
     if not are_equal(gates[-1, ::COMPARED], _computed_gates(given, *last)[0]):
         return None
     return gates.flip(0) if given["reverse"] else gates
@@ -169,7 +174,7 @@ def _slopes(given: Arguments, gates: Tensor) -> _Slopes:
     state = torch.zeros_like(cells[0]) if given["c0"] is None else given["c0"]
     for cell, kept in zip(forwards(cells, reverse), forwards(f, reverse), strict=True):
         state = cell.addcmul_(kept, state)
-    cells_before = shifted(cells, given["c0"], reverse)
+    cells_before = before(with_first(cells, given["c0"], reverse), reverse)
     tanh_(cells)
     _sigmoid_backward.grad_input(g, i, grad_input=by_i)
     _sigmoid_backward.grad_input(cells_before, f, grad_input=by_f)

@@ -1,8 +1,8 @@
 """What recurrent layers share, and the plain one: `rnn_tanh` and `rnn_relu`.
 
 The forward is torch's fused operation. The gradient of a gate is a slope times the gradient of the hidden (or cell)
-state. The backward finds the slopes of all times at once, with one product per weight, from the input and the shifted
-outputs; step by step it does no more than to multiply them, in place, and to go on to the time before. The gates'
+state. The backward finds the slopes of all times at once, with one product per weight, from the input and the hidden
+states; step by step it does no more than to multiply them, in place, and to go on to the time before. The gates'
 gradients are then the right factor of every weight, as if the layer were two linear ones.
 """
 
@@ -86,8 +86,7 @@ class Recurrent(Rule):
     def forward(self, arguments: Arguments, geometry: Geometry) -> tuple[Any, tuple[Tensor, ...]]:
         """The fused layer. Hidden states are kept as copies: later layers may overwrite the results."""
         results = self.run(arguments)
-        previous = shifted(results[0], arguments["h0"], arguments["reverse"])
-        return results, (previous, results[1].clone())
+        return results, (with_first(results[0], arguments["h0"], arguments["reverse"]),)
 
     def reads(self, arguments: Arguments, inputs: Collection[str], operands: Collection[str]) -> Collection[str]:
         """All that the gates are made of; `h0` is among the hidden states kept."""
@@ -129,8 +128,8 @@ def by_example(layout: Layout, value: Tensor) -> Tensor:
     return first.reshape(first.shape[0], 1, first.shape[1] * first.shape[2], first.shape[3])
 
 
-def shifted(states: Tensor, first: Tensor | None, reverse: bool) -> Tensor:
-    """The state before each time. Shape `[T, B, features]`.
+def with_first(states: Tensor, first: Tensor | None, reverse: bool) -> Tensor:
+    """The states after every time, and the initial one before or, in reverse, behind them: `[T + 1, B, features]`.
 
     Args:
         states: The state after each time.
@@ -138,7 +137,17 @@ def shifted(states: Tensor, first: Tensor | None, reverse: bool) -> Tensor:
         reverse: Whether the layer runs from the last time to the first.
     """
     start = torch.zeros_like(states[:1]) if first is None else first.unsqueeze(0)
-    return torch.cat([states[1:], start] if reverse else [start, states[:-1]])
+    return torch.cat([states, start] if reverse else [start, states])
+
+
+def before(states: Tensor, reverse: bool) -> Tensor:
+    """Of what `with_first` returns, the state before each time. Shape `[T, B, features]`."""
+    return states[1:] if reverse else states[:-1]
+
+
+def after(states: Tensor, reverse: bool) -> Tensor:
+    """The state after each time."""
+    return before(states, not reverse)
 
 
 def forwards(value: Tensor, reverse: bool) -> Sequence[Tensor]:
@@ -206,14 +215,14 @@ class RNN(Recurrent):
 
     def steps_back(self, call: Backward) -> GateGradients:
         """`g = slope * (gradient of h)`, and `g W_hh` goes to the time before."""
-        (previous, last), reverse = call.residuals, call.arguments["reverse"]
-        output = shifted(previous, last, not reverse)
+        states, reverse = call.residuals[0], call.arguments["reverse"]
+        output = after(states, reverse)
         if call.arguments["nonlinearity"] == "tanh":
-            gates = output.square_().neg_().add_(1)
+            gates = output.square().neg_().add_(1)
         else:
             gates = (output > 0).to(output.dtype)
         _, rows = arriving(call)
         through_time = linear_by(call.arguments["weight_hh"].t().contiguous(), gates)
-        for (grad, before), gate in zip(pairwise(rows), backwards(gates, reverse), strict=True):
-            before.add_(through_time(gate.mul_(grad)))
-        return GateGradients(gates, gates, previous, {"h0": rows[-1]})
+        for (grad, earlier), gate in zip(pairwise(rows), backwards(gates, reverse), strict=True):
+            earlier.add_(through_time(gate.mul_(grad)))
+        return GateGradients(gates, gates, before(states, reverse), {"h0": rows[-1]})

@@ -43,6 +43,7 @@ def using_kernels() -> Iterator[set[str]]:
 
 def lstm_steps_back(
     gates: Tensor,
+    output: Tensor,
     c0: Tensor | None,
     grad_output: Tensor,
     grad_h_n: Tensor,
@@ -57,6 +58,7 @@ def lstm_steps_back(
 
     Args:
         gates: After their activations. Shape `[T, B, 4 H]`, rows contiguous.
+        output: The hidden state after each time. Shape `[T, B, H]`.
         c0: The initial cell state, shape `[B, H]`; None: zeros.
         grad_output: Shape `[T, B, H]`.
         grad_h_n: Shape `[B, H]`.
@@ -68,19 +70,15 @@ def lstm_steps_back(
     is_one_stride = gates.stride(2) == 1 and gates.stride(0) == examples * gates.stride(1)
     if hidden % LANES or not is_one_stride:
         return None
-    if (library := _library_for("lstm", gates, grad_output, grad_h_n, grad_c_n, weight_hh)) is None:
+    first_cell = gates.new_zeros(examples, hidden) if c0 is None else c0
+    read = (output, first_cell, grad_output, weight_hh)
+    if (library := _library_for("lstm", gates, *read, grad_h_n, grad_c_n)) is None:
         return None
-    cells = gates.new_empty(steps + 1, examples, hidden)
-    cells[0] = 0 if c0 is None else c0
-    how = (steps, examples, hidden, reverse, torch.get_num_threads())
-    library.lstm_cells(gates.data_ptr(), gates.stride(1), cells.data_ptr(), *how)
-    activated = cells[1:].mul(2).sigmoid_().mul_(2).sub_(1)  # tanh, several times as fast
-    grad_output, weight = grad_output.contiguous(), weight_hh.contiguous()
-    grad_gates = gates.new_empty(steps, examples, 4 * hidden)
+    grad_gates, sums = gates.new_empty(steps, examples, 4 * hidden), gates.new_zeros(examples, 4 * hidden)
     grad_hidden, grad_cell = (value.clone(memory_format=torch.contiguous_format) for value in (grad_h_n, grad_c_n))
-    sums = gates.new_zeros(examples, 4 * hidden)
-    pointers = (cells, activated, grad_output, weight, grad_gates, sums, grad_hidden, grad_cell)
-    library.lstm_steps_back(gates.data_ptr(), gates.stride(1), *(value.data_ptr() for value in pointers), *how)
+    memories = [*(value.contiguous() for value in read), grad_gates, sums, grad_hidden, grad_cell]
+    sizes = (steps, examples, hidden, reverse, torch.get_num_threads())
+    library.lstm_steps_back(gates.data_ptr(), gates.stride(1), *(memory.data_ptr() for memory in memories), *sizes)
     return grad_gates, sums, grad_hidden, grad_cell
 
 
@@ -117,7 +115,6 @@ def _library_for(name: str, *tensors: Tensor) -> CDLL | None:
 _POINTER, _SIZE, _INT = c_void_p, c_int64, c_int
 _SIGNATURES = {
     "lstm": {
-        "lstm_cells": (_POINTER, _SIZE, _POINTER, *[_SIZE] * 3, _INT, _INT),
         "lstm_steps_back": (_POINTER, _SIZE, *[_POINTER] * 8, *[_SIZE] * 3, _INT, _INT),
     },
     "gram": {"gram": (_POINTER, _SIZE, _SIZE, _POINTER, *[_SIZE] * 3, _INT)},
