@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import CaptureError
-from perexfx.native import using_kernels
+from perexfx.ir.native import using_kernels
 from perexfx.rewrite import Transformed
 from perexfx.step import LossFunction, Step, call, functional_step, traced
 
@@ -38,7 +38,7 @@ class CompiledStep:
     """`step(x, y) -> loss`: forward, loss, backward, clipping, and the optimizer's step where there is one.
 
     Attributes:
-        ways: Kind of batch -> "eager", "kernels" (eager, with kernels of `perexfx.native`), "graph" or "compiled".
+        ways: Kind of batch -> "eager", "kernels" (eager, with kernels of `perexfx.ir.native`), "graph" or "compiled".
     """
 
     def __init__(self, gm: Transformed, loss_fn: LossFunction, optimizer: torch.optim.Optimizer | None) -> None:

@@ -12,8 +12,8 @@ from oracle import Batch, assert_close, norms_of, one_at_a_time, train_step, wei
 from torch import Tensor, nn
 
 import perexfx
-from perexfx import native
-from perexfx.native import using_kernels
+from perexfx.ir import native
+from perexfx.ir.native import using_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from perexfx.ir.factors import Factors, Product
 from perexfx.ir.gemm import linear_by
+from perexfx.ir.native import lstm_steps_back
 from perexfx.ir.recurrent import lstm_layer
 from perexfx.ir.rule import Arguments, Backward, Geometry
 from perexfx.ir.workspace import are_equal, gates_in, has_gates, lstm_with_workspace
@@ -27,7 +28,6 @@ from perexfx.layers.recurrent import (
     tanh_,
     with_first,
 )
-from perexfx.native import lstm_steps_back
 
 COMPARED = 16
 """Of the gates that were kept, those of every so-manieth example are computed again, at the last time."""
