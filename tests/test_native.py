@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import perexfx
 from perexfx.ir import native
+from perexfx.ir.factors import Product, SharedGram
 from perexfx.ir.native import using_kernels
+from perexfx.strategies.gram import Gram
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own
 
@@ -44,6 +46,20 @@ def test_gram_matrices(sizes: tuple[int, int, int], threads: int) -> None:
         exact = rows.double() @ rows.double().transpose(1, 2)
         torch.testing.assert_close(found.double(), exact, rtol=0.0, atol=1e-6 * float(exact.abs().max()))
         assert torch.equal(found, found.transpose(1, 2))
+
+
+@pytest.mark.parametrize(("i", "o"), [(5000, 12), (12, 5000), (12, 20), (5000, 4200)])
+@pytest.mark.parametrize("t", [7, 64, 65])
+def test_norms_where_a_kernel_makes_one_gram_matrix_and_not_the_other(t: int, i: int, o: int) -> None:
+    torch.manual_seed(0)
+    left, others, right = torch.randn(3, 1, t, i), torch.randn(3, 1, t, 5), torch.randn(3, 1, t, o)
+    shared = SharedGram(2)
+    for factor in (left, others):
+        product = Product(factor, right, (o, factor.shape[3]), right_gram=shared)
+        with using_kernels():
+            found, _ = Gram().squared_norms(product)
+        exact = torch.einsum("ngti,ngto->noi", factor.double(), right.double()).flatten(1).square().sum(1)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0.0)
 
 
 def squares(output: Tensor, targets: Tensor) -> Tensor:

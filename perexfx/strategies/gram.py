@@ -93,12 +93,14 @@ them: its products of half the size are no faster."""
 
 def _gram(rows: Tensor, blocks: int) -> tuple[Tensor, ...]:
     """The Gram matrices of `[m, t, i]`, whole or without the block below the diagonal; that one comes last."""
-    if (whole := native.gram(rows)) is not None:
-        return (whole,)
-    if blocks == 1:
-        return (products(rows, rows),)
-    first, second = rows.split(-(-rows.shape[1] // 2), dim=1)
-    return products(first, first), products(second, second), products(first, second)
+    half = -(-rows.shape[1] // 2)
+    whole = native.gram(rows)
+    if whole is None and blocks == 2:
+        first, second = rows.split(half, dim=1)
+        return products(first, first), products(second, second), products(first, second)
+    if whole is None:
+        whole = products(rows, rows)
+    return (whole,) if blocks == 1 else (whole[:, :half, :half], whole[:, half:, half:], whole[:, :half, half:])
 
 
 def _sum_of_blocks(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Tensor:
