@@ -95,10 +95,8 @@ class CompiledStep:
         ways: dict[str, Step] = {"eager": self._step}
         expected = self._tried(self._step, x, y)
         for name, way in self._candidates(x, y).items():
-            try:
-                found = self._tried(way, x, y)
-            except Exception as error:  # a compiler may fail in any way
-                _logger.warning("The step as %s fails, and is not used: %s", name, error)
+            found = self._attempt(name, way, x, y)
+            if found is None:
                 continue
             if difference := _difference(expected, found):
                 _logger.warning("The step as %s differs from the eager one, and is not used: %s", name, difference)
@@ -110,8 +108,8 @@ class CompiledStep:
         """The ways beside the eager one that there are for a batch, by name."""
         candidates: dict[str, Step] = {}
         with using_kernels() as ran:
-            self._tried(self._step, x, y)
-        if ran:
+            found = self._attempt("kernels", self._step, x, y)
+        if ran and found is not None:
             candidates["kernels"] = self._step_with_kernels
         try:
             graph = traced(self.gm, self._step, x, y)
@@ -137,6 +135,14 @@ class CompiledStep:
                 self._tried(way, x, y)
                 taken[name].append(time.perf_counter() - start)
         return min(taken, key=lambda name: statistics.median(taken[name] or [0.0]))
+
+    def _attempt(self, name: str, way: Step, x: Any, y: Any) -> Any:
+        """What a way finds; None, and a warning, where it fails."""
+        try:
+            return self._tried(way, x, y)
+        except Exception as error:  # a compiler may fail in any way
+            _logger.warning("The step as %s fails, and is not used: %s", name, error)
+            return None
 
     def _tried(self, way: Step, x: Any, y: Any) -> Any:
         """What a way finds; random numbers, buffers and what the module remembers are as before."""
