@@ -17,11 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from perexfx.inputs import GivenInputs, bind_inputs
-from perexfx.ir.errors import ArgumentError
-from perexfx.ir.layout import Layout
-from perexfx.state import PerExample
-from perexfx.verify.compare import (
+from perexfx.checking.compare import (
     TOLERANCES,
     Truth,
     compare_losses,
@@ -31,9 +27,9 @@ from perexfx.verify.compare import (
     graded,
     structures_differ,
 )
-from perexfx.verify.forwards import Forwards, modes_kept
-from perexfx.verify.mixing import find_mixing
-from perexfx.verify.reference import (
+from perexfx.checking.forwards import Forwards, modes_kept
+from perexfx.checking.mixing import find_mixing
+from perexfx.checking.reference import (
     BuiltInLoss,
     Call,
     Loss,
@@ -42,7 +38,11 @@ from perexfx.verify.reference import (
     one_at_a_time,
     output_tensors,
 )
-from perexfx.verify.result import CheckResult, Verdict
+from perexfx.checking.result import CheckResult, Verdict
+from perexfx.inputs import GivenInputs, bind_inputs
+from perexfx.ir.errors import ArgumentError
+from perexfx.ir.layout import Layout
+from perexfx.state import PerExample
 
 
 def check(

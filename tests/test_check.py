@@ -17,11 +17,11 @@ import perexfx
 from perexfx import clipping
 from perexfx.axes.elementwise import pointwise
 from perexfx.axes.table import RULES as AXIS_RULES
+from perexfx.checking.result import CheckResult
 from perexfx.ir.factors import Gradient, Product
 from perexfx.layers.layer_norm import LayerNorm
 from perexfx.layers.linear import Linear
 from perexfx.strategies.outer import Outer
-from perexfx.verify.result import CheckResult
 
 SAMPLE = (
     "batch_norm_frozen batch_second conv2d_groups conv_on_frames dropout_and_pooling embedding_padding "

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, fx, nn
 
+from perexfx.checking.compare import change
+from perexfx.checking.reference import Call, Stateless, output_tensors
 from perexfx.state import PerExample
-from perexfx.verify.compare import change
-from perexfx.verify.reference import Call, Stateless, output_tensors
 
 
 class Forwards:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from perexfx.checking.compare import change
+from perexfx.checking.reference import Call, rows_of
+from perexfx.checking.result import Mixed
 from perexfx.ir.layout import Layout
-from perexfx.verify.compare import change
-from perexfx.verify.reference import Call, rows_of
-from perexfx.verify.result import Mixed
 
 NOISE = 10
 """Outputs may move by this many times what equal calls differ by: two calls do not show the most there is."""
