@@ -11,6 +11,7 @@ from perexfx.ir.errors import (
     MixingError,
     ModeError,
     PerexError,
+    ProofError,
     RefusedError,
     ShapeError,
     StrategyError,
@@ -19,6 +20,7 @@ from perexfx.ir.rule import Rule
 from perexfx.passes.replace_batchnorm import replace_batchnorm
 from perexfx.quantities import gradient_gram, per_example_grads, per_example_norms
 from perexfx.step import step_graph
+from perexfx.verify import verify
 from perexfx.views.report import report
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "MixingError",
     "ModeError",
     "PerexError",
+    "ProofError",
     "RefusedError",
     "Rule",
     "ShapeError",
@@ -42,5 +45,6 @@ __all__ = [
     "report",
     "step_graph",
     "transform",
+    "verify",
 ]
 __version__ = "0.1.0"

@@ -60,7 +60,7 @@ def classify(
         if carries:
             states[node] = State.EXAMPLE
         elif (
-            _is_constant(node)
+            passes_no_gradient(node)
             or not any(states[n] is State.PARAMETER for n in node.all_input_nodes)
             or (analysis is not None and not analysis.has_gradient(node))
         ):
@@ -70,7 +70,7 @@ def classify(
     return states
 
 
-def _is_constant(node: fx.Node) -> bool:
+def passes_no_gradient(node: fx.Node) -> bool:
     """Whether no gradient passes through a node, whatever it reads."""
     detaches = node.target in ("detach", stop_gradient, torch.detach) or (
         node.target is getattr and node.args[1] == "data"

@@ -25,14 +25,18 @@ def clip_factors_of(tape: Tape, norms: Tensor, lost: Tensor) -> dict[str, Tensor
         zero = torch.zeros_like(norms)
         layer_norms = [tape.squared_norms.get(group, zero).sqrt() * tape.scale for group in groups]
         each = [_flat(layer_norm, share) for layer_norm in layer_norms]
-    elif callable(settings.clipping):
-        each = [_checked(settings.clipping(norms), norms)] * len(groups)
+        return {g: _without(lost, own, norms.dtype) for g, own in zip(groups, each, strict=True)}
+    if callable(settings.clipping):
+        factors = _checked(settings.clipping(norms), norms)
     elif settings.clipping == "automatic":
-        each = [_automatic(norms, settings.clip_norm)] * len(groups)
+        factors = _automatic(norms, settings.clip_norm)
     else:
-        each = [_flat(norms, settings.clip_norm)] * len(groups)
-    each = [factor.to(norms.dtype).masked_fill(lost, 0) for factor in each]
-    return dict(zip(groups, each, strict=True))
+        factors = _flat(norms, settings.clip_norm)
+    return dict.fromkeys(groups, _without(lost, factors, norms.dtype))
+
+
+def _without(lost: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    return factors.to(dtype).masked_fill(lost, 0)
 
 
 def _flat(norms: Tensor, clip_norm: float | None) -> Tensor:

@@ -200,7 +200,10 @@ class FakeInterpreter(fx.Interpreter):
 
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An argument; keyword arguments without a name of their own are none, which every call is checked for."""
-        return {} if target.startswith("**") else super().placeholder(target, args, kwargs)
+        if target.startswith("**"):
+            return {}
+        value = super().placeholder(target, args, kwargs)
+        return tuple(value) if target.startswith("*") else value
 
     def fetch_attr(self, target: str) -> Any:
         """Parameters and buffers as fake tensors, each always the same one."""

@@ -27,6 +27,7 @@ from perexfx.tape import Tape
 
 if TYPE_CHECKING:
     from perexfx.rehearse import Rehearsal
+    from perexfx.verify import Proof
 
 Clipping = str | Callable[[Tensor], Tensor]
 
@@ -59,6 +60,7 @@ class PerExample(nn.Module):
         regions: The parts of the graph whose images may lie with their channels last.
         groups: The sites that share parameters, by the name of the first.
         plans: Kind of input and batch size -> plan, of all that were made.
+        proofs: Kind of input and batch size -> what `perexfx.verify` has proved of its plan.
         rehearsals: Kind of input and regions with channels last -> batch size -> what a step holds at every moment.
         joined: Names of the groups whose per-example gradients must be added before their norm is taken.
         settings: What `transform` was asked for.
@@ -95,6 +97,7 @@ class PerExample(nn.Module):
         self._analyses: dict[Inputs, Analysis] = {}
         self.plans: dict[tuple[Inputs, int], Plan] = {}
         self.rehearsals: dict[tuple[Inputs, frozenset[int]], dict[int, Rehearsal | None]] = {}
+        self.proofs: dict[tuple[Inputs, int], Proof] = {}
         self.groups = grouped(self.sites)
         self.joined = frozenset(name for name, members in self.groups.items() if are_joined(members))
         self._by_name = {site.name: site for site in self.sites}
@@ -104,7 +107,7 @@ class PerExample(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the link to the module, which that restores, and what is known of past inputs."""
-        return {**self.__dict__, "_owner": None, "_analyses": {}, "plans": {}, "rehearsals": {}}
+        return {**self.__dict__, "_owner": None, "_analyses": {}, "plans": {}, "rehearsals": {}, "proofs": {}}
 
     def extra_repr(self) -> str:
         """A line for `print(gm)`."""

@@ -31,6 +31,10 @@ class BudgetError(PerexError):
     """No plan fits the memory budget."""
 
 
+class ProofError(PerexError):
+    """What a proof claims does not hold; the message has the path that breaks it."""
+
+
 class RefusedError(PerexError):
     """The compiler refuses a model, and says why.
 

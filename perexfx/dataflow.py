@@ -1,0 +1,337 @@
+"""The dataflow of one clipped step, as a graph: every aten call of forward and backward, with fake tensors.
+
+Promises: nothing is computed, and the module and its state are left as they are. Whatever a call might read of an
+earlier one is an edge: memory is followed by its storage, so views and writes in place are too. The loss is not known,
+and need not be: the step begins its backward with any gradient of the outputs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from perexfx.classify import passes_no_gradient
+from perexfx.inputs import Inputs, arguments_for
+from perexfx.ir.errors import CaptureError
+from perexfx.ir.factors import Factors, Signature
+from perexfx.ir.node import place_of
+from perexfx.ir.rule import Arguments, Backward, Fitted, Geometry, Rule
+from perexfx.plan import Key, Plan
+from perexfx.record import FakeInterpreter, fake_inputs, leaves_of
+from perexfx.rewrite import Transformed
+from perexfx.tracer import TRACING, same_einsums
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A node of the dataflow.
+
+    Attributes:
+        name: Of the aten operation, or what the node stands for.
+        where: The part of the step that it belongs to; "" where that is not known.
+        site: The site in whose forward or backward it ran, or "".
+        carries_gradient: Whether a gradient may pass through it.
+        given: Per tensor argument its name in the schema and the nodes that it was made by.
+    """
+
+    name: str
+    where: str = ""
+    site: str = ""
+    carries_gradient: bool = True
+    given: tuple[tuple[str, frozenset[int]], ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.where})" if self.where else self.name
+
+
+@dataclass(frozen=True)
+class Dataflow:
+    """One clipped step.
+
+    Attributes:
+        graph: Nodes are numbers; an edge is what may be read.
+        operations: Node -> what it is.
+        inputs: The inputs of the forward and the gradients of its outputs: all that is known of examples.
+        outputs: The outputs of the forward.
+        parameters: Name -> node, of trainable parameters.
+        gradients: Name -> node of what is added to `.grad`; None where nothing is.
+        norms: The norms of the examples.
+        factors: The clip factors; several with `clipping="per_layer"`.
+        handed_over: (site, operand) -> what its backward left for norm and clip node.
+    """
+
+    graph: nx.DiGraph
+    operations: Mapping[int, Operation]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    parameters: Mapping[str, int]
+    gradients: Mapping[str, int | None]
+    norms: int
+    factors: frozenset[int]
+    handed_over: Mapping[Key, tuple[int, ...]]
+
+
+def dataflow(gm: Transformed, plan: Plan, inputs: Inputs) -> Dataflow:
+    """The dataflow of a step that follows a plan.
+
+    Args:
+        gm: The transformed module.
+        plan: For the batch size.
+        inputs: The kind of input.
+
+    Raises:
+        CaptureError: The step cannot be run without numbers.
+    """
+    state = gm.perexfx
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    recorder = _Recorder()
+    with TRACING, same_einsums(), state.set_aside(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the real run gives them too
+        given = fake_inputs(fake, inputs, state.settings.batch_dim, plan.batch_size)
+        state.plans[inputs, plan.batch_size] = _watched(plan, recorder)
+        state.norms = state.clip_factors = None
+        interpreter = _Interpreter(gm, gm.graph, fake, recorder)
+        trained = {name: p for name, p in gm.named_parameters() if p.requires_grad}
+        parameters = {name: interpreter.fake_of(value) for name, value in trained.items()}
+        try:
+            with fake, torch.enable_grad():
+                sources = [recorder.add_source(value, f"input `{name}`") for name, value in given.items()]
+                placed = {name: recorder.add_source(p, f"parameter `{name}`") for name, p in parameters.items()}
+                with recorder:
+                    results = leaves_of(interpreter.run(*arguments_for(gm.graph, given)))
+                    interpreter.env.clear()
+                    differentiable = [value for value in results if value.requires_grad]
+                    seeds = [torch.empty_like(value) for value in differentiable]
+                    sources += [recorder.add_source(seed, "gradient of an output") for seed in seeds]
+                    recorder.where, recorder.site = "", ""
+                    found = torch.autograd.grad(differentiable, list(parameters.values()), seeds, allow_unused=True)
+        except (RuntimeError, NotImplementedError) as error:
+            raise CaptureError(
+                f"The step cannot be followed without numbers: {error}. The model and a `clipping` function must not "
+                "read the value of a tensor (`.item()`, `if tensor`)."
+            ) from error
+        return Dataflow(
+            graph=recorder.graph,
+            operations=recorder.operations,
+            inputs=tuple(sources),
+            outputs=tuple(node for value in results for node in recorder.made(value)),
+            parameters=placed,
+            gradients={
+                name: None if value is None else recorder.add_sink(value, f"gradient of `{name}`")
+                for name, value in zip(parameters, found, strict=True)
+            },
+            norms=recorder.add_sink(state.norms, "norms"),
+            factors=_roots(recorder, state.clip_factors),
+            handed_over=recorder.handed_over,
+        )
+
+
+def _roots(recorder: _Recorder, factors: Tensor | None) -> frozenset[int]:
+    """The nodes of the clip factors; where they were stacked for `gm.perexfx.clip_factors`, of each row."""
+    found = recorder.made(factors) if factors is not None else frozenset()
+    rows = {row for node in found if recorder.operations[node].name == "stack" for row in recorder.graph.pred[node]}
+    return frozenset(rows) or found
+
+
+class _Interpreter(FakeInterpreter):
+    """Tells the recorder which node of the rewritten graph is at work."""
+
+    def __init__(self, module: Transformed, graph: fx.Graph, fake: FakeTensorMode, recorder: _Recorder) -> None:
+        super().__init__(module, graph, fake, trains=True)
+        self.recorder = recorder
+        self.fetch_attributes()
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One node; what it detaches is in memory of its own from there on."""
+        self.recorder.where = str(place_of(n))
+        value = super().run_node(n)
+        if n.op == "placeholder" or not passes_no_gradient(n):
+            return value
+        self.recorder.carries_gradient = False
+        value = pytree.tree_map_only(Tensor, torch.clone, value)
+        self.recorder.carries_gradient = True
+        return value
+
+    def fake_of(self, parameter: Tensor) -> Tensor:
+        """A parameter as a fake tensor; one that the graph does not name is its own."""
+        return self.converted.get(id(parameter), parameter)
+
+
+class _Recorder(TorchDispatchMode):
+    """Makes a node of every call that computes or writes something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph = nx.DiGraph()
+        self.operations: dict[int, Operation] = {}
+        self.handed_over: dict[Key, tuple[int, ...]] = {}
+        self.where = ""
+        self.site = ""
+        self.carries_gradient = True
+        self._made: dict[int, frozenset[int]] = {}  # storage -> who may have written what is in it
+        self._alive: list[Any] = []  # a storage's address is its name: none may be used again
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        read = [] if _name(func) in _READ_SIZES_ALONE else _named(func, args, kwargs)
+        given = [(name, self.made(tensor)) for name, value in read for tensor in leaves_of(value)]
+        own = {_storage(tensor) for tensor in leaves_of((args, kwargs))}
+        written = [t for name, value in _named(func, args, kwargs) if _writes(func, name) for t in leaves_of(value)]
+        result = func(*args, **kwargs)
+        new = [tensor for tensor in leaves_of(result) if _storage(tensor) not in own]
+        if new or written:
+            made = (*new, *written)
+            passes = self.carries_gradient and any(t.is_floating_point() or t.is_complex() for t in made)
+            node = self._add(Operation(_name(func), self.where, self.site, passes, tuple(given)))
+            for tensor in made:
+                self._make(tensor, node)
+        return result
+
+    @contextmanager
+    def at(self, site: str, where: str) -> Iterator[None]:
+        """What runs inside belongs to a site."""
+        before = self.where, self.site
+        self.where, self.site = where, site
+        yield
+        self.where, self.site = before
+
+    def made(self, tensor: Tensor) -> frozenset[int]:
+        """The nodes that a tensor was made by; none for what was there before and is no source."""
+        return self._made.get(_storage(tensor), frozenset())
+
+    def add_source(self, tensor: Tensor, name: str) -> int:
+        """A node for what was there before."""
+        node = self._add(Operation(name))
+        self._make(tensor, node)
+        return node
+
+    def add_sink(self, tensor: Tensor | None, name: str) -> int:
+        """A node for what comes out."""
+        made = frozenset() if tensor is None else self.made(tensor)
+        return self._add(Operation(name, given=((name, made),)))
+
+    def hand_over(self, key: Key, factors: Factors, known: dict[Any, Tensor]) -> Factors:
+        """Factors in memory of their own, so that what is read of them can be told from all else.
+
+        Args:
+            key: Site and operand.
+            factors: What the site's backward has left.
+            known: Tensors of the same backward that have theirs.
+        """
+        copied = _with_tensors(factors, lambda tensor: _copy(tensor, known))
+        nodes = {node for tensor in leaves_of(copied) for node in self.made(tensor)}
+        self.handed_over[key] = tuple(sorted(nodes))
+        return copied
+
+    def _add(self, operation: Operation) -> int:
+        node = len(self.operations)
+        self.operations[node] = operation
+        self.graph.add_node(node)
+        self.graph.add_edges_from((before, node) for _, nodes in operation.given for before in nodes)
+        return node
+
+    def _make(self, tensor: Tensor, node: int) -> None:
+        self._alive.append(tensor.untyped_storage())
+        self._made[_storage(tensor)] = frozenset((node,))
+
+
+_READ_SIZES_ALONE = frozenset(
+    "new_empty new_empty_strided new_zeros new_ones new_full "
+    "empty_like zeros_like ones_like full_like rand_like randn_like".split()
+)
+"""Operations that take nothing from a tensor but its size and dtype."""
+
+
+def _named(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The arguments of a call with their names in its schema."""
+    names = [argument.name for argument in func._schema.arguments]
+    return [*zip(names, args, strict=False), *kwargs.items()]
+
+
+def _writes(func: Any, name: str) -> bool:
+    return any(a.name == name and a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+
+
+def _name(func: Any) -> str:
+    return func._schema.name.removeprefix("aten::")
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _copy(tensor: Tensor, known: dict[Any, Tensor]) -> Tensor:
+    """The same numbers in memory of their own; once for all views that see the same."""
+    seen = _storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
+    if seen not in known:
+        known[seen] = tensor.clone()
+    return known[seen]
+
+
+def _with_tensors(value: Any, change: Any) -> Any:
+    """The same value with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_with_tensors(part, change) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {each.name: getattr(value, each.name) for each in fields(value) if each.init}
+        changed = {name: _with_tensors(part, change) for name, part in parts.items()}
+        return replace(value, **{name: part for name, part in changed.items() if part is not parts[name]})
+    return value
+
+
+@dataclass(frozen=True)
+class _Watched(Rule):
+    """A rule that tells the recorder when it runs, and what it leaves."""
+
+    rule: Rule
+    site: str
+    recorder: _Recorder
+
+    def signatures(self, arguments: Arguments, geometry: Geometry) -> dict[str, Signature]:
+        """The rule's own."""
+        return self.rule.signatures(arguments, geometry)
+
+    def reads(self, arguments: Arguments, inputs: Collection[str], operands: Collection[str]) -> Collection[str]:
+        """The rule's own."""
+        return self.rule.reads(arguments, inputs, operands)
+
+    def forward(self, arguments: Arguments, geometry: Geometry) -> tuple[Any, tuple[Tensor, ...]]:
+        """The rule's own, in the name of its site; what is a view of an argument is the site's from there on."""
+        with self.recorder.at(self.site, f"forward of site `{self.site}`"):
+            output, residuals = self.rule.forward(arguments, geometry)
+            own = {_storage(tensor) for tensor in leaves_of(arguments)}
+            return pytree.tree_map_only(Tensor, lambda t: t.clone() if _storage(t) in own else t, output), residuals
+
+    def backward(self, call: Backward) -> tuple[dict[str, Tensor], dict[str, Factors]]:
+        """The rule's own, in the name of its site; hands over copies of the factors."""
+        with self.recorder.at(self.site, f"backward of site `{self.site}`"):
+            gradients, factors = self.rule.backward(call)
+        known: dict[Any, Tensor] = {}
+        copied = {}
+        for name, found in factors.items():
+            with self.recorder.at(self.site, f"handed over by site `{self.site}`"):
+                copied[name] = self.recorder.hand_over((self.site, name), found, known)
+        return gradients, copied
+
+
+def _watched(plan: Plan, recorder: _Recorder) -> Plan:
+    """The plan with every rule watched."""
+    fitted: dict[str, Fitted] = {
+        name: replace(found, rule=_Watched(found.rule, name, recorder)) for name, found in plan.fitted.items()
+    }
+    return replace(plan, fitted=fitted)
+
+
+__all__ = ["Dataflow", "Operation", "dataflow"]

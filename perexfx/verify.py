@@ -1,0 +1,274 @@
+"""The static proof: that what a clipped step adds to `.grad` is clipped, all of it, whatever the numbers and the loss.
+
+Promises: what is proved holds for every input of the planned shapes, by the dataflow of the step alone; a claim that
+does not hold raises, with the path that breaks it. What is taken for granted is said: that the analysis kept examples
+apart (`perexfx.check` tries that), and that the gradient of the loss for one example's output depends on that example.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+import networkx as nx
+from torch import nn
+
+from perexfx.dataflow import Dataflow, dataflow
+from perexfx.ir.errors import ArgumentError, ProofError
+from perexfx.plan import Key
+from perexfx.rewrite import Transformed
+from perexfx.state import PerExample
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was proved of one plan. `str(proof)` says it in words.
+
+    Attributes:
+        batch_size: Of the plan.
+        is_clipped: Whether there is a bound; False with `clip_norm=None`.
+        operations: Nodes of the dataflow.
+        edges: Its edges.
+        gradients: How many parameters get a gradient.
+        products: Operation -> how many of them multiply what belongs to examples with the clip factors.
+        handed_over: How many tensors the sites hand over to norms and clipped sums.
+        sites: How many sites.
+    """
+
+    batch_size: int
+    is_clipped: bool
+    operations: int
+    edges: int
+    gradients: int
+    products: Mapping[str, int]
+    handed_over: int
+    sites: int
+
+    def __str__(self) -> str:
+        products = ", ".join(f"{count} {name}" for name, count in self.products.items())
+        bound = "" if self.is_clipped else " With clip_norm=None the factors are ones: nothing is bounded."
+        return (
+            f"Proved on the dataflow of a step of {self.batch_size} ({self.operations:,} operations, {self.edges:,} "
+            f"edges), for every input and every loss of the examples' own outputs:\n"
+            f"1. Every path from an input to the gradient of any of {self.gradients} parameters passes the clip "
+            f"factors, in a product that is linear in them ({products}).{bound}\n"
+            f"2. Every such path passes the norms, or what the parameter's own sites hand over ({self.handed_over} "
+            f"tensors of {self.sites} sites), and all of that enters the norms.\n"
+            f"3. Every path from a parameter to an output passes an operation of one of its sites, or is detached."
+        )
+
+
+def verify(gm: nn.Module) -> Proof:
+    """What holds of a transformed module's step for every input: proved on its dataflow, not tried on numbers.
+
+    The step is that of the last plan: of the last batch, or of the example inputs. It begins its backward with any
+    gradient of the outputs, so the proof holds for every loss.
+
+    Args:
+        gm: From `perexfx.transform`.
+
+    Returns:
+        What was proved; `print` shows it, and `perexfx.report(gm)` from then on.
+
+    Guarantees:
+        Takes for granted that no operation mixes examples, which `transform` has analyzed and `perexfx.check` tries,
+        and that the loss joins examples by a sum or mean.
+
+    Raises:
+        ProofError: Something does not hold; the message has the path.
+        CaptureError: The step cannot be followed without numbers.
+        ArgumentError: `gm` is not transformed, or has no plan yet.
+    """
+    state = getattr(gm, "perexfx", None)
+    if not isinstance(gm, Transformed) or not isinstance(state, PerExample):
+        raise ArgumentError(f"`gm` should come from `perexfx.transform`. Found {type(gm).__name__}.")
+    if state.plan is None:
+        raise ArgumentError(
+            "There is no plan yet: without example inputs it is made at the first batch. "
+            "Call the module once, or pass `example_inputs` to `transform`."
+        )
+    inputs = next(kind for (kind, _), plan in state.plans.items() if plan is state.plan)
+    flow = dataflow(gm, state.plan, inputs)
+    is_clipped = state.settings.clip_norm is not None
+    proof = prove(flow, _own_sites(state), batch_size=state.plan.batch_size, is_clipped=is_clipped)
+    state.proofs[inputs, state.plan.batch_size] = proof
+    return proof
+
+
+def _own_sites(state: PerExample) -> dict[str, list[Key]]:
+    """Parameter -> the operands of sites that it is used by."""
+    found: dict[str, list[Key]] = {}
+    for site in state.sites:
+        for operand in site.operands:
+            for name in operand.expression.parameters:
+                found.setdefault(name, []).append((site.name, operand.name))
+    return found
+
+
+def prove(flow: Dataflow, own: Mapping[str, Sequence[Key]], *, batch_size: int, is_clipped: bool = True) -> Proof:
+    """The three claims, for the dataflow of one step.
+
+    Args:
+        flow: The step.
+        own: Parameter -> the operands of sites that it is used by.
+        batch_size: Of the step.
+        is_clipped: Whether there is a bound.
+
+    Raises:
+        ProofError: One does not hold.
+    """
+    products = _passes_the_factors(flow)
+    _passes_own_sites(flow, own)
+    _is_counted(flow, own)
+    _is_used_at_sites(flow, own)
+    return Proof(
+        batch_size=batch_size,
+        is_clipped=is_clipped,
+        operations=flow.graph.number_of_nodes(),
+        edges=flow.graph.number_of_edges(),
+        gradients=sum(node is not None for node in flow.gradients.values()),
+        products=dict(sorted(Counter(flow.operations[node].name for node in products).items())),
+        handed_over=len({node for nodes in flow.handed_over.values() for node in nodes}),
+        sites=len({site for site, _ in flow.handed_over}),
+    )
+
+
+_BILINEAR = {
+    "mul": "self other",
+    "mul_": "self other",
+    "mm": "self mat2",
+    "bmm": "self mat2",
+    "mv": "self vec",
+    "dot": "self tensor",
+    "addmm": "mat1 mat2",
+    "addmv": "mat vec",
+    "addmv_": "mat vec",
+    "baddbmm": "batch1 batch2",
+    "addcmul": "tensor1 tensor2",
+    "addcmul_": "tensor1 tensor2",
+    "convolution": "input weight",
+    "convolution_backward": "grad_output input",
+    "mkldnn::_linear_pointwise": "X W",
+}
+"""Products: the names of their two sides. Each is linear in either."""
+
+_LINEAR = {
+    "embedding_dense_backward": "grad_output indices",
+    "masked_fill": "self mask",
+    "index_add": "source index",
+}
+"""Operations that are linear in the argument named first, while those named next are fixed."""
+
+
+def _is_product(name: str, clipped: Set[str], data: Set[str]) -> bool:
+    """Whether an operation is linear in clipped arguments that the data of the others is multiplied with.
+
+    Further arguments, which a product is added to, may be clipped too.
+    """
+    if name in _BILINEAR:
+        first, second = _BILINEAR[name].split()
+        return any(data == {one} and other in clipped and one not in clipped for one, other in _both(first, second))
+    if name in _LINEAR:
+        linear, *fixed = _LINEAR[name].split()
+        return linear in clipped and data <= set(fixed)
+    return False
+
+
+def _both(first: str, second: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    return (first, second), (second, first)
+
+
+def _passes_the_factors(flow: Dataflow) -> list[int]:
+    """The products in which examples' data meet the clip factors, on every path to a gradient."""
+    clipped = _from(flow.graph, flow.factors)
+    unclipped = flow.graph.subgraph(set(flow.graph) - clipped)
+    raw = _from(unclipped, flow.inputs)
+    for name, gradient in flow.gradients.items():
+        if gradient is not None and gradient in raw:
+            raise ProofError(
+                f"The gradient of `{name}` is not clipped. {_path(flow, unclipped, flow.inputs, gradient)}"
+            )
+    meeting = []
+    for node in sorted(clipped - flow.factors):
+        given = flow.operations[node].given
+        data = {name for name, nodes in given if nodes & raw}
+        if not data:
+            continue
+        if not _is_product(flow.operations[node].name, {name for name, nodes in given if nodes & clipped}, data):
+            raise ProofError(
+                f"{flow.operations[node]} joins what belongs to examples with the clip factors, and is not known to be "
+                f"a product of the two. {_path(flow, unclipped, flow.inputs, *_given_by(flow, node, raw))}"
+            )
+        meeting.append(node)
+    return meeting
+
+
+def _passes_own_sites(flow: Dataflow, own: Mapping[str, Sequence[Key]]) -> None:
+    """That nothing of an example reaches a gradient but by what the parameter's own sites hand over, and the norms."""
+    norms = set(flow.graph.pred[flow.norms]) | flow.factors
+    for name, gradient in flow.gradients.items():
+        if gradient is None:
+            continue
+        removed = {node for key in own.get(name, ()) for node in flow.handed_over.get(key, ())} | norms
+        left = flow.graph.subgraph(set(nx.ancestors(flow.graph, gradient)) - removed | {gradient})
+        sources = [node for node in flow.inputs if node in left]
+        if gradient in _from(left, sources):
+            raise ProofError(
+                f"The gradient of `{name}` has more in it than its sites hand over. "
+                f"{_path(flow, left, sources, gradient)}"
+            )
+
+
+def _is_counted(flow: Dataflow, own: Mapping[str, Sequence[Key]]) -> None:
+    """That whatever a site hands over and a gradient is made of enters the norms."""
+    counted = nx.ancestors(flow.graph, flow.norms)
+    for name, gradient in flow.gradients.items():
+        if gradient is None:
+            continue
+        used = nx.ancestors(flow.graph, gradient)
+        for site, operand in own.get(name, ()):
+            for node in flow.handed_over.get((site, operand), ()):
+                if node in used and node not in counted:
+                    raise ProofError(
+                        f"What site `{site}` hands over for `{operand}` is not in the norms. "
+                        f"{_path(flow, flow.graph, [node], gradient)}"
+                    )
+
+
+def _is_used_at_sites(flow: Dataflow, own: Mapping[str, Sequence[Key]]) -> None:
+    """That a parameter reaches the outputs by its sites alone."""
+    for name, parameter in flow.parameters.items():
+        sites = {site for site, _ in own.get(name, ())}
+        elsewhere = [n for n, found in flow.operations.items() if found.carries_gradient and found.site not in sites]
+        left = flow.graph.subgraph(elsewhere)
+        reached = _from(left, [parameter]) & set(flow.outputs)
+        if reached:
+            raise ProofError(
+                f"Parameter `{name}` is used where no site is. {_path(flow, left, [parameter], min(reached))}"
+            )
+
+
+def _from(graph: nx.DiGraph, sources: Iterable[int]) -> set[int]:
+    """Everything that can be reached, the sources included."""
+    found = {node for node in sources if node in graph}
+    return found.union(*(nx.descendants(graph, node) for node in found))
+
+
+def _given_by(flow: Dataflow, node: int, among: set[int]) -> list[int]:
+    return sorted({before for _, nodes in flow.operations[node].given for before in nodes & among})
+
+
+def _path(flow: Dataflow, graph: nx.DiGraph, sources: Iterable[int], *targets: int) -> str:
+    """The shortest path in words."""
+    paths = [
+        nx.shortest_path(graph, source, target)
+        for source in sources
+        for target in targets
+        if source in graph and target in graph and nx.has_path(graph, source, target)
+    ]
+    steps = [str(flow.operations[node]) for node in min(paths, key=len)]
+    return "The path: " + " -> ".join(steps) + "."
+
+
+__all__ = ["Proof", "prove", "verify"]

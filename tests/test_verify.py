@@ -1,0 +1,216 @@
+"""The static proof holds for whatever transforms, and a step that breaks a claim is found, with the path."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, Case
+from torch import Tensor, nn
+
+import perexfx
+from perexfx import runtime
+from perexfx.ir.factors import Factors, Product
+from perexfx.layers.linear import Linear
+from perexfx.strategies.outer import Outer
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_whatever_transforms_is_proved(case: Case) -> None:
+    batch = case.batch()
+    gm = perexfx.transform(case.build(), batch.inputs, batch_dim=case.batch_dim)
+    proof = perexfx.verify(gm)
+    assert proof.gradients == sum(p.requires_grad for p in gm.parameters()) - len(unreached(gm, case))
+    assert proof.products
+    assert proof.batch_size == batch.size
+
+
+def unreached(gm: nn.Module, case: Case) -> set[str]:
+    """Parameters that a backward gives no gradient."""
+    batch = case.batch()
+    case.loss(gm(*batch.inputs), batch.targets).backward()
+    return {name for name, p in gm.named_parameters() if p.requires_grad and p.grad is None}
+
+
+@pytest.mark.parametrize(
+    "options", [{"clipping": "per_layer"}, {"clipping": "automatic"}, {"clipping": torch.reciprocal}]
+)
+def test_every_kind_of_clipping(options: dict[str, Any]) -> None:
+    assert "passes the clip factors" in str(perexfx.verify(two_layers(**options)))
+
+
+def two_layers(**options: Any) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    return perexfx.transform(model, torch.randn(4, 6), strategy="outer", **options)
+
+
+def test_its_words() -> None:
+    gm = two_layers()
+    assert str(perexfx.verify(gm)).splitlines() == [
+        "Proved on the dataflow of a step of 4 (74 operations, 91 edges), for every input and every loss of the "
+        "examples' own outputs:",
+        "1. Every path from an input to the gradient of any of 4 parameters passes the clip factors, in a product that "
+        "is linear in them (4 mm, 2 mul).",
+        "2. Every such path passes the norms, or what the parameter's own sites hand over (6 tensors of 2 sites), and "
+        "all of that enters the norms.",
+        "3. Every path from a parameter to an output passes an operation of one of its sites, or is detached.",
+    ]
+    assert perexfx.verify(gm) == perexfx.verify(two_layers())
+    assert "nothing is bounded" in str(perexfx.verify(two_layers(clip_norm=None)))
+
+
+def test_it_leaves_everything_as_it_was() -> None:
+    gm = two_layers()
+    gm(torch.randn(7, 6)).sum().backward()
+    state = gm.perexfx
+    norms, factors, plan = state.norms, state.clip_factors, state.plan
+    gradients = {name: p.grad.clone() for name, p in gm.named_parameters()}
+    random = torch.get_rng_state()
+    assert perexfx.verify(gm).batch_size == 7
+    assert state.norms is norms
+    assert state.clip_factors is factors
+    assert state.plan is plan
+    assert all(torch.equal(p.grad, gradients[name]) for name, p in gm.named_parameters())
+    assert torch.equal(random, torch.get_rng_state())
+
+
+# Steps that break a claim
+
+Weighted = Callable[[Product, Tensor], Tensor]
+honest: Weighted = Product.weighted_sum
+
+
+def forgets_the_factors(self: Product, weights: Tensor) -> Tensor:
+    return self.gradients().sum(0)
+
+
+def adds_to_the_clipped_sum(self: Product, weights: Tensor) -> Tensor:
+    return honest(self, weights) + 1e-30 * self.left.sum()
+
+
+def is_not_linear_in_the_factors(self: Product, weights: Tensor) -> Tensor:
+    return torch.maximum(self.gradients(), weights[:, None, None]).sum(0)
+
+
+def squares_the_data_in(self: Product, weights: Tensor) -> Tensor:
+    return torch.addcmul(honest(self, weights), self.left.sum(), self.right.sum())
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (forgets_the_factors, r"^The gradient of `0.weight` is not clipped. The path: (input|gradient).* -> sum -> "),
+        (adds_to_the_clipped_sum, r"^add joins .* not known to be a product of the two. The path: .* -> sum -> mul\.$"),
+        (is_not_linear_in_the_factors, r"^maximum joins what belongs to examples with the clip factors"),
+        (squares_the_data_in, r"^addcmul joins what belongs to examples with the clip factors"),
+    ],
+)
+def test_a_gradient_that_is_not_clipped(monkeypatch: pytest.MonkeyPatch, broken: Weighted, message: str) -> None:
+    gm = two_layers()
+    monkeypatch.setattr(Product, "weighted_sum", broken)
+    with pytest.raises(perexfx.ProofError, match=message):
+        perexfx.verify(gm)
+
+
+def test_a_site_that_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_nothing(self: Outer, factors: Any) -> tuple[Tensor, Factors]:
+        return factors.left.new_zeros(len(factors.left)), factors
+
+    gm = two_layers()
+    monkeypatch.setattr(Outer, "squared_norms", of_nothing)
+    message = r"^What site `0` hands over for `weight` is not in the norms. The path: clone \(handed over by site `0`\)"
+    with pytest.raises(perexfx.ProofError, match=message):
+        perexfx.verify(gm)
+
+
+def test_one_factor_that_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_the_left(self: Outer, factors: Any) -> tuple[Tensor, Factors]:
+        return factors.left.square().sum((1, 2, 3)), factors
+
+    gm = two_layers()
+    monkeypatch.setattr(Outer, "squared_norms", of_the_left)
+    with pytest.raises(perexfx.ProofError, match="is not in the norms"):
+        perexfx.verify(gm)
+
+
+def test_data_that_no_site_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Linear.backward
+    kept: list[Tensor] = []
+
+    def keeps(self: Linear, call: Any) -> Any:
+        kept.append(call.arguments["input"])
+        return honest(self, call)
+
+    def smuggles(self: Product, weights: Tensor) -> Tensor:
+        return (weights @ kept[0].sum(1, keepdim=True)) * torch.ones(self.shape)
+
+    gm = two_layers()
+    monkeypatch.setattr(Linear, "backward", keeps)
+    monkeypatch.setattr(Product, "weighted_sum", smuggles)
+    with pytest.raises(
+        perexfx.ProofError, match=r"^The gradient of `0.weight` has more in it than its sites hand over"
+    ):
+        perexfx.verify(gm)
+
+
+def test_a_gradient_of_another_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = runtime.add_pulled
+
+    def swapped(tape: Any, key: Any, value: Tensor, pull_back: Any, sums: dict[str, Tensor]) -> None:
+        honest(tape, ("0" if key[0] == "2" else "2", key[1]), value, pull_back, sums)
+
+    torch.manual_seed(0)
+    gm = perexfx.transform(nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)), torch.randn(4, 5))
+    monkeypatch.setattr(runtime, "add_pulled", swapped)
+    with pytest.raises(perexfx.ProofError, match="has more in it than its sites hand over"):
+        perexfx.verify(gm)
+
+
+def last_linear(gm: Any) -> Any:
+    return next(node for node in gm.graph.nodes if node.op == "output").args[0]
+
+
+def test_a_parameter_used_outside_of_its_sites() -> None:
+    gm = two_layers()
+    bias = next(node for node in gm.graph.nodes if node.name == "clipped_2_bias")
+    output = last_linear(gm)
+    with gm.graph.inserting_after(output):
+        added = gm.graph.call_function(operator.add, (output, bias))
+    output.replace_all_uses_with(added, lambda user: user is not added)
+    message = r"^Parameter `2.bias` is used where no site is. The path: parameter `2.bias` -> add \(`add`\)\.$"
+    with pytest.raises(perexfx.ProofError, match=message):
+        perexfx.verify(gm)
+
+
+def test_a_parameter_that_avoids_the_clip_node() -> None:
+    gm = two_layers()
+    output = last_linear(gm)
+    with gm.graph.inserting_after(output):
+        read = gm.graph.get_attr("2.bias")
+    with gm.graph.inserting_after(read):
+        added = gm.graph.call_function(torch.mul, (output, read))
+    output.replace_all_uses_with(added, lambda user: user is not added)
+    with pytest.raises(perexfx.ProofError, match=r"^add joins .* The path: gradient of an output -> mul -> sum\.$"):
+        perexfx.verify(gm)
+
+
+# Arguments
+
+
+def test_without_a_plan_or_a_transform() -> None:
+    with pytest.raises(perexfx.ArgumentError, match="There is no plan yet"):
+        perexfx.verify(perexfx.transform(nn.Linear(3, 2)))
+    with pytest.raises(perexfx.ArgumentError, match=r"should come from `perexfx.transform`. Found Linear"):
+        perexfx.verify(nn.Linear(3, 2))
+
+
+def test_what_reads_numbers_cannot_be_followed() -> None:
+    def half_if_large(norms: Tensor) -> Tensor:
+        return norms / 2 if float(norms.max()) > 1 else norms
+
+    with pytest.raises(perexfx.CaptureError, match="cannot be followed without numbers"):
+        perexfx.verify(two_layers(clipping=half_if_large))
