@@ -41,7 +41,7 @@ def choose(rows: Rows, budget: int, bytes_added: Callable[[Choice], int] = total
         return fastest
     found, low, high = _fastest_within(rows, budget), budget, total_bytes(fastest)
     if found is None or bytes_added(found) > budget:
-        found = _least(rows, bytes_added)
+        found = leanest(rows, bytes_added)
         if (least := bytes_added(found)) > budget:
             raise BudgetError(
                 f"No plan fits memory_budget={budget:,} bytes. The least that would do is {least:,} "
@@ -81,8 +81,8 @@ def _seconds(choice: Choice) -> float:
     return sum(a.seconds for a in choice)
 
 
-def _least(rows: Rows, bytes_added: Callable[[Choice], int]) -> list[Alternative]:
-    """The choice that adds least: from the one whose sum is least, every single change that adds less."""
+def leanest(rows: Rows, bytes_added: Callable[[Choice], int]) -> list[Alternative]:
+    """The choice that adds least to the peak: from the one whose sum is least, every single change that adds less."""
     choice = _fastest_within(rows, least_bytes(rows))
     assert choice is not None
     added, improves = bytes_added(choice), True

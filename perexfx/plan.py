@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
-from perexfx.choose import Choice, choose, total_bytes
+from perexfx.choose import Choice, choose, leanest, total_bytes
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.cost import Cost
 from perexfx.ir.errors import ArgumentError, StrategyError
 from perexfx.ir.factors import Signature
 from perexfx.ir.machine import CostModel
+from perexfx.ir.ordinary import ordinary_gradient
 from perexfx.ir.refusal import Refusal
 from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Site, are_joined, grouped
@@ -40,6 +41,7 @@ class Decision:
         alternatives: All of them, in the order of the strategies.
         reason: Why there was no choice: "forced by strategy=", "joined with ...", or "".
         own_seconds: Predicted time of what the rule does beyond an ordinary backward, whatever the strategy.
+        ordinary_seconds: Predicted time of the gradient over all examples together, in an ordinary backward.
     """
 
     site: str
@@ -50,6 +52,7 @@ class Decision:
     alternatives: tuple[Alternative, ...]
     reason: str = ""
     own_seconds: float = 0.0
+    ordinary_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -74,6 +77,10 @@ class Footprint(Protocol):
 
     def bytes_added(self, plan: Plan, choice: Choice) -> int:
         """By how many bytes the peak of a step grows with a choice: one alternative per decision of the plan."""
+        ...
+
+    def ordinary_bytes(self, plan: Plan) -> int | None:
+        """The peak of an ordinary step; None where it is not known."""
         ...
 
 
@@ -109,6 +116,16 @@ class Plan:
         """Predicted time of all norms and clipped sums."""
         return sum(decision.seconds for decision in self.decisions)
 
+    @property
+    def ordinary_seconds(self) -> float:
+        """Predicted time of the same parameters' gradients in an ordinary backward."""
+        return sum(decision.ordinary_seconds for decision in self.decisions)
+
+    @property
+    def ordinary_bytes(self) -> int | None:
+        """Predicted peak memory of an ordinary step; None where it is not known."""
+        return None if self.footprint is None else self.footprint.ordinary_bytes(self)
+
     @cached_property
     def bytes_added(self) -> int:
         """By how many bytes the peak memory of a step is predicted to grow; below zero where it shrinks."""
@@ -124,8 +141,19 @@ class Plan:
         Raises:
             BudgetError: None does.
         """
-        chosen = choose([decision.candidates for decision in self.decisions], memory_budget, self._added)
-        decisions = tuple(replace(d, chosen=taken) for d, taken in zip(self.decisions, chosen, strict=True))
+        return self._with(choose(self._rows, memory_budget, self._added), memory_budget)
+
+    def leanest(self) -> Plan:
+        """The plan of this kind that adds least to the peak."""
+        found = leanest(self._rows, self._added)
+        return self._with(found, self._added(found))
+
+    @property
+    def _rows(self) -> list[tuple[Alternative, ...]]:
+        return [decision.candidates for decision in self.decisions]
+
+    def _with(self, choice: Choice, memory_budget: int) -> Plan:
+        decisions = tuple(replace(d, chosen=taken) for d, taken in zip(self.decisions, choice, strict=True))
         return replace(self, decisions=decisions, memory_budget=memory_budget)
 
     def _added(self, choice: Choice) -> int:
@@ -167,6 +195,10 @@ class Alternatives:
     def least_seconds(self, signature: Signature) -> float:
         """Of the best strategy."""
         return min(alternative.seconds for alternative in self.of(signature))
+
+    def ordinary_seconds(self, signature: Signature) -> float:
+        """Of the gradient over all examples together, in an ordinary backward."""
+        return self.machine.seconds(Cost(ordinary_gradient(signature, self.itemsize), 0))
 
     def own_seconds(self, fitted: Fitted) -> float:
         """What a rule does beyond an ordinary backward, whatever the strategy."""
@@ -210,7 +242,10 @@ def make_plan(
         found, is_first = fitted[row.site.name], row.operand == row.site.operands[0].name
         own = alternatives.own_seconds(found) if is_first else 0.0
         name, kind = row.site.name, found.rule.kind
-        decisions.append(Decision(name, row.operand, kind, row.signature, chosen, row.alternatives, row.reason, own))
+        ordinary = alternatives.ordinary_seconds(row.signature)
+        decisions.append(
+            Decision(name, row.operand, kind, row.signature, chosen, row.alternatives, row.reason, own, ordinary)
+        )
     n = next(iter(fitted.values())).geometry.n if fitted else 0
     return Plan(
         n, tuple(decisions), fitted, alternatives.machine.name, channels_last=channels_last, footprint=footprint

@@ -121,6 +121,11 @@ class Rehearsed:
             return total_bytes(choice)
         return rehearsal.bytes_added({(d.site, d.operand): a for d, a in zip(plan.decisions, choice, strict=True)})
 
+    def ordinary_bytes(self, plan: Plan) -> int | None:
+        """The peak of an ordinary step; None where it cannot be rehearsed."""
+        rehearsal = self._rehearsal(plan)
+        return None if rehearsal is None else rehearsal.ordinary_bytes
+
     def _rehearsal(self, plan: Plan) -> Rehearsal | None:
         known, n = self.state.rehearsals.setdefault((self.inputs, plan.channels_last), {}), plan.batch_size
         if n not in known:

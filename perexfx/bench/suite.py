@@ -20,12 +20,7 @@ from perexfx.bench.results import Sheet, progress_bar, publish
 from perexfx.bench.steps import Setup, Step, clipped, ordinary, set_up, training_step
 from perexfx.bench.workloads import Workload
 from perexfx.compiled import CompiledStep
-from perexfx.ir.cost import Cost
-from perexfx.plan import Plan
-from perexfx.profiles import current
-from perexfx.strategies.costs import ordinary_gradient
 
-ITEMSIZE = 4
 SMALL = 10
 """Small steps are timed so many times as often."""
 
@@ -119,13 +114,9 @@ def _measured(workload: Workload, rounds: int, device: torch.device, advance: Ca
         peaks.append(peak_of_process(workload, make, device))
         advance()
     before, after = peaks
-    return Result(workload.name, timing, way, before, after, allocated, plan.bytes_added, beyond_ordinary(plan))
-
-
-def beyond_ordinary(plan: Plan) -> float:
-    """Predicted seconds of all norms and clipped sums, less those of ordinary parameter gradients."""
-    ordinary = (ordinary_gradient(decision.signature, ITEMSIZE) for decision in plan.decisions)
-    return plan.seconds - sum(current().seconds(Cost(work, 0)) for work in ordinary)
+    return Result(
+        workload.name, timing, way, before, after, allocated, plan.bytes_added, plan.seconds - plan.ordinary_seconds
+    )
 
 
 def _whole_step(setup: Setup, whole: CompiledStep) -> Step:

@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
-from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature, Signature
+from perexfx.ir.factors import ProductSignature, RowsSignature, Signature
 from perexfx.ir.gemm import SMALL_EACH
 from perexfx.ir.kept import PIECE_BYTES
-
-
-def parameter_elements(signature: Signature) -> int:
-    """Elements of the parameter."""
-    return math.prod(signature.shape)
+from perexfx.ir.ordinary import ordinary_gradient, parameter_elements
 
 
 def finish_kept(signature: Signature, itemsize: int) -> Work:
     """The clipped sum of kept per-example gradients: one matrix-vector product, each element read once."""
     elements = signature.n * parameter_elements(signature)
     return Work("matrix_vector", flops=2 * elements, bytes=itemsize * elements)
-
-
-def ordinary_gradient(signature: Signature, itemsize: int) -> tuple[Work, ...]:
-    """The parameter's gradient over all examples together, as an ordinary backward computes it."""
-    if isinstance(signature, GradientSignature):
-        return ()
-    moved = itemsize * (signature.held_elements + parameter_elements(signature))
-    if isinstance(signature, ConvolutionSignature):
-        return (Work("convolution_weight", signature.weight_gradient_flops, moved),)
-    if isinstance(signature, ProductSignature):
-        rows = signature.n * signature.g * signature.t
-        return (Work("gemm", 2 * rows * signature.i * signature.o, moved),)
-    assert isinstance(signature, RowsSignature)
-    rows = signature.n * signature.t * signature.d
-    return (Work("index", bytes=itemsize * (rows + parameter_elements(signature))),)
 
 
 def finish_product(signature: Signature, itemsize: int) -> tuple[Work, ...]:

@@ -11,7 +11,8 @@ from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Signature, squared_norms_of
 from perexfx.ir.kept import Kept
-from perexfx.strategies.costs import kept_gradients, kernel_gradient_elements, parameter_elements, read_for_norm
+from perexfx.ir.ordinary import parameter_elements
+from perexfx.strategies.costs import kept_gradients, kernel_gradient_elements, read_for_norm
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from perexfx.ir.convolution import Convolution, ConvolutionSignature, kernel_gra
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Signature, squared_norms_of
 from perexfx.ir.kept import Kept, axes_in_memory
+from perexfx.ir.ordinary import parameter_elements
 from perexfx.strategies.costs import (
     held_factors,
     kept_gradients,
     kernel_gradient_elements,
-    parameter_elements,
     read_for_norm,
 )
 

@@ -25,12 +25,12 @@ from perexfx.ir.factors import (
 )
 from perexfx.ir.gemm import are_one_by_one, transposed_products, transposed_products_one_by_one
 from perexfx.ir.kept import ALONE_BYTES, PIECE_BYTES, Kept, joined
+from perexfx.ir.ordinary import parameter_elements
 from perexfx.strategies.costs import (
     batched_product,
     finish_kept,
     held_factors,
     kept_gradients,
-    parameter_elements,
     read_for_norm,
 )
 
