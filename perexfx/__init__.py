@@ -18,6 +18,7 @@ from perexfx.ir.errors import (
 )
 from perexfx.ir.rule import Rule
 from perexfx.passes.replace_batchnorm import replace_batchnorm
+from perexfx.profiling import profile
 from perexfx.quantities import gradient_gram, per_example_grads, per_example_norms
 from perexfx.step import step_graph
 from perexfx.verify import verify
@@ -41,6 +42,7 @@ __all__ = [
     "gradient_gram",
     "per_example_grads",
     "per_example_norms",
+    "profile",
     "replace_batchnorm",
     "report",
     "step_graph",

@@ -42,7 +42,7 @@ from perexfx.checking.result import CheckResult, Verdict
 from perexfx.inputs import GivenInputs, bind_inputs
 from perexfx.ir.errors import ArgumentError
 from perexfx.ir.layout import Layout
-from perexfx.state import PerExample
+from perexfx.state import PerExample, state_of
 
 
 def check(
@@ -213,9 +213,7 @@ def _random_state_kept(gm: nn.Module) -> Iterator[None]:
 def _check_arguments(
     gm: nn.Module, loss_fn: Loss | None, targets: Any, examples: int, tolerance: float | None
 ) -> PerExample:
-    state = getattr(gm, "perexfx", None)
-    if not isinstance(state, PerExample):
-        raise ArgumentError(f"`gm` should come from `perexfx.transform`. Found {type(gm).__name__}.")
+    state = state_of(gm)
     if loss_fn is not None and not callable(loss_fn):
         raise ArgumentError(f"`loss_fn` should be a function of output and targets. Found {type(loss_fn).__name__}.")
     if loss_fn is None and targets is not None:

@@ -26,6 +26,7 @@ from perexfx.regions import Region
 from perexfx.tape import Tape
 
 if TYPE_CHECKING:
+    from perexfx.profiling import Profile
     from perexfx.rehearse import Rehearsal
     from perexfx.verify import Proof
 
@@ -61,10 +62,12 @@ class PerExample(nn.Module):
         groups: The sites that share parameters, by the name of the first.
         plans: Kind of input and batch size -> plan, of all that were made.
         proofs: Kind of input and batch size -> what `perexfx.verify` has proved of its plan.
+        profiles: Kind of input and batch size -> what `perexfx.profile` has measured.
         rehearsals: Kind of input and regions with channels last -> batch size -> what a step holds at every moment.
         joined: Names of the groups whose per-example gradients must be added before their norm is taken.
         settings: What `transform` was asked for.
         plan: The plan of the last forward, or the one made ahead of time; None before there is one.
+        kind: The kind of input that `plan` is for.
         norms: Gradient norm of each example of the last backward, before clipping. Shape `[B]`.
         keep_gradients: Keep each example's gradients too, B times the memory of the parameters.
         gradients: Then, after a backward: parameter name -> gradient of each example's own loss, `[B, *shape]`.
@@ -89,6 +92,7 @@ class PerExample(nn.Module):
         self.captured = captured
         self.trainable, self.frozen = tuple(trainable), tuple(frozen)
         self.plan: Plan | None = None
+        self.kind: Inputs | None = None
         self.norms: Tensor | None = None
         self.clip_factors: Tensor | None = None
         self.keep_gradients = False
@@ -98,6 +102,7 @@ class PerExample(nn.Module):
         self.plans: dict[tuple[Inputs, int], Plan] = {}
         self.rehearsals: dict[tuple[Inputs, frozenset[int]], dict[int, Rehearsal | None]] = {}
         self.proofs: dict[tuple[Inputs, int], Proof] = {}
+        self.profiles: dict[tuple[Inputs, int], Profile] = {}
         self.groups = grouped(self.sites)
         self.joined = frozenset(name for name, members in self.groups.items() if are_joined(members))
         self._by_name = {site.name: site for site in self.sites}
@@ -107,7 +112,15 @@ class PerExample(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the link to the module, which that restores, and what is known of past inputs."""
-        return {**self.__dict__, "_owner": None, "_analyses": {}, "plans": {}, "rehearsals": {}, "proofs": {}}
+        return {
+            **self.__dict__,
+            "_owner": None,
+            "_analyses": {},
+            "plans": {},
+            "rehearsals": {},
+            "proofs": {},
+            "profiles": {},
+        }
 
     def extra_repr(self) -> str:
         """A line for `print(gm)`."""
@@ -139,7 +152,7 @@ class PerExample(nn.Module):
             return Tape(self, None, 0)
         self._check_trainable()
         kind, n = self.kind_of(arguments)
-        self.plan = self.plans.get((kind, n)) or self.prepare(kind, n)
+        self.plan, self.kind = self.plans.get((kind, n)) or self.prepare(kind, n), kind
         return Tape(self, self.plan, n)
 
     def kind_of(self, arguments: Mapping[str, Any]) -> tuple[Inputs, int]:
@@ -159,7 +172,7 @@ class PerExample(nn.Module):
 
     def prepare(self, kind: Inputs, n: int) -> Plan:
         """Makes the plan for one kind of input and batch size, and remembers it."""
-        self.plan = self._planner(self, self.owner, kind, n)
+        self.plan, self.kind = self._planner(self, self.owner, kind, n), kind
         while len(self.plans) >= PLANS_KEPT:
             del self.plans[next(iter(self.plans))]
         self.plans[kind, n] = self.plan
@@ -225,3 +238,30 @@ class PerExample(nn.Module):
                     f"Parameter `{name}` was frozen when the model was transformed and is trainable now: its gradient "
                     "would not be clipped. Transform the model again, or freeze it."
                 )
+
+
+def state_of(gm: nn.Module) -> PerExample:
+    """The state of a transformed module.
+
+    Raises:
+        ArgumentError: It is not a transformed module.
+    """
+    state = getattr(gm, "perexfx", None)
+    if not isinstance(state, PerExample):
+        raise ArgumentError(f"`gm` should come from `perexfx.transform`. Found {type(gm).__name__}.")
+    return state
+
+
+def planned(gm: nn.Module) -> tuple[PerExample, Plan, Inputs]:
+    """The state of a transformed module, its last plan, and the kind of input that this is for.
+
+    Raises:
+        ArgumentError: It is not a transformed module, or there is no plan yet.
+    """
+    state = state_of(gm)
+    if state.plan is None or state.kind is None:
+        raise ArgumentError(
+            "There is no plan yet: without example inputs it is made at the first batch. "
+            "Call the module once, or pass `example_inputs` to `transform`."
+        )
+    return state, state.plan, state.kind

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
@@ -93,7 +93,7 @@ def traced(gm: Transformed, step: Step, x: GivenInputs, y: Any) -> fx.GraphModul
             ) from error
 
 
-def call(gm: Transformed, x: Any) -> Any:
+def call(gm: nn.Module, x: Any) -> Any:
     """The module on a tensor, a tuple of positional inputs, or a dict of keyword inputs."""
     if isinstance(x, Mapping):
         return gm(**x)

@@ -15,10 +15,10 @@ import networkx as nx
 from torch import nn
 
 from perexfx.dataflow import Dataflow, dataflow
-from perexfx.ir.errors import ArgumentError, ProofError
+from perexfx.ir.errors import ProofError
 from perexfx.plan import Key
 from perexfx.rewrite import Transformed
-from perexfx.state import PerExample
+from perexfx.state import PerExample, planned
 
 
 @dataclass(frozen=True)
@@ -80,19 +80,12 @@ def verify(gm: nn.Module) -> Proof:
         CaptureError: The step cannot be followed without numbers.
         ArgumentError: `gm` is not transformed, or has no plan yet.
     """
-    state = getattr(gm, "perexfx", None)
-    if not isinstance(gm, Transformed) or not isinstance(state, PerExample):
-        raise ArgumentError(f"`gm` should come from `perexfx.transform`. Found {type(gm).__name__}.")
-    if state.plan is None:
-        raise ArgumentError(
-            "There is no plan yet: without example inputs it is made at the first batch. "
-            "Call the module once, or pass `example_inputs` to `transform`."
-        )
-    inputs = next(kind for (kind, _), plan in state.plans.items() if plan is state.plan)
-    flow = dataflow(gm, state.plan, inputs)
+    state, plan, kind = planned(gm)
+    assert isinstance(gm, Transformed)
+    flow = dataflow(gm, plan, kind)
     is_clipped = state.settings.clip_norm is not None
-    proof = prove(flow, _own_sites(state), batch_size=state.plan.batch_size, is_clipped=is_clipped)
-    state.proofs[inputs, state.plan.batch_size] = proof
+    proof = prove(flow, _own_sites(state), batch_size=plan.batch_size, is_clipped=is_clipped)
+    state.proofs[kind, plan.batch_size] = proof
     return proof
 
 

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "perexfx"
-TOP = ("quantities", "check", "checking", "verify", "passes", "views", "bench", "cli", "__main__", "__init__")
+TOP = (
+    *("quantities", "check", "checking", "verify", "profiling", "passes", "views", "bench"),
+    *("cli", "__main__", "__init__"),
+)
 
 
 def imports() -> dict[str, set[str]]:

@@ -1,183 +1,320 @@
 """The strategy report: what the planner chose at every site, at what predicted cost, and over what.
 
-Promises: the same plan gives the same text; every site of the plan has a line; nothing is measured or computed here.
+Promises: the same plan gives the same text, table, page and JSON; every site of the plan has a line, every strategy its
+cost or the reason why it was not taken. Nothing is measured here; what `perexfx.profile` has measured is shown.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import nn
 
-from perexfx.ir.alternative import Alternative
 from perexfx.ir.errors import ArgumentError
-from perexfx.ir.site import Site
-from perexfx.plan import Decision, Plan
-from perexfx.state import PerExample, Settings
+from perexfx.profiling import Profile
+from perexfx.state import Settings, planned
+from perexfx.verify import Proof
+from perexfx.views.columns import MEGABYTE, aligned, indented, named
+from perexfx.views.decisions import (
+    BudgetStep,
+    Flip,
+    Row,
+    budget_steps,
+    flips_of,
+    plans_for,
+    rows_of,
+    sizes_to_try,
+)
+from perexfx.views.pages import page, write_page
+from perexfx.views.sweep import Sweep, sweep_of
 
-_MEGABYTE = 1e6
-_HEADINGS = ("site", "kind", "shapes", "strategy", "ms", "MB", "next best", "why not")
-_RIGHT_ALIGNED = ("ms", "MB")
+if TYPE_CHECKING:
+    from rich.console import Group
 
+SCHEMA = "perexfx.report/1"
+"""Version of what `to_dict` returns; a change that readers must know of has another number."""
 
-@dataclass(frozen=True)
-class Row:
-    """One site.
-
-    Attributes:
-        site: Its name.
-        kind: Kind of layer.
-        shapes: Sizes in words.
-        strategy: What was chosen.
-        seconds: Predicted, for all its parameters.
-        bytes_held: Predicted, from its backward until the clip node.
-        next_best: The strategy that came second; "-" where none applies.
-        why_not: Why that one lost, or why no other applies.
-    """
-
-    site: str
-    kind: str
-    shapes: str
-    strategy: str
-    seconds: float
-    bytes_held: int
-    next_best: str
-    why_not: str
-
-    def cells(self) -> tuple[str, ...]:
-        """As printed."""
-        return (
-            self.site,
-            self.kind,
-            self.shapes,
-            self.strategy,
-            f"{self.seconds * 1e3:.3f}",
-            f"{self.bytes_held / _MEGABYTE:.2f}",
-            self.next_best,
-            self.why_not,
-        )
+_PREDICTED = ("site", "kind", "shapes", "strategy", "ms", "MB")
+_MEASURED = ("ms measured", "MB measured")
+_RIVAL = ("next best", "why not")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was decided for one batch size. `str(report)` is a table.
+    """What was decided for one batch size.
+
+    `str(report)` is a table; `rich.print(report)` one in colours; a notebook shows the page that `to_html` writes.
 
     Attributes:
-        title: Sites, batch size, clipping and machine profile.
-        totals: Predicted seconds and bytes.
-        rows: A line per site, in graph order.
+        batch_size: The number of examples.
+        clipping: What becomes of the norms, in words.
+        machine: The machine profile.
+        memory_budget: In bytes; None: no bound.
+        seconds: Predicted, for all norms and clipped sums.
+        ordinary_seconds: Predicted, for ordinary gradients of the same parameters.
+        bytes_added: By how many bytes the peak of a step is predicted to grow.
+        ordinary_bytes: Predicted peak of an ordinary step; None where it is not known.
+        channels_last: The sites whose images lie with their channels last.
+        rows: One per site, in graph order.
+        flips: The sites that have another strategy at other batch sizes.
+        batch_sizes: The batch sizes that were tried for that.
+        unfit: Those of them at which no plan fits the memory budget.
+        budgets: What smaller memory budgets would change.
+        proof: What `perexfx.verify` has proved; None before.
+        measured: What `perexfx.profile` has measured; None before.
     """
 
-    title: str
-    totals: str
+    batch_size: int
+    clipping: str
+    machine: str
+    memory_budget: int | None
+    seconds: float
+    ordinary_seconds: float
+    bytes_added: int
+    ordinary_bytes: int | None
+    channels_last: tuple[str, ...]
     rows: tuple[Row, ...]
+    flips: tuple[Flip, ...]
+    batch_sizes: tuple[int, ...]
+    unfit: tuple[int, ...]
+    budgets: tuple[BudgetStep, ...]
+    proof: str | None = None
+    measured: str | None = None
+
+    @property
+    def title(self) -> str:
+        """Sites, batch size and clipping."""
+        return f"perexfx strategy report: {len(self.rows)} sites, batch of {self.batch_size}, {self.clipping}"
+
+    @property
+    def totals(self) -> tuple[str, ...]:
+        """Predicted time and memory against an ordinary step, and what else holds for all sites; a sentence each."""
+        budget = "no memory budget"
+        if self.memory_budget is not None:
+            budget = f"memory budget {self.memory_budget / MEGABYTE:.2f} MB"
+        against = ""
+        if self.ordinary_bytes is not None:
+            against = f", against {self.ordinary_bytes / MEGABYTE:.2f} MB of an ordinary one"
+        lines = [
+            f"predicted by the {self.machine}: {self.seconds * 1e3:.3f} ms for all norms and clipped sums, where an "
+            f"ordinary step takes {self.ordinary_seconds * 1e3:.3f} ms for the same gradients",
+            f"predicted memory: {self.bytes_added / MEGABYTE:+.2f} MB at the peak of a step{against} ({budget})",
+        ]
+        if self.channels_last:
+            first, *more = self.channels_last
+            others = f" and {len(more)} more" if more else ""
+            lines.append(f"images lie with their channels last at {first}{others}")
+        if self.measured:
+            lines.append(f"measured: {self.measured}")
+        return tuple(lines)
+
+    @property
+    def headings(self) -> tuple[str, ...]:
+        """Of the table's columns."""
+        is_measured = any(row.measured_seconds is not None for row in self.rows)
+        return (*_PREDICTED, *(_MEASURED if is_measured else ()), *_RIVAL)
+
+    def cells(self, row: Row) -> tuple[str, ...]:
+        """A row as printed, a cell per heading."""
+        known = {
+            "site": row.site,
+            "kind": row.kind,
+            "shapes": row.shapes,
+            "strategy": row.strategy,
+            "ms": f"{row.seconds * 1e3:.3f}",
+            "MB": f"{row.bytes_held / MEGABYTE:.2f}",
+            "ms measured": "" if row.measured_seconds is None else f"{row.measured_seconds * 1e3:.3f}",
+            "MB measured": "" if row.measured_bytes is None else f"{row.measured_bytes / MEGABYTE:.2f}",
+            "next best": row.next_best,
+            "why not": row.why_not,
+        }
+        return tuple(known[heading] for heading in self.headings)
+
+    def labelled(self, row: Row) -> list[tuple[str, str]]:
+        """The cells of a row with their headings."""
+        return list(zip(self.headings, self.cells(row), strict=True))
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Headings of columns that are aligned to the right."""
+        return ("ms", "MB", *_MEASURED)
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """Those that were chosen, in the order in which they appear."""
+        return tuple(dict.fromkeys(row.strategy for row in self.rows))
+
+    @property
+    def flips_together(self) -> dict[str, list[str]]:
+        """Strategies by batch size, in words -> the sites that have them."""
+        found: dict[str, list[str]] = {}
+        for flip in self.flips:
+            found.setdefault(str(flip), []).append(flip.site)
+        return found
 
     def __str__(self) -> str:
-        table = [_HEADINGS, *(row.cells() for row in self.rows)]
-        widths = [max(len(line[column]) for line in table) for column in range(len(_HEADINGS))]
-        lines = [_aligned(line, widths) for line in table]
-        rule = "  ".join("-" * width for width in widths)
-        return "\n".join([self.title, self.totals, "", lines[0], rule, *lines[1:]])
+        table = aligned([self.headings, *map(self.cells, self.rows)], self.numbers, is_headed=True)
+        return "\n".join([self.title, *self.totals, "", *table, *self._below()])
+
+    def _below(self) -> list[str]:
+        lines = []
+        if self.flips or self.unfit:
+            lines += ["", "other batch sizes (powers of two were tried)"]
+        if self.flips:
+            lines += indented(aligned([(named(sites), ranges) for ranges, sites in self.flips_together.items()]))
+        if self.unfit:
+            lines += indented([f"no plan fits the memory budget at {', '.join(map(str, self.unfit))}"])
+        if self.budgets:
+            lines += ["", "smaller memory budgets"]
+            lines += indented(aligned([self.budget_cells(step) for step in self.budgets]))
+        if self.proof:
+            lines += ["", self.proof]
+        return lines
+
+    def budget_cells(self, step: BudgetStep) -> tuple[str, str, str]:
+        """Peak, time and changes under a smaller budget."""
+        slower = step.seconds / self.seconds if self.seconds else 1.0
+        changes = named([f"{site} {strategy}" for site, strategy in step.changes])
+        return f"{step.bytes_added / MEGABYTE:+.2f} MB", f"{slower:.2f}x the ms", changes
+
+    def explain(self, site: str) -> str:
+        """Every strategy for every operand of a site: chosen, rejected by how much, or refused why.
+
+        Raises:
+            ArgumentError: There is no such site.
+        """
+        row = self.row(site)
+        lines = [f"{row.site}: {row.kind}, {' '.join(part for part in (row.module, row.source) if part)}".rstrip(", ")]
+        for choice in row.choices:
+            named = ", ".join(choice.parameters)
+            lines.append(
+                f"{choice.operand} ({named}): {choice.shapes}" + (f"; {choice.reason}" if choice.reason else "")
+            )
+            cells = [
+                (
+                    option.strategy,
+                    option.status,
+                    "" if option.seconds is None else f"{option.seconds * 1e3:.3f} ms",
+                    "" if option.bytes_held is None else f"{option.bytes_held / MEGABYTE:.2f} MB",
+                    option.why,
+                )
+                for option in choice.options
+            ]
+            lines += indented(aligned(cells))
+        return "\n".join(lines)
+
+    def row(self, site: str) -> Row:
+        """The row of a site.
+
+        Raises:
+            ArgumentError: There is no such site.
+        """
+        for row in self.rows:
+            if row.site == site:
+                return row
+        raise ArgumentError(f"There is no site {site!r}. The sites are {', '.join(row.site for row in self.rows)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON takes it: seconds, bytes, and names; `schema` says which version."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """`to_dict` as text; with a path, also written there.
+
+        Raises:
+            ArgumentError: The file cannot be written.
+        """
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        if path is not None:
+            write_page(path, text)
+        return text
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """A page of its own that needs no network; with a path, also written there.
+
+        Raises:
+            ArgumentError: The file cannot be written.
+        """
+        text = page("report.html", report=self, in_notebook=False)
+        if path is not None:
+            write_page(path, text)
+        return text
+
+    def _repr_html_(self) -> str:
+        return page("report.html", report=self, in_notebook=True)
+
+    def __rich__(self) -> Group:
+        from perexfx.views.rich_tables import report_table  # noqa: PLC0415 (rich itself is what calls this)
+
+        return report_table(self)
 
 
-def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    cells = [
-        cell.rjust(width) if heading in _RIGHT_ALIGNED else cell.ljust(width)
-        for cell, width, heading in zip(line, widths, _HEADINGS, strict=True)
-    ]
-    return "  ".join(cells).rstrip()
+@overload
+def report(gm: nn.Module) -> Report: ...
 
 
-def report(gm: nn.Module) -> Report:
+@overload
+def report(gm: nn.Module, *, batch_sizes: Sequence[int]) -> Sweep: ...
+
+
+def report(gm: nn.Module, *, batch_sizes: Sequence[int] | None = None) -> Report | Sweep:
     """What the planner decided for the last batch, or ahead of time for the example inputs.
 
     Args:
         gm: A transformed module.
+        batch_sizes: The plan for each of these instead, side by side: where strategies change, and what it costs.
+
+    Returns:
+        A `Report`, or a `Sweep` over batch sizes. Both print, and have `to_dict`, `to_json` and `to_html`.
 
     Raises:
-        ArgumentError: It is not a transformed module, or there is no plan yet.
+        ArgumentError: It is not a transformed module, there is no plan yet, or a batch size is not positive.
     """
-    state = getattr(gm, "perexfx", None)
-    if not isinstance(state, PerExample):
-        raise ArgumentError(f"`gm` should come from `perexfx.transform`. Found {type(gm).__name__}.")
-    plan = state.plan
-    if plan is None:
-        raise ArgumentError(
-            "There is no plan yet: without example inputs it is made at the first batch. "
-            "Call the module once, or pass `example_inputs` to `transform`."
-        )
-    rows = tuple(_row(site, plan) for site in state.sites)
-    return Report(_title(state.settings, plan), _totals(plan) + _formats(state, plan), rows)
+    state, plan, kind = planned(gm)
+    if batch_sizes is not None:
+        return sweep_of(state, kind, batch_sizes)
+    sizes = sizes_to_try(plan.batch_size) if state.settings.cost_model == "profile" else []
+    plans = plans_for(state, kind, sizes)
+    found = Report(
+        batch_size=plan.batch_size,
+        clipping=clipping_in_words(state.settings),
+        machine=plan.machine,
+        memory_budget=plan.memory_budget,
+        seconds=plan.seconds,
+        ordinary_seconds=plan.ordinary_seconds,
+        bytes_added=plan.bytes_added,
+        ordinary_bytes=plan.ordinary_bytes,
+        channels_last=tuple(site.name for at in sorted(plan.channels_last) for site in state.regions[at].sites),
+        rows=rows_of(state, plan),
+        flips=flips_of(plans),
+        batch_sizes=tuple(sizes),
+        unfit=tuple(n for n, other in plans.items() if other is None),
+        budgets=budget_steps(plan),
+    )
+    return _with_results(found, state.proofs.get((kind, plan.batch_size)), state.profiles.get((kind, plan.batch_size)))
 
 
-def _title(settings: Settings, plan: Plan) -> str:
-    sites = len({decision.site for decision in plan.decisions})
+def clipping_in_words(settings: Settings) -> str:
+    """What becomes of the norms."""
     if settings.clip_norm is None:
-        clipping = "nothing is clipped"
-    else:
-        kind = settings.clipping if isinstance(settings.clipping, str) else "user-defined"
-        clipping = f"{kind.replace('_', '-')} clipping, clip_norm {settings.clip_norm:g}"
-    return f"perexfx strategy report: {sites} sites, batch of {plan.batch_size}, {clipping}"
+        return "nothing is clipped"
+    kind = settings.clipping if isinstance(settings.clipping, str) else "user-defined"
+    return f"{kind.replace('_', '-')} clipping, clip_norm {settings.clip_norm:g}"
 
 
-def _totals(plan: Plan) -> str:
-    budget = "no memory budget"
-    if plan.memory_budget is not None:
-        budget = f"memory budget {plan.memory_budget / _MEGABYTE:.2f} MB"
-    return (
-        f"predicted by the {plan.machine}: {plan.seconds * 1e3:.3f} ms for all norms and clipped sums, "
-        f"{plan.bytes_added / _MEGABYTE:+.2f} MB at the peak of a step ({budget})"
-    )
-
-
-def _formats(state: PerExample, plan: Plan) -> str:
-    """A line on the images whose memory format was changed."""
-    sites = [site.name for at in sorted(plan.channels_last) for site in state.regions[at].sites]
-    if not sites:
-        return ""
-    others = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
-    return f"\nimages lie with their channels last at {sites[0]}{others}"
-
-
-def _row(site: Site, plan: Plan) -> Row:
-    decisions = [decision for decision in plan.decisions if decision.site == site.name]
-    first = decisions[0]
-    next_best, why_not = _rival(first, plan)
-    if first.reason.endswith("does not apply"):
-        why_not = f"{why_not}; {first.reason}"
-    if misfit := plan.fitted[site.name].misfit:
-        why_not = f"{why_not}; {misfit}"
-    return Row(
-        site=site.name,
-        kind=first.kind,
-        shapes=first.signature.describe(),
-        strategy=first.chosen.strategy.name,
-        seconds=sum(decision.seconds for decision in decisions),
-        bytes_held=sum(decision.chosen.bytes_held for decision in decisions),
-        next_best=next_best,
-        why_not=why_not,
-    )
-
-
-def _rival(decision: Decision, plan: Plan) -> tuple[str, str]:
-    if decision.reason.startswith(("joined", "pulled")):
-        return "-", decision.reason
-    rival = decision.runner_up
-    if rival is None:
-        refused = next((a for a in decision.alternatives if a.refusal), None)
-        return "-", "only choice" if refused is None else f"only choice ({refused.strategy.name}: {refused.refusal})"
-    return rival.strategy.name, _comparison(rival, decision, plan)
-
-
-def _comparison(rival: Alternative, decision: Decision, plan: Plan) -> str:
-    """By how much a rival lost, or why it could not win."""
-    chosen = decision.chosen
-    ratio = rival.seconds / chosen.seconds if chosen.seconds else float("inf")
-    times = f"{(rival.seconds - chosen.seconds) * 1e3:+.3f} ms ({ratio:.2f}x)"
-    if rival.seconds >= chosen.seconds:
-        return times
-    if decision.reason:
-        return f"{times}, but {chosen.strategy.name} was asked for"
-    peak = plan.bytes_added_with(decision, rival)
-    return f"{times}, but {peak / _MEGABYTE:+.2f} MB at the peak"
+def _with_results(found: Report, proof: Proof | None, measured: Profile | None) -> Report:
+    """The report with what was proved and measured of its plan."""
+    if proof is not None:
+        found = replace(found, proof=str(proof))
+    if measured is not None:
+        sites = {site.name: site for site in measured.sites}
+        rows = tuple(
+            replace(row, measured_seconds=sites[row.site].seconds, measured_bytes=sites[row.site].bytes_held)
+            for row in found.rows
+        )
+        found = replace(found, rows=rows, measured=str(measured))
+    return found

@@ -1,0 +1,46 @@
+"""Text in columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MEGABYTE = 1e6
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[str] = (), *, is_headed: bool = False) -> list[str]:
+    """Cells in columns.
+
+    Args:
+        rows: All of the same length.
+        right: The headings of columns that are aligned to the right.
+        is_headed: Whether the first row is headings, and ruled.
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    to_right = {at for at, heading in enumerate(rows[0]) if heading in right}
+
+    def line(row: Sequence[str]) -> str:
+        cells = (
+            cell.rjust(width) if at in to_right else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join(cells).rstrip()
+
+    lines = [line(row) for row in rows]
+    if is_headed:
+        lines.insert(1, "  ".join("-" * width for width in widths))
+    return lines
+
+
+def indented(lines: Sequence[str]) -> list[str]:
+    """Two spaces before each."""
+    return [f"  {line}" for line in lines]
+
+
+NAMED = 3
+"""Sites that are named where several have something in common."""
+
+
+def named(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")

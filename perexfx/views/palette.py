@@ -1,0 +1,35 @@
+"""One colour per strategy, the same in every view.
+
+Related strategies have related colours: Gram matrices are blue, formed gradients orange, torch's own kernels green. All
+keep their contrast with black text, and differ in lightness too, for readers who do not tell hues apart.
+"""
+
+from __future__ import annotations
+
+STRATEGIES = {
+    "outer": "#c9a8f0",
+    "gram": "#7db4f5",
+    "gram_shift": "#a9dcf7",
+    "materialize": "#f2a65a",
+    "materialize_norms": "#fbd38d",
+    "grouped": "#5ec29a",
+    "loop": "#a5dfb4",
+    "loop_norms": "#d3efc6",
+}
+"""Strategy -> colour."""
+
+OTHER = "#d5d8de"
+"""Of strategies that are none of ours."""
+
+CLIP = "#e5484d"
+NORM = "#f7c9cc"
+FORMAT = "#e6e0f8"
+MODEL = "#ffffff"
+
+
+def color_of(strategy: str) -> str:
+    """The colour of a strategy."""
+    return STRATEGIES.get(strategy, OTHER)
+
+
+__all__ = ["CLIP", "FORMAT", "MODEL", "NORM", "OTHER", "STRATEGIES", "color_of"]

@@ -1,0 +1,67 @@
+"""Tables for terminals and notebooks, by rich; imported only when rich asks for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from perexfx.views.columns import named
+from perexfx.views.palette import color_of
+
+if TYPE_CHECKING:
+    from perexfx.views.report import Report
+    from perexfx.views.sweep import Sweep
+
+
+def report_table(report: Report) -> Group:
+    """A strategy report, with strategies in their colours."""
+    table = Table(
+        title=report.title, title_justify="left", caption="\n".join(report.totals), caption_justify="left", box=SIMPLE
+    )
+    for heading in report.headings:
+        is_number = heading in report.numbers
+        whole = is_number or heading in ("site", "strategy")
+        table.add_column(heading, justify="right" if is_number else "left", no_wrap=whole, overflow="fold")
+    for row in report.rows:
+        cells = report.labelled(row)
+        table.add_row(*(_strategy(cell) if heading in ("strategy", "next best") else cell for heading, cell in cells))
+    parts: list[Table | Text] = [table]
+    if report.flips:
+        flips = Table(title="Other batch sizes (powers of two were tried)", title_justify="left", box=SIMPLE)
+        flips.add_column("sites")
+        flips.add_column("strategy")
+        for ranges, sites in report.flips_together.items():
+            flips.add_row(named(sites), ranges)
+        parts.append(flips)
+    if report.budgets:
+        budgets = Table(title="Smaller memory budgets", title_justify="left", box=SIMPLE)
+        for heading in ("peak", "time", "changes"):
+            budgets.add_column(heading)
+        for step in report.budgets:
+            budgets.add_row(*report.budget_cells(step))
+        parts.append(budgets)
+    if report.proof:
+        parts.append(Text(report.proof))
+    return Group(*parts)
+
+
+def sweep_table(sweep: Sweep) -> Table:
+    """Strategies by batch size, in their colours."""
+    headings, *rows = sweep.table
+    table = Table(title=sweep.title, title_justify="left", box=SIMPLE)
+    for at, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if at else "left")
+    for at, (name, *cells) in enumerate(rows):
+        is_total = at >= len(sweep.sites)
+        if at == len(sweep.sites):
+            table.add_section()
+        table.add_row(name, *(cells if is_total else map(_strategy, cells)))
+    return table
+
+
+def _strategy(name: str) -> Text:
+    return Text(name, style="" if name in ("-", "none fits") else f"black on {color_of(name)}")
