@@ -255,7 +255,6 @@ def test_a_profile_is_shown_beside_the_prediction() -> None:
     found = perexfx.profile(gm, F.cross_entropy, x, y, steps=3)
     assert [site.name for site in found.sites] == [site.name for site in gm.perexfx.sites]
     assert all(site.seconds > 0 for site in found.sites)
-    assert sum(site.seconds for site in found.sites) < found.clipped_seconds
     assert gm.perexfx.norms is norms
     assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters())
     assert torch.equal(random, torch.get_rng_state())
