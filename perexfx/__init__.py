@@ -23,6 +23,7 @@ from perexfx.quantities import gradient_gram, per_example_grads, per_example_nor
 from perexfx.step import step_graph
 from perexfx.verify import verify
 from perexfx.views.report import report
+from perexfx.views.visualize import visualize
 
 __all__ = [
     "ArgumentError",
@@ -48,5 +49,6 @@ __all__ = [
     "step_graph",
     "transform",
     "verify",
+    "visualize",
 ]
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from perexfx.analyze import Analysis, analyze
 from perexfx.capture import Captured, capture
 from perexfx.inputs import GivenInputs, Inputs, arguments_of, batch_sizes, bind_inputs, by_name, named_leaves
-from perexfx.ir.errors import ArgumentError, PerexError
+from perexfx.ir.errors import ArgumentError, PerexError, RefusedError
 from perexfx.ir.rule import Rule
 from perexfx.ir.site import Site
 from perexfx.layers import RULES, Fallback
@@ -91,7 +91,8 @@ def transform(
     with _collector_paused():
         captured, twin, known = _understand(model, inputs, batch_dim)
     analysis = None if known is None else known.analysis
-    sites = match(captured.graph, twin, trainable, (*rules, *RULES), Fallback(), batch_dim, analysis)
+    with _drawn(captured.graph, twin):
+        sites = match(captured.graph, twin, trainable, (*rules, *RULES), Fallback(), batch_dim, analysis)
     _check_reached(sites, trainable)
     check_forced(sites, STRATEGIES, strategy)
     regions = regions_of(captured.graph, twin, sites)
@@ -124,6 +125,16 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def _drawn(graph: fx.Graph, module: nn.Module) -> Iterator[None]:
+    """A refusal inside has the graph with it."""
+    try:
+        yield
+    except RefusedError as error:
+        error.graph, error.module = graph, module
+        raise
+
+
 def _understand(
     model: nn.Module, inputs: Mapping[str, Any] | None, batch_dim: int
 ) -> tuple[Captured, nn.Module, _Known | None]:
@@ -138,9 +149,10 @@ def _understand(
         try:
             captured = capture(model, inputs, batch_dim, examples)
             twin = twin_of(model, captured.constants)
-            refuse_batch_statistics(captured.graph, twin)
-            refuse_other_trainables(captured.graph, twin)
-            known = None if inputs is None else _analyze_for(captured, twin, inputs, batch_dim, examples)
+            with _drawn(captured.graph, twin):
+                refuse_batch_statistics(captured.graph, twin)
+                refuse_other_trainables(captured.graph, twin)
+                known = None if inputs is None else _analyze_for(captured, twin, inputs, batch_dim, examples)
         except PerexError as error:
             refused.append(error)
             continue
@@ -165,11 +177,10 @@ def _plan_for(rules: tuple[Rule, ...], state: PerExample, module: nn.Module, kin
     settings, graph = state.settings, state.captured.graph
     analysis = state.known(kind)
     if analysis is None:
-        analysis = analyze(graph, module, kind, settings.batch_dim)
-        confirm(
-            state.sites,
-            match(graph, module, state.trainable, (*rules, *RULES), Fallback(), settings.batch_dim, analysis),
-        )
+        with _drawn(graph, module):
+            analysis = analyze(graph, module, kind, settings.batch_dim)
+            found = match(graph, module, state.trainable, (*rules, *RULES), Fallback(), settings.batch_dim, analysis)
+            confirm(state.sites, found)
         state.remember(kind, analysis)
     fitted = fit(state.sites, graph, analysis, n, Fallback)
     dtype = operand_dtype(state.sites, graph, analysis)

@@ -31,7 +31,8 @@ _ATTRIBUTES_OF_SHAPE = ("shape", "device", "dtype", "ndim", "requires_grad", "is
 _METHODS_OF_SHAPE = ("size", "dim", "numel", "ndimension", "is_floating_point", "get_device", "element_size")
 
 
-def _reads_shape_only(node: fx.Node) -> bool:
+def reads_shape_only(node: fx.Node) -> bool:
+    """Whether a node takes sizes, dtype or device of a value, and none of its numbers."""
     if node.op == "call_function":
         return node.target is getattr and node.args[1] in _ATTRIBUTES_OF_SHAPE
     return node.op == "call_method" and node.target in _METHODS_OF_SHAPE
@@ -77,14 +78,14 @@ def passes_no_gradient(node: fx.Node) -> bool:
     )
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     makes_new = name.endswith("_like") or name.startswith("new_")
-    return _reads_shape_only(node) or detaches or makes_new or node.op == "placeholder"
+    return reads_shape_only(node) or detaches or makes_new or node.op == "placeholder"
 
 
 def _carries_examples(node: fx.Node, states: Mapping[fx.Node, State], batch_dim: int) -> bool:
     """Without an analysis: whatever examples flow into, except sizes of other axes than `batch_dim`."""
     if node.op == "placeholder":
         return not node.args or node.args[0] is not None
-    if _reads_shape_only(node):
+    if reads_shape_only(node):
         value = node.args[0]
         whole_shape = node.target is getattr or (node.target == "size" and len(node.args) == 1)
         axis = None if whole_shape else (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import fx, nn
+
 from perexfx.ir.refusal import Refusal
 
 
@@ -40,10 +42,14 @@ class RefusedError(PerexError):
 
     Attributes:
         refusals: Every reason found, in graph order; the message shows them all.
+        graph: What was captured of the model, for `perexfx.visualize(error, path)`; None where it came to nothing.
+        module: Holds what the graph names.
     """
 
     def __init__(self, refusals: Sequence[Refusal]) -> None:
         self.refusals = tuple(refusals)
+        self.graph: fx.Graph | None = None
+        self.module: nn.Module | None = None
         super().__init__("\n".join(str(refusal) for refusal in self.refusals))
 
     def __reduce__(self) -> tuple[type, tuple[tuple[Refusal, ...]]]:

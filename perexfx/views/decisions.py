@@ -15,7 +15,7 @@ from perexfx.ir.errors import BudgetError
 from perexfx.ir.site import Site
 from perexfx.plan import Decision, Plan
 from perexfx.state import PerExample
-from perexfx.views.columns import MEGABYTE
+from perexfx.views.words import MEGABYTE
 
 
 @dataclass(frozen=True)

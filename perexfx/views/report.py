@@ -16,9 +16,8 @@ from torch import nn
 
 from perexfx.ir.errors import ArgumentError
 from perexfx.profiling import Profile
-from perexfx.state import Settings, planned
+from perexfx.state import planned
 from perexfx.verify import Proof
-from perexfx.views.columns import MEGABYTE, aligned, indented, named
 from perexfx.views.decisions import (
     BudgetStep,
     Flip,
@@ -31,6 +30,7 @@ from perexfx.views.decisions import (
 )
 from perexfx.views.pages import page, write_page
 from perexfx.views.sweep import Sweep, sweep_of
+from perexfx.views.words import MEGABYTE, aligned, clipping_in_words, indented, named
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -296,14 +296,6 @@ def report(gm: nn.Module, *, batch_sizes: Sequence[int] | None = None) -> Report
         budgets=budget_steps(plan),
     )
     return _with_results(found, state.proofs.get((kind, plan.batch_size)), state.profiles.get((kind, plan.batch_size)))
-
-
-def clipping_in_words(settings: Settings) -> str:
-    """What becomes of the norms."""
-    if settings.clip_norm is None:
-        return "nothing is clipped"
-    kind = settings.clipping if isinstance(settings.clipping, str) else "user-defined"
-    return f"{kind.replace('_', '-')} clipping, clip_norm {settings.clip_norm:g}"
 
 
 def _with_results(found: Report, proof: Proof | None, measured: Profile | None) -> Report:

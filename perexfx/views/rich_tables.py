@@ -9,8 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from perexfx.views.columns import named
 from perexfx.views.palette import color_of
+from perexfx.views.words import named
 
 if TYPE_CHECKING:
     from perexfx.views.report import Report

@@ -15,9 +15,9 @@ from perexfx.inputs import Inputs
 from perexfx.ir.errors import ArgumentError
 from perexfx.plan import Plan
 from perexfx.state import PerExample
-from perexfx.views.columns import MEGABYTE, aligned
 from perexfx.views.decisions import plans_for
 from perexfx.views.pages import page, write_page
+from perexfx.views.words import MEGABYTE, aligned
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -1,8 +1,10 @@
-"""Text in columns."""
+"""Words and columns that several views share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from perexfx.state import Settings
 
 MEGABYTE = 1e6
 
@@ -44,3 +46,11 @@ def named(names: Sequence[str]) -> str:
     """The first of some names, and how many more there are."""
     more = len(names) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def clipping_in_words(settings: Settings) -> str:
+    """What becomes of the norms."""
+    if settings.clip_norm is None:
+        return "nothing is clipped"
+    kind = settings.clipping if isinstance(settings.clipping, str) else "user-defined"
+    return f"{kind.replace('_', '-')} clipping, clip_norm {settings.clip_norm:g}"
