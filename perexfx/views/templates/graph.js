@@ -242,10 +242,11 @@ const folding = (path) => {
   return outer ? `/${outer}` : "";
 };
 
-function choose(name, { move = true } = {}) {
+function choose(name, { still = [] } = {}) { // sides that stay still are those where it was clicked
   state.chosen = name;
   mark();
-  if (move && name) for (const side of Object.keys(views)) showElement(side, counterpart(side, name));
+  const moving = Object.keys(views).filter((side) => name && !still.includes(side));
+  for (const side of moving) showElement(side, counterpart(side, name));
   showPanel();
 }
 
@@ -266,7 +267,7 @@ function toggle(path) {
   if (state.folded.has(path)) state.folded.delete(path);
   else state.folded.add(path);
   draw(`/${path}`);
-  choose(`/${path}`, { move: false });
+  choose(`/${path}`, { still: Object.keys(views) });
 }
 
 function unfoldDownTo(node) {
@@ -468,11 +469,11 @@ search.addEventListener("keydown", (event) => {
 
 const nameOf = (event) => event.target.closest(".node, .cluster")?.id.replace(/^(before|after)\|/, "") ?? "";
 let pressed;
-for (const { canvas } of Object.values(views)) {
+for (const [side, { canvas }] of Object.entries(views)) {
   canvas.addEventListener("mousedown", (event) => { pressed = [event.clientX, event.clientY]; }, true);
   canvas.addEventListener("click", (event) => {
     const moved = pressed && Math.hypot(event.clientX - pressed[0], event.clientY - pressed[1]) > 4;
-    if (!moved) choose(nameOf(event));
+    if (!moved) choose(nameOf(event), { still: [side] });
   });
   canvas.addEventListener("dblclick", (event) => {
     const name = nameOf(event);
