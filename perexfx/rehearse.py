@@ -216,7 +216,7 @@ class _Recorder(TorchDispatchMode):
             self._note(tensor)
         if workspace := workspace_bytes(func, args):
             at, _ = self._alive[_address(leaves_of(result)[-1])]
-            self.spans[at] = replace(self.spans[at], bytes=workspace)
+            self.spans[at] = self.spans[at]._replace(bytes=workspace)
         if hidden := hidden_bytes(func, args, result):
             self.spans.append(Span(self._next(), self.tick + 1, hidden))
         return result
@@ -235,7 +235,7 @@ class _Recorder(TorchDispatchMode):
 
     def _gone(self, address: int) -> None:
         at, _ = self._alive.pop(address)
-        self.spans[at] = replace(self.spans[at], end=self._next())
+        self.spans[at] = self.spans[at]._replace(end=self._next())
 
     def _next(self) -> int:
         self.tick += 1
@@ -257,7 +257,7 @@ class _Recorder(TorchDispatchMode):
     def timeline(self) -> Timeline:
         """All storages; those that are still there live to the end."""
         end = self.tick + 1
-        return Timeline(end, tuple(replace(s, end=end) if s.end < 0 else s for s in self.spans))
+        return Timeline(end, tuple(s._replace(end=end) if s.end < 0 else s for s in self.spans))
 
 
 def _address(tensor: Tensor) -> int:

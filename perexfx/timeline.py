@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Memory that is held for a while.
 
     Attributes:
@@ -46,15 +47,25 @@ class Timeline:
             lives_until: Storage -> a tick up to which it lives, where that is longer than it does by itself.
             others: What is held besides.
         """
-        longer = lives_until or {}
-        changes = [0] * (self.ticks + 2)
-        for at, span in enumerate(self.storages):
-            changes[span.start] += span.bytes
-            changes[max(span.end, longer.get(at, 0))] -= span.bytes
-        for span in others:
-            changes[span.start] += span.bytes
-            changes[span.end] -= span.bytes
+        changes = self._changes.copy()
+        for at, end in (lives_until or {}).items():
+            span = self.storages[at]
+            if end > span.end:
+                changes[span.end] += span.bytes
+                changes[end] -= span.bytes
+        for start, end, size in others:
+            changes[start] += size
+            changes[end] -= size
         return max(accumulate(changes))
+
+    @cached_property
+    def _changes(self) -> list[int]:
+        """By how many bytes each tick changes what is held."""
+        changes = [0] * (self.ticks + 2)
+        for start, end, size in self.storages:
+            changes[start] += size
+            changes[end] -= size
+        return changes
 
     def between(self, n: int, other: Timeline, other_n: int, wanted: int) -> Timeline | None:
         """The timeline for another batch size; None where the two differ in more than sizes.
@@ -70,7 +81,7 @@ class Timeline:
             return None
         grown = (a.bytes + (b.bytes - a.bytes) * (wanted - n) // (other_n - n) for a, b in pairs)
         return replace(
-            self, storages=tuple(replace(a, bytes=size) for a, size in zip(self.storages, grown, strict=True))
+            self, storages=tuple(a._replace(bytes=size) for a, size in zip(self.storages, grown, strict=True))
         )
 
 

@@ -113,7 +113,6 @@ def prove(flow: Dataflow, own: Mapping[str, Sequence[Key]], *, batch_size: int, 
     """
     products = _passes_the_factors(flow)
     _passes_own_sites(flow, own)
-    _is_counted(flow, own)
     _is_used_at_sites(flow, own)
     return Proof(
         batch_size=batch_size,
@@ -198,35 +197,24 @@ def _passes_the_factors(flow: Dataflow) -> list[int]:
 
 
 def _passes_own_sites(flow: Dataflow, own: Mapping[str, Sequence[Key]]) -> None:
-    """That nothing of an example reaches a gradient but by what the parameter's own sites hand over, and the norms."""
+    """That nothing of an example reaches a gradient but by the norms and by what the parameter's own sites hand over,
+    and that all of this enters the norms.
+    """
     norms = set(flow.graph.pred[flow.norms]) | flow.factors
-    for name, gradient in flow.gradients.items():
-        if gradient is None:
-            continue
-        removed = {node for key in own.get(name, ()) for node in flow.handed_over.get(key, ())} | norms
-        left = flow.graph.subgraph(set(nx.ancestors(flow.graph, gradient)) - removed | {gradient})
-        sources = [node for node in flow.inputs if node in left]
-        if gradient in _from(left, sources):
-            raise ProofError(
-                f"The gradient of `{name}` has more in it than its sites hand over. "
-                f"{_path(flow, left, sources, gradient)}"
-            )
-
-
-def _is_counted(flow: Dataflow, own: Mapping[str, Sequence[Key]]) -> None:
-    """That whatever a site hands over and a gradient is made of enters the norms."""
     counted = nx.ancestors(flow.graph, flow.norms)
     for name, gradient in flow.gradients.items():
         if gradient is None:
             continue
-        used = nx.ancestors(flow.graph, gradient)
-        for site, operand in own.get(name, ()):
-            for node in flow.handed_over.get((site, operand), ()):
-                if node in used and node not in counted:
-                    raise ProofError(
-                        f"What site `{site}` hands over for `{operand}` is not in the norms. "
-                        f"{_path(flow, flow.graph, [node], gradient)}"
-                    )
+        handed = {node: key for key in own.get(name, ()) for node in flow.handed_over.get(key, ())}
+        left = nx.restricted_view(flow.graph, norms | handed.keys(), [])
+        behind = nx.ancestors(left, gradient) | {gradient}
+        if sources := behind.intersection(flow.inputs):
+            path = _path(flow, left, sorted(sources), gradient)
+            raise ProofError(f"The gradient of `{name}` has more in it than its sites hand over. {path}")
+        for node, (site, operand) in handed.items():
+            if node not in counted and behind.intersection(flow.graph.succ[node]):
+                path = _path(flow, flow.graph, [node], gradient)
+                raise ProofError(f"What site `{site}` hands over for `{operand}` is not in the norms. {path}")
 
 
 def _is_used_at_sites(flow: Dataflow, own: Mapping[str, Sequence[Key]]) -> None:
