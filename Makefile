@@ -7,7 +7,7 @@ STAMP = $(VENV)/.installed-$(1)
 .PHONY: demo test lint bench clean
 
 demo: $(call STAMP,demo)
-	$(BIN)/python examples/digits.py
+	$(BIN)/python -m perexfx demo
 
 test: $(call STAMP,dev) lint
 	$(BIN)/python -m pytest -n auto

@@ -1,20 +1,20 @@
 """Differentially private training on real images, in plain torch on top of perexfx.
 
 scikit-learn's 1,797 handwritten digits, a small GroupNorm CNN, Poisson-sampled batches, clipping by
-`perexfx.transform`, Gaussian noise and SGD. Run it with `make demo`.
+`perexfx.transform`, Gaussian noise and SGD. Run it with `make demo` or `perexfx demo`.
+
+Promises: what is trained on and compared is real; every view of the trained model is left behind as a file.
 """
 
 from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 import perexfx
 from perexfx.bench.measure import timed
+from perexfx.ir.errors import ArgumentError
+from perexfx.rewrite import Transformed
 
-OUT = Path("demo-output")
 EPOCHS = 30
 EXPECTED_BATCH = 128
 CLIP_NORM = 1.0
@@ -32,6 +33,7 @@ LEARNING_RATE = 0.5
 
 
 def make_model() -> nn.Module:
+    """A small CNN without batch statistics."""
     return nn.Sequential(
         *(nn.Conv2d(1, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.ReLU(inplace=True)),
         *(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GroupNorm(8, 64), nn.ReLU(inplace=True)),
@@ -41,6 +43,7 @@ def make_model() -> nn.Module:
 
 
 def load_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images and labels, to train on and to test: `(train_x, test_x, train_y, test_y)`."""
     images, labels = load_digits(return_X_y=True)
     split = train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)
     train_x, test_x = (torch.tensor(part, dtype=torch.float32).view(-1, 1, 8, 8) / 16 for part in split[:2])
@@ -49,16 +52,17 @@ def load_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The share of images whose class is found."""
     with torch.no_grad():
         return float((model(x).argmax(1) == y).float().mean())
 
 
-def train(x: Tensor, y: Tensor, *, private: bool) -> tuple[nn.Module, nn.Module, Tensor]:
+def train(x: Tensor, y: Tensor, *, private: bool) -> tuple[nn.Module, Any, Tensor]:
     """One training loop for both. Returns: the model, what was called in its place, and all norms seen."""
     torch.manual_seed(0)
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE if private else 0.1, momentum=0.9 * (not private))
-    step_model: nn.Module = model
+    step_model: Any = model
     if private:  # the one line that changes
         step_model = perexfx.transform(model, x[:EXPECTED_BATCH], clip_norm=CLIP_NORM, loss_reduction="sum")
 
@@ -95,7 +99,9 @@ def step_times(x: Tensor, y: Tensor) -> tuple[float, float, float]:
 
 
 def plot_norms(norms: Tensor, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4))
+    """A histogram of the norms at the beginning and at the end of the training."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     third = len(norms) // 3
     bins = torch.logspace(-3, 2.5, 80).tolist()
     for name, part in (("first third of the steps", norms[:third]), ("last third", norms[-third:])):
@@ -106,27 +112,50 @@ def plot_norms(norms: Tensor, path: Path) -> None:
     axes.set_ylabel("examples")
     axes.set_title(f"Per-example gradient norms, {len(norms):,} in all, median {statistics.median(norms.tolist()):.2f}")
     axes.legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
-def main() -> None:
+def run(out: Path) -> None:
+    """Trains, compares, prints what came of it, and leaves report, graph, ONNX model and histogram in a folder.
+
+    Raises:
+        ArgumentError: The folder cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(f"`--out` should be a folder. Found {str(out)!r}: {error}.") from None
     train_x, test_x, train_y, test_y = load_images()
     ordinary, _, _ = train(train_x, train_y, private=False)
     private, transformed, norms = train(train_x, train_y, private=True)
-    ordinary_ms, clipped_ms, ratio = step_times(train_x[:EXPECTED_BATCH], train_y[:EXPECTED_BATCH])
-    OUT.mkdir(exist_ok=True)
-    plot_norms(norms, OUT / "norms.png")
+    x, y = train_x[:EXPECTED_BATCH], train_y[:EXPECTED_BATCH]
+    ordinary_ms, clipped_ms, ratio = step_times(x, y)
+    leave_behind(transformed, x, norms, out)
 
     print(f"\n{perexfx.report(transformed)}\n")
     print(f"test accuracy, ordinary training              {accuracy(ordinary, test_x, test_y):.1%}")
     print(f"test accuracy, clipped with noise             {accuracy(private, test_x, test_y):.1%}")
     print(f"    clip_norm {CLIP_NORM:g}, noise multiplier {NOISE_MULTIPLIER:g}, expected batch {EXPECTED_BATCH}")
     print(f"examples clipped                              {float((norms > CLIP_NORM).float().mean()):.1%}")
-    print(f"step of {EXPECTED_BATCH}: ordinary {ordinary_ms:.2f} ms, clipped {clipped_ms:.2f} ms, ratio {ratio:.2f}")
-    print(f"histogram of the norms                        {OUT / 'norms.png'}")
+    print(f"step of {EXPECTED_BATCH}: ordinary {ordinary_ms:.2f} ms, clipped {clipped_ms:.2f} ms, ratio {ratio:.2f}\n")
+    for name, what in FILES.items():
+        print(f"{what:<45} {out / name}")
 
 
-if __name__ == "__main__":
-    main()
+FILES = {
+    "report.html": "what the planner chose, and over what",
+    "graph.html": "the graph before and after (open in a browser)",
+    "model.onnx": "the rewritten forward, for Netron and runtimes",
+    "norms.png": "histogram of the norms",
+}
+"""What is left behind."""
+
+
+def leave_behind(transformed: Transformed, x: Tensor, norms: Tensor, out: Path) -> None:
+    """Writes every view of the transformed model."""
+    transformed(x)  # the last batch of the training had another size
+    perexfx.verify(transformed)
+    perexfx.report(transformed).to_html(out / "report.html")
+    perexfx.visualize(transformed, out / "graph.html")
+    perexfx.export_onnx(transformed, out / "model.onnx", x)
+    plot_norms(norms, out / "norms.png")
