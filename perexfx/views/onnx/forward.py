@@ -19,7 +19,7 @@ from perexfx.runtime import clip
 from perexfx.views.onnx.metadata import of_clip, of_norm, of_site
 from perexfx.views.onnx.outline import DOMAIN, Functions, cut_out, share_nothing
 from perexfx.views.onnx.plain import Plain, example_sizes, node_name, own_name, readable
-from perexfx.views.onnx.translate import PlaceOf, clear, name_batch, quiet, rename, scopes_of, to_onnx
+from perexfx.views.onnx.translate import PlaceOf, clear, fold, name_batch, quiet, rename, scopes_of, to_onnx
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -48,7 +48,7 @@ def forward_model(gm: Transformed, arguments: Mapping[str, Any], carriers: tuple
         _logger.warning("The ONNX file holds for batches of %d examples alone: %s", plan.batch_size, error)
     with quiet():
         _add_perexfx(model, gm, plan)
-        _fold(model)
+        fold(model)
     return model
 
 
@@ -187,15 +187,6 @@ def _insert_norm(model: ir.Model, functions: Functions, before: ir.Node, token: 
     call = ir.Node(DOMAIN, name, [token], outputs=[result], name=f"norm.{group}", metadata_props=of_norm(group))
     model.graph.insert_before(before, call)
     return result
-
-
-def _fold(model: ir.Model) -> None:
-    """Computes what is constant, in the graph and in the bodies of functions."""
-    import onnx_ir.passes.common as common  # noqa: PLC0415 (an extra)
-    from onnxscript import optimizer  # noqa: PLC0415 (an extra)
-
-    optimizer.fold_constants(model)
-    common.RemoveUnusedNodesPass()(model)
 
 
 __all__ = ["forward_model"]

@@ -223,4 +223,18 @@ def rename(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> No
         taken.add(value.name or "")
 
 
-__all__ = ["PlaceOf", "clear", "name_batch", "quiet", "rename", "require_extra", "scopes_of", "to_onnx", "values_of"]
+def fold(model: ir.Model) -> None:
+    """Computes what is constant, in the graph and in the bodies of functions."""
+    import onnx_ir.passes.common as common  # noqa: PLC0415 (an extra)
+    from onnxscript import optimizer  # noqa: PLC0415 (an extra)
+
+    named = set(model.graph.initializers)
+
+    def keeps_parameters(node: ir.Node) -> bool | None:
+        return False if any(value is not None and value.name in named for value in node.inputs) else None
+
+    optimizer.fold_constants(model, should_fold=keeps_parameters)
+    common.RemoveUnusedNodesPass()(model)
+
+
+__all__ = ["PlaceOf", "clear", "fold", "name_batch", "quiet", "rename", "require_extra", "scopes_of", "to_onnx", "values_of"]

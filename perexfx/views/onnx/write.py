@@ -14,6 +14,7 @@ from perexfx.rewrite import Transformed
 from perexfx.step import LossFunction
 from perexfx.views.onnx.forward import forward_model
 from perexfx.views.onnx.metadata import of_model
+from perexfx.views.onnx.step import step_model
 from perexfx.views.onnx.translate import quiet, require_extra
 
 if TYPE_CHECKING:
@@ -56,7 +57,10 @@ def export_onnx(
             tape = state(tuple(bound), *bound.values())
         kind, _ = state.kind_of(named_leaves(bound))
         plan = tape.plan
-        model = forward_model(gm, bound, kind.carriers, plan)
+        if graph == "step":
+            model = step_model(gm, loss_fn, example_inputs, bound, targets)
+        else:
+            model = forward_model(gm, bound, kind.carriers, plan)
     model.metadata_props.update(of_model(graph, state.settings, plan))
     model.producer_name, model.producer_version = "perexfx", model.metadata_props["perexfx.version"]
     model.graph.name = graph
