@@ -1,8 +1,8 @@
 """Operations of a step that ONNX does not have, by operations that it has.
 
 Promises: each finds what torch's own operation finds, up to rounding, in the memory format that it does. They are what
-torch's own decompositions leave out: the backward of convolution, pooling and attention, torch's fused LSTM, and views
-of memory.
+torch's own decompositions leave out: the backward of convolution, pooling and attention, recurrent layers, and views of
+memory.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch._decomp import get_decompositions
+from torch._decomp import decomposition_table, get_decompositions
 
 from perexfx.views.onnx.pooling import POOLING
+from perexfx.views.onnx.recurrent import RECURRENT
 
 _aten = torch.ops.aten
 
@@ -143,37 +143,35 @@ def _scores(query: Tensor, key: Tensor, is_causal: bool, mask: Tensor | None, sc
     return scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
 
 
-def lstm(
-    input: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor,
-    bias_hh: Tensor,
-    hx: Tensor,
-    cx: Tensor,
-    reverse: bool,
-    batch_sizes: Sequence[int],
-    mode: int,
-    hidden_size: int,
-    num_layers: int,
-    has_biases: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    train: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, last states, and an empty workspace; time step after time step."""
-    if mode != 2 or num_layers != 1 or bidirectional or batch_first:
-        return NotImplemented
-    given = F.linear(input, weight_ih, bias_ih + bias_hh if has_biases else None)
-    hidden, cell = hx, cx
-    outputs: list[Tensor] = []
-    for row in reversed(given.unbind(0)) if reverse else given.unbind(0):
-        i, f, g, o = (row + hidden @ weight_hh.t()).chunk(4, -1)
-        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
-        hidden = o.sigmoid() * cell.tanh()
-        outputs.append(hidden)
-    output = torch.stack(outputs[::-1] if reverse else outputs)
-    return output, hidden, cell, input.new_empty(0, dtype=torch.uint8)
+def trilinear(
+    i1: Tensor,
+    i2: Tensor,
+    i3: Tensor,
+    expand1: Sequence[int],
+    expand2: Sequence[int],
+    expand3: Sequence[int],
+    sumdim: Sequence[int],
+    unroll_dim: int = 1,
+) -> Tensor:
+    """The product of three tensors, each repeated along axes of its own, summed over some."""
+    product: Tensor | None = None
+    for value, axes in ((i1, expand1), (i2, expand2), (i3, expand3)):
+        wide = value
+        for axis in sorted(axes):
+            wide = wide.unsqueeze(axis)
+        product = wide if product is None else product * wide
+    assert product is not None
+    return product.sum(list(sumdim)) if sumdim else product
+
+
+def weight_norm_backward(
+    grad_w: Tensor, saved_v: Tensor, saved_g: Tensor, saved_norms: Tensor, dim: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the direction and of the length, for lengths along one axis."""
+    others = [axis for axis in range(saved_v.dim()) if axis != dim % saved_v.dim()]
+    along = (grad_w * saved_v).sum(others, keepdim=True)
+    of_v = (grad_w - saved_v * along / saved_norms.square()) * saved_g / saved_norms
+    return of_v, along / saved_norms
 
 
 def as_strided(input: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> Tensor:
@@ -214,15 +212,25 @@ def _rows(value: Tensor, axis: int, steps: Sequence[int], counts: Sequence[int])
     return value.index_select(axis, places.flatten()).unflatten(axis, counts)
 
 
+def _torchs_own() -> dict[Any, Callable[..., Any]]:
+    """torch's decompositions that its exporter to ONNX goes without, or has something wrong for.
+
+    Its losses have no total weight, which their backward divides by.
+    """
+    known = [op for op in decomposition_table if str(op).endswith("_backward.default")]
+    return get_decompositions([*known, _aten.nll_loss_forward.default, _aten.nll_loss2d_forward.default])
+
+
 DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
-    _aten.convolution_backward.default: convolution_backward,
+    **_torchs_own(),
+    **POOLING,
+    **RECURRENT,
     _aten._scaled_dot_product_flash_attention_for_cpu.default: attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: attention_backward,
-    _aten.mkldnn_rnn_layer.default: lstm,
+    _aten._trilinear.default: trilinear,
+    _aten._weight_norm_interface_backward.default: weight_norm_backward,
     _aten.as_strided.default: as_strided,
-    **POOLING,
-    # of the first two, torch's exporter has no total weight, which the backward divides by
-    **get_decompositions([_aten.nll_loss_forward.default, _aten.nll_loss2d_forward.default]),
+    _aten.convolution_backward.default: convolution_backward,
 }
 
 

@@ -72,7 +72,7 @@ def _exported(
         except Exception as error:  # an export may fail in any way
             raise ExportError([_not_exported(error)]) from error
         model = to_onnx(program, _places_in(program, places))
-    _name_initializers(model, gm)
+    _name_initializers(model, program, gm)
     spec = program.call_spec.out_spec
     assert spec is not None
     outputs = spec.context if spec.num_leaves else []
@@ -105,14 +105,17 @@ def _places_in(program: ExportedProgram, places: Mapping[str, Place]) -> PlaceOf
     return place
 
 
-def _name_initializers(model: ir.Model, gm: Transformed) -> None:
-    """Parameters and buffers have the names that they have in the module."""
+def _name_initializers(model: ir.Model, program: ExportedProgram, gm: Transformed) -> None:
+    """Parameters and buffers have the names that they have in the module, tied ones the first of theirs."""
     graph = model.graph
+    first = {id(value): name for name, value in (*gm.named_buffers(), *gm.named_parameters())}
     for name, value in list(graph.initializers.items()):
-        if own_name(name) != name:
+        tensor = program.state_dict.get(name, program.constants.get(name))
+        wanted = first.get(id(tensor), own_name(name))
+        if wanted != name:
             del graph.initializers[name]
-            value.name = own_name(name)
-            graph.initializers[value.name] = value
+            value.name = wanted
+            graph.initializers[wanted] = value
 
 
 def _add_perexfx(model: ir.Model, gm: Transformed, plan: Plan) -> None:
@@ -151,7 +154,7 @@ def _insert_clip(model: ir.Model, functions: Functions, gm: Transformed) -> tupl
     graph: Any = model.graph
     (node,) = [node for node in gm.graph.nodes if node.target is clip and info_of(node).role == "clip"]
     names: Any = node.args[1]
-    found = {name: graph.initializers[name] for name in names}
+    found = {name: _initializer(graph, name, gm) for name in names}
     batch = next(value for value in graph.inputs)
     given = [batch, *found.values()]
     token = ir.Value(name="token")
@@ -165,6 +168,17 @@ def _insert_clip(model: ir.Model, functions: Functions, gm: Transformed) -> tupl
     inputs = [ir.Value(name="input"), *(ir.Value(name=f"parameter_{at}") for at in range(len(names)))]
     functions.add("clip", inputs, *_clip_body(inputs, gm.perexfx.settings.batch_dim))
     return token, {value: name.rpartition(".")[2] for name, value in zip(found, results, strict=True)}
+
+
+def _initializer(graph: Any, name: str, gm: Transformed) -> ir.Value:
+    """A parameter's; one that nothing reads is not in the graph yet."""
+    from onnx_ir import tensor_adapters  # noqa: PLC0415 (an extra)
+    import onnx_ir as ir  # noqa: PLC0415 (an extra)
+
+    if name not in graph.initializers:
+        held = tensor_adapters.TorchTensor(gm.get_parameter(name).detach(), name=name)
+        graph.register_initializer(ir.Value(name=name, type=ir.TensorType(held.dtype), shape=held.shape, const_value=held))
+    return graph.initializers[name]
 
 
 def _clip_body(inputs: list[ir.Value], batch_dim: int) -> tuple[list[ir.Value], list[ir.Node]]:
