@@ -8,6 +8,7 @@ from perexfx.ir.errors import (
     BudgetError,
     CaptureError,
     CoverageError,
+    ExportError,
     MixingError,
     ModeError,
     PerexError,
@@ -19,6 +20,7 @@ from perexfx.ir.rule import Rule
 from perexfx.passes.replace_batchnorm import replace_batchnorm
 from perexfx.quantities import gradient_gram, per_example_grads, per_example_norms
 from perexfx.step import step_graph
+from perexfx.views.onnx import export_onnx
 from perexfx.views.report import report
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "CoverageError",
+    "ExportError",
     "MixingError",
     "ModeError",
     "PerexError",
@@ -35,6 +38,7 @@ __all__ = [
     "StrategyError",
     "check",
     "compile_step",
+    "export_onnx",
     "gradient_gram",
     "per_example_grads",
     "per_example_norms",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table, get_decompositions
+from torch._prims_common import suggest_memory_format
 
 from perexfx.views.onnx.pooling import POOLING
 from perexfx.views.onnx.recurrent import RECURRENT
@@ -62,12 +63,10 @@ def _of_input(
     )
     for axis in range(rank):
         found = found.narrow(2 + axis, 0, size[axis])
-    return found.contiguous(memory_format=torch._prims_common.suggest_memory_format(input))
+    return found.contiguous(memory_format=suggest_memory_format(input))
 
 
-def _of_weight(
-    image: Tensor, window: Tensor, shape: Sequence[int], steps: list[list[int]], groups: int
-) -> Tensor:
+def _of_weight(image: Tensor, window: Tensor, shape: Sequence[int], steps: list[list[int]], groups: int) -> Tensor:
     """The convolution of `image` with `window`, examples in the place of channels; strides and dilations change places.
 
     Args:
@@ -213,7 +212,7 @@ def _rows(value: Tensor, axis: int, steps: Sequence[int], counts: Sequence[int])
 
 
 def _torchs_own() -> dict[Any, Callable[..., Any]]:
-    """torch's decompositions that its exporter to ONNX goes without, or has something wrong for.
+    """The decompositions of torch that its exporter to ONNX goes without, or has something wrong for.
 
     Its losses have no total weight, which their backward divides by.
     """

@@ -172,12 +172,14 @@ def _insert_clip(model: ir.Model, functions: Functions, gm: Transformed) -> tupl
 
 def _initializer(graph: Any, name: str, gm: Transformed) -> ir.Value:
     """A parameter's; one that nothing reads is not in the graph yet."""
-    from onnx_ir import tensor_adapters  # noqa: PLC0415 (an extra)
     import onnx_ir as ir  # noqa: PLC0415 (an extra)
+    from onnx_ir import tensor_adapters  # noqa: PLC0415 (an extra)
 
     if name not in graph.initializers:
         held = tensor_adapters.TorchTensor(gm.get_parameter(name).detach(), name=name)
-        graph.register_initializer(ir.Value(name=name, type=ir.TensorType(held.dtype), shape=held.shape, const_value=held))
+        graph.register_initializer(
+            ir.Value(name=name, type=ir.TensorType(held.dtype), shape=held.shape, const_value=held)
+        )
     return graph.initializers[name]
 
 

@@ -55,9 +55,7 @@ class Functions:
         self._counts: dict[str, int] = {}
         model.opset_imports[DOMAIN] = 1
 
-    def add(
-        self, kind: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], nodes: Sequence[ir.Node]
-    ) -> str:
+    def add(self, kind: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], nodes: Sequence[ir.Node]) -> str:
         """Name of the function with this body, which becomes its own: `kind`, or with a number where bodies differ."""
         import onnx_ir as ir  # noqa: PLC0415 (an extra)
 

@@ -18,8 +18,10 @@ from torch.utils import _pytree as pytree
 
 from perexfx.inputs import named_leaves
 from perexfx.ir.node import info_of
+from perexfx.ir.recurrent import lstm_layer
 from perexfx.rewrite import Transformed
 from perexfx.runtime import clip
+from perexfx.views.onnx.recurrent import lstm_in_torch_or_steps
 
 _OWNER, _NODES = "gm", "nodes"
 
@@ -133,7 +135,8 @@ class _Call(nn.Module):
         elif self.target is clip:
             return (None, *args[2:])
         call: Callable[..., Any] = getattr(runs, self.op)
-        return call(self.target, tuple(args), dict(kwargs))
+        target = lstm_in_torch_or_steps if self.target is lstm_layer else self.target
+        return call(target, tuple(args), dict(kwargs))
 
 
 class _Runs(fx.Interpreter):

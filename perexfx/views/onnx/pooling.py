@@ -1,5 +1,5 @@
-"""The backward of pooling, resizing and padding: along each axis they are products with a matrix of weights, and so are their
-transposes.
+"""The backward of pooling, resizing and padding: along each axis a product with a matrix of weights, whose transpose
+gives the gradient.
 
 Promises: each finds what torch's own operation finds, up to rounding.
 """
@@ -44,7 +44,9 @@ def average_backward(
     rank: int,
 ) -> Tensor:
     """Of average pooling."""
-    kernel, steps, before = (list(v) * rank if len(v) == 1 else v for v in (kernel_size, stride or kernel_size, padding))
+    kernel, steps, before = (
+        list(v) * rank if len(v) == 1 else v for v in (kernel_size, stride or kernel_size, padding)
+    )
     matrices = []
     for axis in range(rank):
         count, size = grad_output.shape[axis - rank], input.shape[axis - rank]

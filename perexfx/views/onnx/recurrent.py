@@ -1,4 +1,4 @@
-"""Recurrent layers, time step after time step: torch's fused LSTM, and the one operation that perexfx has for all kinds.
+"""Recurrent layers, time step after time step: torch's fused LSTM, and the operation that perexfx has for all kinds.
 
 Promises: each finds what the fused operation finds, up to rounding.
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import perexfx.ir.recurrent  # registers perexfx::recurrent_layer
+from perexfx.ir.recurrent import lstm_layer
 
 _LSTM = 2
 """torch's number for the kind of cell."""
@@ -43,6 +43,26 @@ def fused_lstm(
     states = [state.reshape(input.shape[1], -1) for state in (hx, cx)]
     output, hidden, cell = recurrent_layer(input, states, weights, "lstm", has_biases, reverse)
     return output, hidden.reshape(hx.shape), cell.reshape(cx.shape), input.new_empty(0, dtype=torch.uint8)
+
+
+def lstm_in_torch_or_steps(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    weight_hr: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, ...]:
+    """As `lstm_layer`; with a projection, which torch's exporter forgets, step after step."""
+    if weight_hr is None:
+        return lstm_layer(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, reverse=reverse)
+    hidden = input.new_zeros(input.shape[1], weight_hr.shape[0]) if h0 is None else h0
+    cell = input.new_zeros(input.shape[1], weight_hr.shape[1]) if c0 is None else c0
+    weights = [value for value in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) if value is not None]
+    return tuple(recurrent_layer(input, [hidden, cell], weights, "lstm", bias_ih is not None, reverse))
 
 
 def recurrent_layer(
@@ -85,8 +105,8 @@ _CELLS: Mapping[str, Callable[[Tensor, Tensor, list[Tensor]], list[Tensor]]] = {
 
 RECURRENT: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.mkldnn_rnn_layer.default: fused_lstm,
-    torch.ops.perexfx.recurrent_layer.default: recurrent_layer,
+    torch.ops.perexfx.recurrent_layer.default: recurrent_layer,  # that `perexfx.ir.recurrent` registers
 }
 
 
-__all__ = ["RECURRENT"]
+__all__ = ["RECURRENT", "lstm_in_torch_or_steps"]

@@ -106,7 +106,7 @@ def _give_defaults(model: ir.Model, values: Mapping[str, Tensor]) -> None:
     from onnx_ir.tensor_adapters import TorchTensor  # noqa: PLC0415 (an extra)
 
     for value in model.graph.inputs:
-        if value.name in values:
+        if value.name is not None and value.name in values:
             value.const_value = TorchTensor(values[value.name].detach(), name=value.name)
             model.graph.initializers[value.name] = value
 

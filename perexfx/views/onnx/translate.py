@@ -225,7 +225,7 @@ def rename(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> No
 
 def fold(model: ir.Model) -> None:
     """Computes what is constant, in the graph and in the bodies of functions."""
-    import onnx_ir.passes.common as common  # noqa: PLC0415 (an extra)
+    from onnx_ir.passes import common  # noqa: PLC0415 (an extra)
     from onnxscript import optimizer  # noqa: PLC0415 (an extra)
 
     named = set(model.graph.initializers)
@@ -237,4 +237,15 @@ def fold(model: ir.Model) -> None:
     common.RemoveUnusedNodesPass()(model)
 
 
-__all__ = ["PlaceOf", "clear", "fold", "name_batch", "quiet", "rename", "require_extra", "scopes_of", "to_onnx", "values_of"]
+__all__ = [
+    "PlaceOf",
+    "clear",
+    "fold",
+    "name_batch",
+    "quiet",
+    "rename",
+    "require_extra",
+    "scopes_of",
+    "to_onnx",
+    "values_of",
+]
