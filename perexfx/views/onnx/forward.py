@@ -47,7 +47,7 @@ def forward_model(gm: Transformed, arguments: Mapping[str, Any], carriers: tuple
         model = _exported(plain, gm, carriers, plan.batch_size, places, is_dynamic=False)
         _logger.warning("The ONNX file holds for batches of %d examples alone: %s", plan.batch_size, error)
     with quiet():
-        _add_perexfx(model, gm, plan)
+        _add_perexfx(model, gm, carriers, plan)
         fold(model)
     return model
 
@@ -118,11 +118,11 @@ def _name_initializers(model: ir.Model, program: ExportedProgram, gm: Transforme
             graph.initializers[wanted] = value
 
 
-def _add_perexfx(model: ir.Model, gm: Transformed, plan: Plan) -> None:
+def _add_perexfx(model: ir.Model, gm: Transformed, carriers: tuple[bool, ...], plan: Plan) -> None:
     """Sites become functions; the clip node and the norm nodes, which compute nothing, are put in front of them."""
     state, graph = gm.perexfx, model.graph
     functions = Functions(model)
-    token, words = _insert_clip(model, functions, gm)
+    token, words = _insert_clip(model, functions, gm, model.graph.inputs[carriers.index(True)])
     by_node = {site.node: site for site in state.sites}
 
     def key_of(node: ir.Node) -> str | None:
@@ -136,28 +136,43 @@ def _add_perexfx(model: ir.Model, gm: Transformed, plan: Plan) -> None:
             nodes.setdefault(part, []).append(node)
     clear(model)
     tokens: dict[str, ir.Value] = {}
-    for part, members in nodes.items():
-        site = by_node[part]
+    for site in state.sites:
+        members = nodes.get(site.node, [])
+        if not members:  # what returns its argument as it is has no node
+            continue
         if site.group not in tokens:
-            tokens[site.group] = _insert_norm(model, functions, members[0], token, site.group)
-        call = cut_out(functions, members, site.name, site.kind, words, tokens[site.group])
+            first = next((node for node in members if node.op_type != "Constant"), members[0])
+            tokens[site.group] = _insert_norm(model, functions, first, token, site.group)
+        given = {**words, tokens[site.group]: "token"}
+        call = cut_out(functions, members, site.name, site.kind, given, tokens[site.group])
         call.metadata_props.update(of_site(site, plan))
     clip_node = token.producer()
     assert clip_node is not None
     clip_node.metadata_props.update(of_clip(state.settings))
 
 
-def _insert_clip(model: ir.Model, functions: Functions, gm: Transformed) -> tuple[ir.Value, dict[ir.Value, str]]:
-    """The token, and what functions call the parameters that come out of the clip node."""
+def _insert_clip(
+    model: ir.Model, functions: Functions, gm: Transformed, batch: Any
+) -> tuple[ir.Value, dict[ir.Value, str]]:
+    """The token, and what functions call the parameters that come out of the clip node.
+
+    Args:
+        model: Is changed.
+        functions: Of the model.
+        gm: The module.
+        batch: The input that the batch size is read from.
+    """
     import onnx_ir as ir  # noqa: PLC0415 (an extra)
 
     graph: Any = model.graph
     (node,) = [node for node in gm.graph.nodes if node.target is clip and info_of(node).role == "clip"]
     names: Any = node.args[1]
     found = {name: _initializer(graph, name, gm) for name in names}
-    batch = next(value for value in graph.inputs)
+    batch_dim = gm.perexfx.settings.batch_dim
     given = [batch, *found.values()]
-    token = ir.Value(name="token")
+    is_double = any(gm.get_parameter(name).dtype is torch.float64 for name in names)
+    dtype = ir.DataType.DOUBLE if is_double else ir.DataType.FLOAT
+    token = ir.Value(name="token", type=ir.TensorType(dtype), shape=ir.Shape([batch.shape[batch_dim]]))
     results = [ir.Value(name=f"clipped.{name}", type=v.type, shape=v.shape) for name, v in found.items()]
     for value, result in zip(found.values(), results, strict=True):
         for user, at in list(value.uses()):
@@ -166,7 +181,7 @@ def _insert_clip(model: ir.Model, functions: Functions, gm: Transformed) -> tupl
     first = next(iter(graph), None)
     graph.append(call) if first is None else graph.insert_before(first, call)
     inputs = [ir.Value(name="input"), *(ir.Value(name=f"parameter_{at}") for at in range(len(names)))]
-    functions.add("clip", inputs, *_clip_body(inputs, gm.perexfx.settings.batch_dim))
+    functions.add("clip", inputs, *_clip_body(inputs, batch_dim, dtype))
     return token, {value: name.rpartition(".")[2] for name, value in zip(found, results, strict=True)}
 
 
@@ -183,11 +198,11 @@ def _initializer(graph: Any, name: str, gm: Transformed) -> ir.Value:
     return graph.initializers[name]
 
 
-def _clip_body(inputs: list[ir.Value], batch_dim: int) -> tuple[list[ir.Value], list[ir.Node]]:
+def _clip_body(inputs: list[ir.Value], batch_dim: int, dtype: ir.DataType) -> tuple[list[ir.Value], list[ir.Node]]:
     import onnx_ir as ir  # noqa: PLC0415 (an extra)
 
     size = ir.node("Shape", [inputs[0]], {"start": batch_dim, "end": batch_dim + 1})
-    zeros = ir.node("ConstantOfShape", [size.outputs[0]], {"value": ir.tensor([0.0], dtype=ir.DataType.FLOAT)})
+    zeros = ir.node("ConstantOfShape", [size.outputs[0]], {"value": ir.tensor([0.0], dtype=dtype)})
     same = [ir.node("Identity", [value]) for value in inputs[1:]]
     return [node.outputs[0] for node in (zeros, *same)], [size, zeros, *same]
 

@@ -61,6 +61,7 @@ class Functions:
 
         word = re.sub(r"\W+", "_", kind).strip("_")
         imports = {domain: version for domain, version in self.model.opset_imports.items() if domain != DOMAIN}
+        outputs, nodes = _folded(inputs, outputs, nodes, imports)
         _name_body(inputs, outputs, nodes)
         graph = ir.Graph(inputs, outputs, nodes=nodes, opset_imports=imports, name=word)
         function = ir.Function(DOMAIN, word, graph=graph, attributes=())
@@ -72,10 +73,55 @@ class Functions:
         return self._known[body]
 
 
+def _folded(
+    inputs: Sequence[ir.Value],
+    outputs: Sequence[ir.Value],
+    nodes: Sequence[ir.Node],
+    imports: dict[str, int],
+) -> tuple[list[ir.Value], list[ir.Node]]:
+    """A body without what its arguments' shapes make constant: its results and nodes."""
+    import onnx_ir as ir  # noqa: PLC0415 (an extra)
+    from onnx_ir.passes import common  # noqa: PLC0415 (an extra)
+    from onnxscript import optimizer  # noqa: PLC0415 (an extra)
+
+    graph: Any = ir.Graph(inputs, outputs, nodes=nodes, opset_imports=imports, name="body")
+    common.NameFixPass()(ir.Model(graph, ir_version=10))
+    optimizer.fold_constants(ir.Model(graph, ir_version=10), onnx_shape_inference=True)
+    for node in graph:
+        _drop_zero_bias(node)
+    common.RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
+    constants = []
+    for value in graph.initializers.values():
+        made = ir.node("Constant", [], {"value": ir.tensor(value.const_value.numpy())})
+        value.replace_all_uses_with(made.outputs[0], replace_graph_outputs=True)
+        constants.append(made)
+    graph.initializers.clear()
+    found, results = [*constants, *graph], []
+    for value in graph.outputs:
+        is_given = any(value is given for given in inputs)
+        copied = ir.node("Identity", [value]) if is_given else None
+        found += [copied] if copied else []
+        results.append(copied.outputs[0] if copied else value)
+    graph.outputs.clear()
+    graph.inputs.clear()
+    graph.remove(list(graph))
+    return results, found
+
+
+def _drop_zero_bias(node: ir.Node) -> None:
+    """Torch's exporter gives convolutions without a bias one of zeros."""
+    if node.op_type in ("Conv", "ConvTranspose") and len(node.inputs) == 3:
+        bias = node.inputs[2].const_value if node.inputs[2] is not None else None
+        if bias is not None and not bias.numpy().any():
+            node.resize_inputs(2)
+
+
 def _name_body(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], nodes: Sequence[ir.Node]) -> None:
     """Names that say nothing of where a body comes from, so that equal bodies are equal. Inputs have theirs."""
     taken = {value.name for value in inputs}
     results = [value for node in nodes for value in node.outputs]
+    for value in inputs:
+        value.type = value.shape = None
     for at, value in enumerate(outputs):
         value.name = f"output_{at}" if at else "output"
         taken.add(value.name)
@@ -90,6 +136,9 @@ def _name_body(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], nodes: S
                 at += 1
             value.name = f"value_{at}"
             at += 1
+    for node in nodes:
+        if node.op_type == "Constant" and "value" in node.attributes:
+            node.attributes["value"].value.name = None
 
 
 def cut_out(
@@ -175,7 +224,8 @@ def _arguments(given: Sequence[ir.Value], words: Mapping[ir.Value, str]) -> list
     for value in given:
         word = words.get(value, "input")
         count = counts[word] = counts.get(word, 0) + 1
-        found.append(ir.Value(name=word if count == 1 else f"{word}_{count}"))
+        name = word if count == 1 else f"{word}_{count}"
+        found.append(ir.Value(name=name, type=value.type, shape=value.shape))
     return found
 
 
