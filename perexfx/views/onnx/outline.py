@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from perexfx.views.onnx.translate import fold
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -82,21 +84,15 @@ def _folded(
     """A body without what its arguments' shapes make constant: its results and nodes."""
     import onnx_ir as ir  # noqa: PLC0415 (an extra)
     from onnx_ir.passes import common  # noqa: PLC0415 (an extra)
-    from onnxscript import optimizer  # noqa: PLC0415 (an extra)
 
     graph: Any = ir.Graph(inputs, outputs, nodes=nodes, opset_imports=imports, name="body")
-    common.NameFixPass()(ir.Model(graph, ir_version=10))
-    optimizer.fold_constants(ir.Model(graph, ir_version=10), onnx_shape_inference=True)
+    body = ir.Model(graph, ir_version=10)
+    common.NameFixPass()(body)
+    fold(body)
     for node in graph:
         _drop_zero_bias(node)
-    common.RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
-    constants = []
-    for value in graph.initializers.values():
-        made = ir.node("Constant", [], {"value": ir.tensor(value.const_value.numpy())})
-        value.replace_all_uses_with(made.outputs[0], replace_graph_outputs=True)
-        constants.append(made)
-    graph.initializers.clear()
-    found, results = [*constants, *graph], []
+    common.RemoveUnusedNodesPass()(body)
+    found, results = list(graph), []
     for value in graph.outputs:
         is_given = any(value is given for given in inputs)
         copied = ir.node("Identity", [value]) if is_given else None

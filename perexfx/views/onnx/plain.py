@@ -24,6 +24,8 @@ from perexfx.runtime import clip
 from perexfx.views.onnx.recurrent import lstm_in_torch_or_steps
 
 _OWNER, _NODES = "gm", "nodes"
+_NODE = "node_"
+"""Begins the name of a node's module: by its own, it could be one that modules need themselves, as `to`."""
 
 
 class Plain(nn.Module):
@@ -42,7 +44,7 @@ class Plain(nn.Module):
         nodes = nn.Module()
         for node in gm.graph.nodes:
             if node.op.startswith("call_"):
-                nodes.add_module(node.name, _Call(gm, node))
+                nodes.add_module(f"{_NODE}{node.name}", _Call(gm, node))
         self.add_module(_NODES, nodes)
         self.training = gm.training
 
@@ -74,7 +76,8 @@ class Plain(nn.Module):
 
 def node_name(path: str) -> str | None:
     """Name of the graph node that a module of `Plain` stands for; None for other modules."""
-    return path.removeprefix(f"{_NODES}.") if path.startswith(f"{_NODES}.") else None
+    start = f"{_NODES}.{_NODE}"
+    return path.removeprefix(start) if path.startswith(start) else None
 
 
 def own_name(name: str) -> str:
@@ -151,7 +154,7 @@ class _Runs(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if not n.op.startswith("call_") or n.target is operator.getitem:
             return getattr(self, n.op)(n.target, args, kwargs)
-        return getattr(self.nodes, n.name)(self, args, kwargs)
+        return self.nodes.get_submodule(f"{_NODE}{n.name}")(self, args, kwargs)
 
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An argument; keyword arguments without a name of their own are none, which every call is checked for."""

@@ -224,16 +224,23 @@ def rename(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> No
 
 
 def fold(model: ir.Model) -> None:
-    """Computes what is constant, in the graph and in the bodies of functions."""
+    """Computes what is constant in the graph, and leaves out what nothing reads; parameters stay as they are."""
+    import onnx_ir as ir  # noqa: PLC0415 (an extra)
     from onnx_ir.passes import common  # noqa: PLC0415 (an extra)
     from onnxscript import optimizer  # noqa: PLC0415 (an extra)
 
-    named = set(model.graph.initializers)
+    graph, named = model.graph, set(model.graph.initializers)
 
     def keeps_parameters(node: ir.Node) -> bool | None:
         return False if any(value is not None and value.name in named for value in node.inputs) else None
 
-    optimizer.fold_constants(model, should_fold=keeps_parameters)
+    optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=keeps_parameters)
+    for name in sorted(graph.initializers.keys() - named):
+        value = graph.initializers.pop(name)
+        assert value.const_value is not None
+        made = ir.node("Constant", [], {"value": ir.tensor(value.const_value.numpy())})
+        graph.insert_before(graph[0], made)
+        value.replace_all_uses_with(made.outputs[0], replace_graph_outputs=True)
     common.RemoveUnusedNodesPass()(model)
 
 
