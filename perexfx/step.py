@@ -84,6 +84,8 @@ def traced(
     x: GivenInputs,
     y: Any,
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+    *,
+    keeps_stacks: bool = False,
 ) -> fx.GraphModule:
     """A functional step as a graph, for the shapes of `x` and `y`.
 
@@ -93,6 +95,7 @@ def traced(
         x: As of `step_graph`.
         y: As of `step_graph`.
         decompositions: aten operation -> what stands for it in the graph.
+        keeps_stacks: Note for each operation the lines of code that it comes from.
 
     Raises: as `step_graph`.
     """
@@ -101,7 +104,10 @@ def traced(
     with gm.perexfx.set_aside():
         gm.perexfx.prepare(*gm.perexfx.kind_of(arguments))
         try:
-            return make_fx(_of_tensors(step, given), decompositions, tracing_mode="fake")(*given)
+            trace = make_fx(
+                _of_tensors(step, given), decompositions, tracing_mode="fake", record_stack_traces=keeps_stacks
+            )
+            return trace(*given)
         except (RuntimeError, NotImplementedError) as error:
             raise CaptureError(
                 f"The step cannot be one graph: {error}. The model and the loss must not read the value of a tensor "

@@ -488,7 +488,7 @@ def dropping() -> tuple[Any, Tensor]:
 def test_random_numbers(graph: str, tmp_path: Path) -> None:
     gm, x = dropping()
     rest: dict[str, Any] = {"loss_fn": F.cross_entropy, "targets": torch.zeros(3).long()} if graph == "step" else {}
-    with pytest.raises(perexfx.ExportError, match=r"draws random numbers .* Call `gm.eval\(\)` first"):
+    with pytest.raises(perexfx.ExportError, match=r"in module `1` .*draws random numbers .* Call `gm.eval\(\)` first"):
         perexfx.export_onnx(gm, tmp_path / "model.onnx", x, graph=graph, **rest)
     assert not list(tmp_path.iterdir())
     perexfx.export_onnx(gm.eval(), tmp_path / "model.onnx", x, graph=graph, **rest)
@@ -514,6 +514,23 @@ def test_operations_without_translation_are_all_named(tmp_path: Path) -> None:
     assert "zeta" in message
     assert "`igamma` (test_onnx.py:" in message
     assert len(caught.value.refusals) == 2
+
+
+class Largest(nn.Module):
+    """An operation without translation, in a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.head = nn.Conv2d(2, 4, 3), nn.AdaptiveMaxPool2d(2), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.conv(x)).flatten(1))
+
+
+def test_refusals_of_a_step_say_where(tmp_path: Path) -> None:
+    gm, x, y = perexfx.transform(Largest()), torch.randn(3, 2, 7, 7), torch.zeros(3).long()
+    with pytest.raises(perexfx.ExportError, match=r"in module `pool` \(test_onnx.py:\d+\) .*adaptive_max_pool2d"):
+        perexfx.export_onnx(gm, tmp_path / "model.onnx", x, graph="step", loss_fn=F.cross_entropy, targets=y)
 
 
 def test_losses_that_read_values(tmp_path: Path) -> None:

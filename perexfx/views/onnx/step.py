@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +12,11 @@ from torch.utils import _pytree as pytree
 
 from perexfx.inputs import GivenInputs, named_leaves
 from perexfx.ir.errors import ExportError
-from perexfx.ir.refusal import Place, Refusal
+from perexfx.ir.refusal import Refusal
 from perexfx.rewrite import Transformed
 from perexfx.step import LossFunction, functional_step, traced
 from perexfx.views.onnx.decompositions import DECOMPOSITIONS
+from perexfx.views.onnx.places import StepPlaces
 from perexfx.views.onnx.plain import readable
 from perexfx.views.onnx.translate import clear, fold, quiet, rename, to_onnx
 
@@ -40,7 +42,8 @@ def step_model(
         ArgumentError: The loss is not a scalar.
     """
     with quiet():
-        graph = traced(gm, functional_step(gm, loss_fn), x, targets, DECOMPOSITIONS)
+        trace = partial(traced, gm, functional_step(gm, loss_fn), x, targets, DECOMPOSITIONS)
+        graph = trace()
         parameters, buffers = dict(gm.named_parameters()), dict(gm.named_buffers())
         module = _Flat(graph, (parameters, buffers, x, targets))
         given = [leaf.detach() for leaf in module.tensors]
@@ -48,7 +51,7 @@ def step_model(
             program = torch.export.export(module, tuple(given), strict=False)
         except Exception as error:  # an export may fail in any way
             raise ExportError([_not_exported(error)]) from error
-        model = to_onnx(program, lambda node: Place(node.name))
+        model = to_onnx(program, StepPlaces(gm, partial(trace, keeps_stacks=True)).of(program))
         names = [*parameters, *buffers, *_names(arguments, "targets", targets)]
         spec = program.call_spec.out_spec
         assert spec is not None

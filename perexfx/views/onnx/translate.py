@@ -177,7 +177,8 @@ def _untranslated(program: ExportedProgram, translations: Mapping[Any, Any]) -> 
 
 def clear(model: ir.Model) -> None:
     """Takes off what torch's exporter says about files and objects."""
-    common = import_module("onnx_ir.passes.common")
+    from onnx_ir.passes import common  # noqa: PLC0415 (an extra)
+
     common.ClearMetadataAndDocStringPass()(model)
     for graph in (model.graph, *model.functions.values()):
         graph.metadata_props.clear()
@@ -196,12 +197,13 @@ def values_of(graph: Any) -> Iterator[ir.Value]:
 
 def name_batch(model: ir.Model, symbol: str) -> None:
     """Calls the example axis `batch` in all shapes."""
+    import onnx_ir as ir  # noqa: PLC0415 (an extra)
+
     pattern = re.compile(rf"(?<!\w){re.escape(symbol)}(?!\w)")
-    onnx_ir = import_module("onnx_ir")
     for value in values_of(model.graph):
         if value.shape is not None:
             sizes = [d if isinstance(d, int) or d.value is None else pattern.sub("batch", d.value) for d in value.shape]
-            value.shape = onnx_ir.Shape(sizes)
+            value.shape = ir.Shape(sizes)
 
 
 def rename(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
@@ -235,12 +237,17 @@ def fold(model: ir.Model) -> None:
         return False if any(value is not None and value.name in named for value in node.inputs) else None
 
     optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=keeps_parameters)
+    made: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
     for name in sorted(graph.initializers.keys() - named):
         value = graph.initializers.pop(name)
         assert value.const_value is not None
-        made = ir.node("Constant", [], {"value": ir.tensor(value.const_value.numpy())})
-        graph.insert_before(graph[0], made)
-        value.replace_all_uses_with(made.outputs[0], replace_graph_outputs=True)
+        numbers = value.const_value.numpy()
+        key = str(numbers.dtype), numbers.shape, numbers.tobytes()
+        if key not in made:
+            constant = ir.node("Constant", [], {"value": ir.tensor(numbers)})
+            graph.insert_before(graph[0], constant)
+            made[key] = constant.outputs[0]
+        value.replace_all_uses_with(made[key], replace_graph_outputs=True)
     common.RemoveUnusedNodesPass()(model)
 
 
