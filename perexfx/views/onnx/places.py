@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 from torch import fx
-from torch.export import ExportedProgram
 
 from perexfx.ir.node import place_of
 from perexfx.ir.refusal import Place
@@ -34,19 +33,14 @@ class StepPlaces:
         self._trace = trace
         self._traced: dict[tuple[str, int], fx.Node] | None = None
 
-    def of(self, program: ExportedProgram) -> Callable[[fx.Node], Place]:
-        """The place of each node of the exported step."""
-        numbers = {node: key for key, node in _numbered(program.graph)}
-
-        def place(node: fx.Node) -> Place:
-            if self._traced is None:
-                self._traced = dict(_numbered(self._trace().graph))
-            key = numbers.get(node)
-            traced = None if key is None else self._traced.get(key)
-            name = "" if traced is None else _node_of(traced) or _undone_by(traced)
-            return self._places.get(name, Place(node.name))
-
-        return place
+    def __call__(self, node: fx.Node) -> Place:
+        """The place of a node of the exported step."""
+        if self._traced is None:
+            self._traced = dict(_numbered(self._trace().graph))
+        key = next((key for key, other in _numbered(node.graph) if other is node), None)
+        traced = None if key is None else self._traced.get(key)
+        name = "" if traced is None else _node_of(traced) or _undone_by(traced)
+        return self._places.get(name, Place(node.name))
 
 
 def _numbered(graph: fx.Graph) -> Iterator[tuple[tuple[str, int], fx.Node]]:

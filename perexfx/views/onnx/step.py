@@ -51,7 +51,7 @@ def step_model(
             program = torch.export.export(module, tuple(given), strict=False)
         except Exception as error:  # an export may fail in any way
             raise ExportError([_not_exported(error)]) from error
-        model = to_onnx(program, StepPlaces(gm, partial(trace, keeps_stacks=True)).of(program))
+        model = to_onnx(program, StepPlaces(gm, partial(trace, keeps_stacks=True)))
         names = [*parameters, *buffers, *_names(arguments, "targets", targets)]
         spec = program.call_spec.out_spec
         assert spec is not None
