@@ -20,7 +20,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils import _pytree as pytree
 
 import perexfx
-from perexfx.bench.models import LanguageModel, ResNet18, SequenceClassifier, mlp
+from perexfx.bench.models import ResNet18, SequenceClassifier, mlp
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -207,6 +207,43 @@ def test_names_that_are_taken(tmp_path: Path) -> None:
         assert_same(one, other.detach())
 
 
+class Odd(nn.Module):
+    """An input that nothing reads, a buffer, a parameter that comes out as it is, and a result that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.frozen = nn.Linear(3, 2), nn.Linear(2, 2).requires_grad_(False)
+        self.register_buffer("shift", torch.randn(2))
+
+    def forward(self, x: Tensor, unused: Tensor) -> Any:
+        return self.frozen(self.layer(x) + self.shift), self.frozen.weight, None, 3
+
+
+def test_odd_inputs_and_outputs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    gm, x = perexfx.transform(Odd()), torch.randn(4, 3)
+    model = Model(perexfx.export_onnx(gm, tmp_path / "model.onnx", (x[:2], x[:2])))
+    assert model.inputs == {"x": ["batch", 3], "unused": ["batch", 3]}
+    found = model(x, x)
+    assert_same(found["output.0"], gm(x, x)[0].detach())
+    assert_same(found["output.1"], gm.get_parameter("frozen.weight"))
+    names = {value.name for value in model.proto.graph.initializer}
+    assert names == {"layer.weight", "layer.bias", "frozen.weight", "frozen.bias", "shift"}
+
+
+@pytest.mark.parametrize("graph", ["forward", "step"])
+def test_parameters_too_large_for_one_file(graph: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perexfx.views.onnx.write.LARGEST", 100)
+    torch.manual_seed(0)
+    gm, x, y = perexfx.transform(mlp((6, 20, 10))), torch.randn(3, 6), torch.randint(0, 10, (3,))
+    rest: dict[str, Any] = {"loss_fn": F.cross_entropy, "targets": y} if graph == "step" else {}
+    model = Model(perexfx.export_onnx(gm, tmp_path / "model.onnx", x, graph=graph, **rest))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    found = model(x, y) if graph == "step" else model(x)
+    expected = F.cross_entropy(gm(x), y) if graph == "step" else gm(x)
+    assert_same(found["loss" if graph == "step" else "output"], expected.detach())
+
+
 def transformers_model(kind: str) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -365,8 +402,7 @@ def recurrent(kind: Any, **options: Any) -> Callable[[], nn.Module]:
 
 STEPS: dict[str, Case] = {
     "cnn": Case(cnn, images(2, 10, 10)),
-    "resnet": Case(lambda: ResNet18(width=4), images(3, 32, 32)),
-    "transformer": Case(lambda: LanguageModel(20, 8, 1, 2, 6), tokens, mean_of_tokens),
+    "residual": Case(lambda: ResNet18(width=4, blocks_per_stage=1), images(3, 32, 32)),
     "attention": Case(Attention, images(3, 6)),
     "lstm": Case(lambda: SequenceClassifier(4, 5), images(4, 4)),
     "gru": Case(recurrent(nn.GRU), images(4, 4)),
@@ -492,6 +528,24 @@ def test_random_numbers(graph: str, tmp_path: Path) -> None:
         perexfx.export_onnx(gm, tmp_path / "model.onnx", x, graph=graph, **rest)
     assert not list(tmp_path.iterdir())
     perexfx.export_onnx(gm.eval(), tmp_path / "model.onnx", x, graph=graph, **rest)
+
+
+class Strided(nn.Module):
+    """Reads memory that does not lie in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("table", torch.randn(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x + self.table.t().as_strided((3,), (1,)))
+
+
+def test_views_of_memory_that_is_not_in_order(tmp_path: Path) -> None:
+    gm, x = perexfx.transform(Strided()), torch.randn(2, 3)
+    with pytest.raises(perexfx.ExportError, match=r"test_onnx.py:.* reads memory with `as_strided`"):
+        perexfx.export_onnx(gm, tmp_path / "model.onnx", x)
 
 
 class Unknown(nn.Module):

@@ -158,14 +158,9 @@ def cut_out(
     import onnx_ir as ir  # noqa: PLC0415 (an extra)
 
     graph: Any = functions.model.graph
-    inside = {value for node in nodes for value in node.outputs}
-    own = set(nodes)
     every = [inner for node in nodes for inner in (node, *_nested(node))]
-    made = inside | {value for node in every for value in node.outputs} | _inner_inputs(nodes)
-    read = dict.fromkeys(value for node in every for value in node.inputs if value is not None and value not in made)
-    outer = [value for value in inside if value.is_graph_output() or any(u not in own for u in _users(value, every))]
-    order = {value: at for at, value in enumerate(v for node in nodes for v in node.outputs)}
-    given, left = [first, *read], sorted(outer, key=order.__getitem__)
+    read, left = _border(nodes, every)
+    given = [first, *read]
     inputs = _arguments(given, words)
     results = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in left]
     call = ir.Node(DOMAIN, "", given, outputs=results, name=name)
@@ -184,6 +179,21 @@ def cut_out(
     return call
 
 
+def _border(nodes: Sequence[ir.Node], every: Sequence[ir.Node]) -> tuple[list[ir.Value], list[ir.Value]]:
+    """What some nodes read from outside, and which of their results are read there; in graph order.
+
+    Args:
+        nodes: In graph order.
+        every: The same, and those of their inner graphs.
+    """
+    own = set(every)
+    made = {value for node in every for value in node.outputs} | _inner_inputs(nodes)
+    read = dict.fromkeys(value for node in every for value in node.inputs if value is not None and value not in made)
+    results = [value for node in nodes for value in node.outputs]
+    left = [v for v in results if v.is_graph_output() or any(user not in own for user in v.consumers())]
+    return list(read), left
+
+
 def _nested(node: ir.Node) -> list[ir.Node]:
     """The nodes of a node's inner graphs."""
     found = []
@@ -198,11 +208,6 @@ def _inner_inputs(nodes: Sequence[ir.Node]) -> set[ir.Value]:
     """What the inner graphs of some nodes take, or hold."""
     graphs: list[Any] = [inner.graph for node in nodes for inner in _nested(node)]
     return {v for graph in graphs for v in (*graph.inputs, *graph.initializers.values())}
-
-
-def _users(value: ir.Value, own: Sequence[ir.Node]) -> list[ir.Node]:
-    inner = {id(node) for node in own}
-    return [user for user in value.consumers() if id(user) not in inner]
 
 
 def _replace(value: ir.Value, other: ir.Value, own: set[ir.Node]) -> None:

@@ -11,7 +11,7 @@ import ast
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -64,33 +64,21 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def to_onnx(
-    program: ExportedProgram,
-    place_of: PlaceOf,
-    translations: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
-) -> ir.Model:
+def to_onnx(program: ExportedProgram, place_of: PlaceOf) -> ir.Model:
     """The program as a model, unoptimized: its nodes say by `scopes_of` which modules they come from.
 
     Args:
         program: From `torch.export`.
         place_of: For refusals.
-        translations: Operation -> onnxscript function, besides torch's own.
 
     Raises:
         ExportError: Operations have no translation, or one failed.
     """
-    _refuse_random(program, place_of)
+    _refuse(program, place_of)
     try:
-        exported = torch.onnx.export(
-            program,
-            (),
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-            custom_translation_table=dict(translations or {}),
-        )
+        exported = torch.onnx.export(program, (), dynamo=True, optimize=False, verbose=False)
     except Exception as error:  # the exporter's errors have no common base but this
-        raise ExportError(_why_not(program, place_of, translations or {}, error)) from error
+        raise ExportError(_why_not(program, place_of, error)) from error
     assert exported is not None
     return exported.model
 
@@ -100,20 +88,32 @@ def scopes_of(node: ir.Node) -> list[str]:
     return ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
 
 
-def _refuse_random(program: ExportedProgram, place_of: PlaceOf) -> None:
-    """Raises: ExportError, where the program draws random numbers."""
+def _refuse(program: ExportedProgram, place_of: PlaceOf) -> None:
+    """Raises: ExportError, where the program has what a file would compute otherwise."""
     refusals = [
-        Refusal(
-            what=f"{place_of(node)} draws random numbers (`{node.target}`), which a file cannot repeat.",
-            why="What is exported should compute what the module does.",
-            remedy="Call `gm.eval()` first, if that is dropout; else pass the random numbers as an input.",
-            place=place_of(node),
-        )
+        Refusal(f"{place_of(node)} {problem}", "What is exported should compute what the module does.", remedy)
         for node in program.graph.nodes
-        if node.op == "call_function" and _is_random(node)
+        if node.op == "call_function"
+        for problem, remedy in _problems_of(node)
     ]
     if refusals:
         raise ExportError(refusals)
+
+
+def _problems_of(node: fx.Node) -> Iterator[tuple[str, str]]:
+    """What a file would compute otherwise at a call, and what to do about it."""
+    if _is_random(node):
+        yield (
+            f"draws random numbers (`{node.target}`), which a file cannot repeat.",
+            "Call `gm.eval()` first, if that is dropout; else pass the random numbers as an input.",
+        )
+    if node.target is torch.ops.aten.as_strided.default:
+        read: Any = node.args[0]
+        if not read.meta["val"].is_contiguous():
+            yield (
+                "reads memory with `as_strided` where it does not lie in order: ONNX knows values alone.",
+                "Call `contiguous()` before it, or index instead.",
+            )
 
 
 def _is_random(node: fx.Node) -> bool:
@@ -128,9 +128,7 @@ def _is_random(node: fx.Node) -> bool:
     return bool(trains) and (chance is None or chance > 0)
 
 
-def _why_not(
-    program: ExportedProgram, place_of: PlaceOf, translations: Mapping[Any, Any], error: Exception
-) -> list[Refusal]:
+def _why_not(program: ExportedProgram, place_of: PlaceOf, error: Exception) -> list[Refusal]:
     """Every operation without a translation; or else the one whose translation failed."""
     missing = [
         Refusal(
@@ -139,7 +137,7 @@ def _why_not(
             remedy=_REMEDY,
             place=place_of(node),
         )
-        for node in _untranslated(program, translations)
+        for node in _untranslated(program)
     ]
     if missing:
         return missing
@@ -160,16 +158,14 @@ def _why_not(
     ]
 
 
-def _untranslated(program: ExportedProgram, translations: Mapping[Any, Any]) -> list[fx.Node]:
+def _untranslated(program: ExportedProgram) -> list[fx.Node]:
     """The calls of a program that torch's exporter has nothing for, after its decompositions."""
     core = import_module("torch.onnx._internal.exporter._core")
     registry = import_module("torch.onnx._internal.exporter._registration").ONNXRegistry.from_torchlib()
     dispatch = import_module("torch.onnx._internal.exporter._dispatching").dispatch
-    for target, function in translations.items():
-        registry.register_op(target, function)
     try:
         prepared = core._prepare_exported_program_for_export(program, registry=registry)
-    except Exception:  # then it is not the translations that failed
+    except Exception:  # then it is a decomposition that failed, not a translation
         return []
     calls = (node for node in prepared.graph.nodes if node.op == "call_function")
     return [node for node in calls if dispatch(node, registry)[0] is None]
