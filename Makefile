@@ -28,7 +28,7 @@ $(VENV)/.installed-demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,bench,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,bench,onnx,dev]'
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/bin/python pyproject.toml constraints.txt

@@ -8,6 +8,7 @@ from perexfx.ir.errors import (
     BudgetError,
     CaptureError,
     CoverageError,
+    ExportError,
     MixingError,
     ModeError,
     PerexError,
@@ -22,6 +23,7 @@ from perexfx.profiling import profile
 from perexfx.quantities import gradient_gram, per_example_grads, per_example_norms
 from perexfx.step import step_graph
 from perexfx.verify import verify
+from perexfx.views.onnx import export_onnx
 from perexfx.views.report import report
 from perexfx.views.visualize import visualize
 
@@ -30,6 +32,7 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "CoverageError",
+    "ExportError",
     "MixingError",
     "ModeError",
     "PerexError",
@@ -40,6 +43,7 @@ __all__ = [
     "StrategyError",
     "check",
     "compile_step",
+    "export_onnx",
     "gradient_gram",
     "per_example_grads",
     "per_example_norms",

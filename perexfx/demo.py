@@ -75,6 +75,7 @@ def train(x: Tensor, y: Tensor, *, private: bool) -> tuple[nn.Module, Any, Tenso
         loss = F.cross_entropy(step_model(x[chosen]), y[chosen], reduction="sum")
         loss.backward()
         for parameter in model.parameters():
+            assert parameter.grad is not None
             if private:
                 parameter.grad += NOISE_MULTIPLIER * CLIP_NORM * torch.randn_like(parameter)
             parameter.grad /= EXPECTED_BATCH

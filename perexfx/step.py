@@ -78,14 +78,36 @@ def functional_step(gm: Transformed, loss_fn: LossFunction) -> Step:
     return step
 
 
-def traced(gm: Transformed, step: Step, x: GivenInputs, y: Any) -> fx.GraphModule:
-    """A functional step as a graph, for the shapes of `x` and `y`. Raises: as `step_graph`."""
+def traced(
+    gm: Transformed,
+    step: Step,
+    x: GivenInputs,
+    y: Any,
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+    *,
+    keeps_stacks: bool = False,
+) -> fx.GraphModule:
+    """A functional step as a graph, for the shapes of `x` and `y`.
+
+    Args:
+        gm: From `perexfx.transform`.
+        step: From `functional_step`, or made of it.
+        x: As of `step_graph`.
+        y: As of `step_graph`.
+        decompositions: aten operation -> what stands for it in the graph.
+        keeps_stacks: Note for each operation the lines of code that it comes from.
+
+    Raises: as `step_graph`.
+    """
     arguments = named_leaves(by_name(bind_inputs(gm, x, "x")))
     given = dict(gm.named_parameters()), dict(gm.named_buffers()), x, y
     with gm.perexfx.set_aside():
         gm.perexfx.prepare(*gm.perexfx.kind_of(arguments))
         try:
-            return make_fx(_of_tensors(step, given), tracing_mode="fake")(*given)
+            trace = make_fx(
+                _of_tensors(step, given), decompositions, tracing_mode="fake", record_stack_traces=keeps_stacks
+            )
+            return trace(*given)
         except (RuntimeError, NotImplementedError) as error:
             raise CaptureError(
                 f"The step cannot be one graph: {error}. The model and the loss must not read the value of a tensor "

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perexfx.bench.workloads import WORKLOADS
-from perexfx.cli import commands
+from perexfx.cli.commands import COMMANDS, LOSSES, OF_WORKLOADS, TABLES
 from perexfx.ir.errors import PerexError
 
 MISTAKE = 2
@@ -45,34 +45,34 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--batch-sizes", metavar="N,N,...", help="the plans for these batch sizes side by side")
     report.add_argument("--measure", type=int, metavar="STEPS", help="time so many steps, and show them beside")
     report.add_argument("--verify", action="store_true", help="prove that the step clips, and show that too")
-    report.set_defaults(run=commands.report)
+    report.set_defaults(run=COMMANDS["report"])
 
     visualize = parsers.add_parser("visualize", parents=[subject], help="draw the graph before and after the rewrite")
     visualize.add_argument("path", type=Path, help=".html, .svg, .png, .dot, or .json for Model Explorer")
     visualize.add_argument("--depth", type=int, help="how many levels of modules are unfolded (default: what fits)")
-    visualize.set_defaults(run=commands.visualize)
+    visualize.set_defaults(run=COMMANDS["visualize"])
 
     export = parsers.add_parser("export", parents=[subject], help="write the rewritten model as ONNX")
     export.add_argument("path", type=Path, help="the .onnx file")
     export.add_argument("--graph", choices=("forward", "step"), default="forward", help="default: %(default)s")
-    export.add_argument("--loss", choices=sorted(commands.LOSSES), help="of the step")
+    export.add_argument("--loss", choices=sorted(LOSSES), help="of the step")
     export.add_argument("--target", metavar="SHAPE", help="of the loss, written as an input: 32:int64:10")
-    export.set_defaults(run=commands.export)
+    export.set_defaults(run=COMMANDS["export"])
 
     verify = parsers.add_parser("verify", parents=[subject], help="prove that every gradient passes the clip node")
-    verify.set_defaults(run=commands.verify)
+    verify.set_defaults(run=COMMANDS["verify"])
 
     check = parsers.add_parser("check", parents=[subject], help="compare with one example at a time")
     check.add_argument("--examples", type=int, default=4, metavar="N", help="how many (default: %(default)s)")
     check.add_argument("--float32", action="store_true", help="as the model is; default: in float64, which is sharper")
-    check.set_defaults(run=commands.check)
+    check.set_defaults(run=COMMANDS["check"])
 
     calibrate = parsers.add_parser("calibrate", help="measure this machine once, for better plans")
-    calibrate.set_defaults(run=commands.calibrate)
+    calibrate.set_defaults(run=COMMANDS["calibrate"])
     _add_bench(parsers)
     demo = parsers.add_parser("demo", help="differentially private training on real images, in under two minutes")
     demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder (default: %(default)s)")
-    demo.set_defaults(run=commands.demo)
+    demo.set_defaults(run=COMMANDS["demo"])
     return parser
 
 
@@ -94,7 +94,11 @@ def _subject() -> argparse.ArgumentParser:
     options.add_argument("--clip-norm", default="1.0", metavar="C", help="or none (default: %(default)s)")
     options.add_argument("--clipping", choices=("flat", "automatic", "per_layer"), default="flat")
     options.add_argument(
-        "--strategy", action="append", default=[], metavar="NAME", help="for all sites, or site=name for one (repeat it)"
+        "--strategy",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="for all sites, or site=name (repeat it)",
     )
     options.add_argument("--memory-budget", metavar="BYTES", help="500000, 64MB, 1.5GiB (default: none)")
     options.add_argument("--batch-dim", type=int, default=0, help="the example axis (default: %(default)s)")
@@ -108,12 +112,12 @@ def _add_bench(parsers: argparse._SubParsersAction) -> None:
         "names",
         nargs="*",
         metavar="table or workload",
-        help=f"a table ({', '.join(commands.TABLES)}; default: suite), then, for {' and '.join(commands.OF_WORKLOADS)}, "
-        f"workloads ({', '.join(WORKLOADS)}; default: all)",
+        help=f"a table ({', '.join(TABLES)}; default: suite), then, for "
+        f"{' and '.join(OF_WORKLOADS)}, workloads ({', '.join(WORKLOADS)}; default: all)",
     )
     bench.add_argument(
         "--rounds", type=int, default=15, help="how many times each step is timed (default: %(default)s)"
     )
     bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     bench.add_argument("--out", type=Path, help="folder for the table as .json (all timings), .md and .png")
-    bench.set_defaults(run=commands.bench)
+    bench.set_defaults(run=COMMANDS["bench"])

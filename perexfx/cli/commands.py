@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -246,3 +245,5 @@ def _show(found: Any) -> None:
         print(found)
 
 
+COMMANDS = {command.__name__: command for command in (report, visualize, export, verify, check, calibrate, bench, demo)}
+"""By name."""

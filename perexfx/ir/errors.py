@@ -66,3 +66,7 @@ class CoverageError(RefusedError):
 
 class StrategyError(RefusedError):
     """A strategy was asked for that does not exist or does not apply."""
+
+
+class ExportError(RefusedError):
+    """A transformed model cannot be exported as asked."""

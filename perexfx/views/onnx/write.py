@@ -1,0 +1,144 @@
+"""`export_onnx`: arguments to a file."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from perexfx.inputs import GivenInputs, bind_inputs, by_name, named_leaves
+from perexfx.ir.errors import ArgumentError, ExportError
+from perexfx.ir.refusal import Refusal
+from perexfx.rewrite import Transformed
+from perexfx.step import LossFunction
+from perexfx.views.onnx.forward import forward_model
+from perexfx.views.onnx.metadata import of_model
+from perexfx.views.onnx.step import step_model
+from perexfx.views.onnx.translate import quiet, require_extra
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+GRAPHS = ("forward", "step")
+"""What can be exported."""
+
+LARGEST = 1_900_000_000
+"""Bytes of parameters, at most, in the file itself: protobuf has a limit of 2 GB."""
+
+
+def export_onnx(
+    gm: Transformed,
+    path: str | Path,
+    example_inputs: GivenInputs,
+    *,
+    graph: str = "forward",
+    loss_fn: LossFunction | None = None,
+    targets: Any = None,
+) -> Path:
+    """Path of the ONNX file that it writes: the transformed module's forward, or its whole step.
+
+    The file is valid (it is checked) and any runtime runs it. Parameters and buffers are in it under their own names;
+    those of more than 1.9 GB are in a second file beside it, `<name>.data`.
+
+    `graph="forward"`: what `gm(x)` computes, in the mode that `gm` is in. Clip node, norm nodes and sites are nodes of
+    the domain `perexfx`, each a function with a body of ordinary operations; a site's metadata has its strategy and
+    predicted costs, as in the report, and its source line. The batch may have any size, which is called `batch`, where
+    `torch.export` finds that the forward has no other way for some; else the size is that of the example inputs, and
+    the log says why. Inputs are called as the forward's arguments; in containers `batch.image` or `args.0`; outputs
+    `output`, `output.0`, or by their keys. Where a parameter has that name already, an underscore follows.
+
+    `graph="step"`: what an ordinary backward through `gm` finds, as `perexfx.step_graph`. Inputs are the parameters and
+    buffers, with their present values as defaults, so that a training loop may give its own; then those of the
+    forward, and `targets`. Outputs are `loss`, `norms`, `clip_factors`, and `grad.<name>` for every parameter that the
+    loss reaches. All sizes are fixed, the batch size too. What draws random numbers, as dropout does in training, is
+    refused in both.
+
+    Args:
+        gm: From `perexfx.transform`. Neither it nor what it knows is changed.
+        path: Where to. The folder must exist; a file there is overwritten.
+        example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs. Their shapes count, and
+            what is not a tensor in them.
+        graph: "forward" or "step".
+        loss_fn: `(gm(x), y) -> scalar`, for the step.
+        targets: Passed to `loss_fn`: a tensor, or any pytree of tensors.
+
+    Raises:
+        ArgumentError: An argument is not what it should be, or the extra `perexfx[onnx]` is not installed.
+        ExportError: Operations have no translation to ONNX, or draw random numbers; all are named.
+        CaptureError: The step cannot be one graph: the model or the loss reads the value of a tensor.
+    """
+    path = _checked(gm, path, graph, loss_fn, targets)
+    require_extra()
+    arguments = by_name(bind_inputs(gm, example_inputs, "example_inputs"))
+    state = gm.perexfx
+    plans = dict(state.plans)
+    with state.set_aside(), torch.enable_grad():
+        state.plans = plans
+        plan = state(tuple(arguments), *arguments.values()).plan
+        kind, _ = state.kind_of(named_leaves(arguments))
+        if loss_fn is None:
+            model = forward_model(gm, arguments, kind.carriers, plan)
+        else:
+            model = step_model(gm, loss_fn, example_inputs, arguments, targets)
+    model.metadata_props.update(of_model(graph, state.settings, plan))
+    model.producer_name, model.producer_version = "perexfx", model.metadata_props["perexfx.version"]
+    model.graph.name = graph
+    _write(model, path)
+    return path
+
+
+def _checked(gm: Any, path: Any, graph: Any, loss_fn: Any, targets: Any) -> Path:
+    """The path. Raises: ArgumentError, naming the first argument that is not what it should be."""
+    if not isinstance(gm, Transformed):
+        raise ArgumentError(f"`gm` should come from `perexfx.transform`. Found {type(gm).__name__}.")
+    if graph not in GRAPHS:
+        raise ArgumentError(f'`graph` should be "forward" or "step". Found {graph!r}.')
+    if graph == "step" and not callable(loss_fn):
+        raise ArgumentError(
+            f'`loss_fn` should be a function `(gm(x), y) -> scalar` for graph="step". Found {loss_fn!r}. Pass the loss '
+            "that you train with."
+        )
+    if graph == "forward" and (loss_fn is not None or targets is not None):
+        word = "targets" if loss_fn is None else "loss_fn"
+        raise ArgumentError(
+            f'`{word}` belongs to the step, and a forward has none. Pass graph="step", or leave it out.'
+        )
+    if not isinstance(path, str | Path):
+        raise ArgumentError(f"`path` should be a str or a Path. Found {type(path).__name__}.")
+    if not Path(path).parent.is_dir() or Path(path).is_dir():
+        raise ArgumentError(
+            f"`path` should be a file in a folder that exists. Found {str(path)!r}. Make the folder first."
+        )
+    return Path(path)
+
+
+def _write(model: ir.Model, path: Path) -> None:
+    """Checks a model and writes it; a file that was there stays as it was where the model is not valid."""
+    import onnx  # noqa: PLC0415 (an extra)
+    import onnx_ir as ir  # noqa: PLC0415 (an extra)
+
+    held = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    data = f"{path.name}.data" if sum(tensor.nbytes for tensor in held) > LARGEST else None
+    with quiet(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".perexfx-onnx-") as folder:
+        written = Path(folder) / path.name
+        ir.save(model, written, external_data=data)
+        try:
+            onnx.checker.check_model(str(written), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ExportError([_not_valid(error)]) from error
+        for file in sorted(Path(folder).iterdir()):
+            file.replace(path.parent / file.name)
+
+
+def _not_valid(error: Exception) -> Refusal:
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return Refusal(
+        what=f"What torch's exporter made of the model is not valid ONNX: {reason}.",
+        why="Nothing was written.",
+        remedy="Replace that operation in the model, or report it with the versions of torch and onnxscript.",
+    )
+
+
+__all__ = ["GRAPHS", "export_onnx"]
