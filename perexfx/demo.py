@@ -140,7 +140,7 @@ def run(out: Path) -> None:
     print(f"examples clipped                              {float((norms > CLIP_NORM).float().mean()):.1%}")
     print(f"step of {EXPECTED_BATCH}: ordinary {ordinary_ms:.2f} ms, clipped {clipped_ms:.2f} ms, ratio {ratio:.2f}\n")
     for name, what in FILES.items():
-        print(f"{what:<45} {out / name}")
+        print(f"{what:<48} {out / name}")
 
 
 FILES = {

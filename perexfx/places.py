@@ -35,7 +35,8 @@ def user_frame() -> tuple[str, int] | None:
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(LIBRARIES) and not name.startswith("<"):
+        is_console_script = "." not in Path(name).name  # that of `perexfx` itself
+        if not name.startswith(LIBRARIES) and not name.startswith("<") and not is_console_script:
             return name, frame.f_lineno
         frame = frame.f_back
     return None

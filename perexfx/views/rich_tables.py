@@ -24,7 +24,7 @@ def report_table(report: Report) -> Group:
     )
     for heading in report.headings:
         is_number = heading in report.numbers
-        whole = is_number or heading in ("site", "strategy")
+        whole = is_number or heading in ("site", "kind", "strategy", "next best")
         table.add_column(heading, justify="right" if is_number else "left", no_wrap=whole, overflow="fold")
     for row in report.rows:
         cells = report.labelled(row)
