@@ -198,8 +198,8 @@ def test_without_a_traceback(nets: str) -> None:
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 2
 
-
-X
+    assert found.stderr.endswith("could not be made: RuntimeError: no weights (some_nets.py:23).\n")
+    assert len(found.stderr.splitlines()) == 1
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
