@@ -60,9 +60,15 @@ function foldToFit() {
 
 // Colours
 
-const most = (key) => Math.max(1e-30, ...Object.values(data.rows).map((row) => row[key]));
-const largest = { seconds: most("seconds"), bytes: most("bytes_held") };
 const value = { seconds: (row) => row.seconds, bytes: (row) => row.bytes_held };
+const sumOf = (rows, mode) => rows.reduce((sum, row) => sum + value[mode](row), 0);
+let largest = 0; // of what is drawn, by the mode
+
+function measureLargest() {
+  const rows = new Map();
+  for (const node of last.nodes.values()) if (ofSite(node)) rows.set(representative(node), [...rows.get(representative(node)) ?? [], ofSite(node)]);
+  largest = state.mode === "strategy" ? 0 : Math.max(1e-30, ...[...rows.values()].map((some) => sumOf(some, state.mode)));
+}
 const hot = { seconds: [232, 89, 12], bytes: [59, 91, 219] };
 
 function heat(mode, share) {
@@ -76,7 +82,7 @@ const isDark = (mode, share) => Math.sqrt(share) > (mode === "bytes" ? 0.55 : 0.
 function colorsOf(rows) {
   if (!rows.length) return {};
   if (state.mode !== "strategy") {
-    const share = rows.reduce((sum, row) => sum + value[state.mode](row), 0) / largest[state.mode];
+    const share = sumOf(rows, state.mode) / largest;
     return { fillcolor: heat(state.mode, share), fontcolor: isDark(state.mode, Math.min(1, share)) ? "#ffffff" : "#1b1f24" };
   }
   const parts = new Map();
@@ -172,7 +178,9 @@ function attributesOf(side, name, inside) {
 // Drawing
 
 function draw(anchor = "") {
+  measureLargest();
   for (const side of Object.keys(views)) drawSide(side, anchor);
+  showLegend();
   mark();
 }
 
@@ -391,9 +399,9 @@ function overview() {
 function showLegend() {
   const legend = document.getElementById("legend");
   if (state.mode !== "strategy") {
-    const unit = state.mode === "seconds" ? `${ms(largest.seconds)} ms` : `${mb(largest.bytes)} MB`;
+    const unit = state.mode === "seconds" ? `${ms(largest)} ms` : `${mb(largest)} MB`;
     const gradient = [0, 0.06, 0.25, 0.56, 1].map((share) => heat(state.mode, share)).join(",");
-    legend.replaceChildren(element("div", { class: "soft" }, state.mode === "seconds" ? "predicted time of a site" : "predicted memory held by a site"),
+    legend.replaceChildren(element("div", { class: "soft" }, state.mode === "seconds" ? "predicted time of a site or module" : "predicted memory held by a site or module"),
       element("div", { class: "scale", style: `background:linear-gradient(90deg,${gradient})` }), element("div", { class: "ends" }, element("span", {}, "0"), element("span", {}, unit)));
     return;
   }
@@ -485,7 +493,6 @@ for (const button of document.querySelectorAll("#colors button")) {
     state.mode = button.dataset.mode;
     state.lit = "";
     for (const other of document.querySelectorAll("#colors button")) other.setAttribute("aria-pressed", String(other === button));
-    showLegend();
     draw();
   });
 }
@@ -505,7 +512,6 @@ Viz.instance().then((instance) => {
   document.getElementById("clip-edges").checked = state.clipEdges;
   if (!Object.keys(data.rows).length) document.getElementById("colors").hidden = true;
   if (!views.after) document.getElementById("clip-edges").parentElement.hidden = true;
-  showLegend();
   draw();
   showPanel();
   const [culprit] = [...last.nodes.values()].filter((node) => node.role === "culprit");
