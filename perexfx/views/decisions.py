@@ -215,7 +215,7 @@ class BudgetStep:
     """The plan under a smaller memory budget.
 
     Attributes:
-        memory_budget: The largest budget that has this plan, as far as was tried, in bytes.
+        memory_budget: The least budget that this plan keeps, in bytes.
         bytes_added: What it adds to the peak of a step.
         seconds: Predicted, for all norms and clipped sums.
         changes: Site -> strategy, where another than without that budget.
@@ -269,18 +269,18 @@ def flips_of(plans: dict[int, Plan | None]) -> tuple[Flip, ...]:
 
 
 def budget_steps(plan: Plan) -> tuple[BudgetStep, ...]:
-    """The plan below its own memory: the next one, one half way down, and the one that adds least."""
-    least = plan.leanest()
-    highest, lowest = plan.bytes_added, least.bytes_added
+    """The plan below its own memory: the next one, one half way down, and under the least budget that there can be."""
+    highest = plan.bytes_added
+    lowest = max(0, plan.leanest().bytes_added)
     if lowest >= highest:
         return ()
-    tried = [plan.within(budget) for budget in (highest - 1, (highest + lowest) // 2)]
-    return tuple(dict.fromkeys(_budget_step(other, plan) for other in (*tried, plan.within(lowest))))
+    tried = [plan.within(budget) for budget in (highest - 1, (highest + lowest) // 2, lowest)]
+    return tuple(dict.fromkeys(_budget_step(other, plan) for other in tried))
 
 
 def _budget_step(other: Plan, plan: Plan) -> BudgetStep:
     changes = {d.site: d.chosen.strategy.name for d, old in _differing(other, plan)}
-    return BudgetStep(other.bytes_added, other.bytes_added, other.seconds, tuple(changes.items()))
+    return BudgetStep(max(0, other.bytes_added), other.bytes_added, other.seconds, tuple(changes.items()))
 
 
 def _differing(other: Plan, plan: Plan) -> list[tuple[Decision, Decision]]:
