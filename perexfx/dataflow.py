@@ -8,7 +8,7 @@ and need not be: the step begins its backward with any gradient of the outputs.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from perexfx.classify import passes_no_gradient
 from perexfx.inputs import Inputs, arguments_for
 from perexfx.ir.errors import CaptureError
-from perexfx.ir.factors import Factors, Signature
+from perexfx.ir.factors import Factors
 from perexfx.ir.node import place_of
-from perexfx.ir.rule import Arguments, Backward, Fitted, Geometry, Rule
+from perexfx.ir.rule import Arguments, Backward, Fitted, Geometry, Wrapped
 from perexfx.plan import Key, Plan
 from perexfx.record import FakeInterpreter, fake_inputs, leaves_of
 from perexfx.rewrite import Transformed
@@ -292,32 +292,23 @@ def _with_tensors(value: Any, change: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class _Watched(Rule):
+class _Watched(Wrapped):
     """A rule that tells the recorder when it runs, and what it leaves."""
 
-    rule: Rule
     site: str
     recorder: _Recorder
-
-    def signatures(self, arguments: Arguments, geometry: Geometry) -> dict[str, Signature]:
-        """The rule's own."""
-        return self.rule.signatures(arguments, geometry)
-
-    def reads(self, arguments: Arguments, inputs: Collection[str], operands: Collection[str]) -> Collection[str]:
-        """The rule's own."""
-        return self.rule.reads(arguments, inputs, operands)
 
     def forward(self, arguments: Arguments, geometry: Geometry) -> tuple[Any, tuple[Tensor, ...]]:
         """The rule's own, in the name of its site; what is a view of an argument is the site's from there on."""
         with self.recorder.at(self.site, f"forward of site `{self.site}`"):
-            output, residuals = self.rule.forward(arguments, geometry)
+            output, residuals = super().forward(arguments, geometry)
             own = {_storage(tensor) for tensor in leaves_of(arguments)}
             return pytree.tree_map_only(Tensor, lambda t: t.clone() if _storage(t) in own else t, output), residuals
 
     def backward(self, call: Backward) -> tuple[dict[str, Tensor], dict[str, Factors]]:
         """The rule's own, in the name of its site; hands over copies of the factors."""
         with self.recorder.at(self.site, f"backward of site `{self.site}`"):
-            gradients, factors = self.rule.backward(call)
+            gradients, factors = super().backward(call)
         known: dict[Any, Tensor] = {}
         copied = {}
         for name, found in factors.items():

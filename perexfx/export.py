@@ -8,10 +8,8 @@ would freeze without a word is an error.
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 import traceback
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +30,7 @@ from perexfx.ir.errors import CaptureError
 from perexfx.memories import Attributes, Slot, empty, refuse_kept
 from perexfx.outputs import OutputTemplate
 from perexfx.places import line_of, reason_of, user_frame, user_line
+from perexfx.quiet import quiet
 from perexfx.tracer import TRACING, same_einsums, states_outside_torch, unchanged
 
 
@@ -130,7 +129,7 @@ def _run(model: _Flat, examples: tuple[Tensor, ...], axes: tuple[dict[int, Any] 
             TRACING,
             unchanged(model),
             same_einsums(),
-            _quiet(),
+            quiet(),
             _short_traces(),
             torch.enable_grad(),
             no_tensor_hooks(),
@@ -181,22 +180,6 @@ def _short_traces() -> Iterator[None]:
         yield
     finally:
         proxy.CapturedTraceback = original  # pyright: ignore[reportPrivateImportUsage]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch.export tells its developers."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._export", "torch._dynamo")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _conditions(program: ExportedProgram, inputs: Mapping[str, fx.Node], kind: Inputs, batch_dim: int) -> Conditions:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,7 +22,7 @@ from perexfx.ir.alternative import Alternative
 from perexfx.ir.cost import Cost
 from perexfx.ir.errors import ArgumentError
 from perexfx.ir.factors import Factors, Signature
-from perexfx.ir.rule import Arguments, Backward, Geometry, Rule
+from perexfx.ir.rule import Backward, Wrapped
 from perexfx.ir.strategy import Strategy
 from perexfx.plan import Plan
 from perexfx.record import leaves_of
@@ -249,28 +249,15 @@ class _TimedFactors:
 
 
 @dataclass(frozen=True)
-class _TimedRule(Rule):
+class _TimedRule(Wrapped):
     """The rule of a site whose gradients are formed whatever the strategy: its factors tell the clock."""
 
-    rule: Rule
     site: str
     clock: _Clock = field(compare=False)
 
-    def signatures(self, arguments: Arguments, geometry: Geometry) -> dict[str, Signature]:
-        """The rule's own."""
-        return self.rule.signatures(arguments, geometry)
-
-    def reads(self, arguments: Arguments, inputs: Collection[str], operands: Collection[str]) -> Collection[str]:
-        """The rule's own."""
-        return self.rule.reads(arguments, inputs, operands)
-
-    def forward(self, arguments: Arguments, geometry: Geometry) -> tuple[Any, tuple[Tensor, ...]]:
-        """The rule's own."""
-        return self.rule.forward(arguments, geometry)
-
     def backward(self, call: Backward) -> tuple[dict[str, Tensor], dict[str, Factors]]:
         """The rule's own, with factors that are timed."""
-        gradients, factors = self.rule.backward(call)
+        gradients, factors = super().backward(call)
         return gradients, {name: _TimedFactors(found, self.site, self.clock) for name, found in factors.items()}
 
 

@@ -180,6 +180,29 @@ class Rule(ABC):
         """Gradients of the inputs asked for, and factors of the operands wanted."""
 
 
+@dataclass(frozen=True)
+class Wrapped(Rule):
+    """A rule that does what another does: the base of those that watch one at work."""
+
+    rule: Rule
+
+    def signatures(self, arguments: Arguments, geometry: Geometry) -> dict[str, Signature]:
+        """The rule's own."""
+        return self.rule.signatures(arguments, geometry)
+
+    def reads(self, arguments: Arguments, inputs: Collection[str], operands: Collection[str]) -> Collection[str]:
+        """The rule's own."""
+        return self.rule.reads(arguments, inputs, operands)
+
+    def forward(self, arguments: Arguments, geometry: Geometry) -> tuple[Any, tuple[Tensor, ...]]:
+        """The rule's own."""
+        return self.rule.forward(arguments, geometry)
+
+    def backward(self, call: Backward) -> tuple[dict[str, Tensor], dict[str, Factors]]:
+        """The rule's own."""
+        return self.rule.backward(call)
+
+
 def sum_positions(grad_output: Tensor) -> Tensor:
     """A bias' per-example gradient: `[n, t, o]` summed over t."""
     return grad_output.squeeze(1) if grad_output.shape[1] == 1 else grad_output.sum(1)

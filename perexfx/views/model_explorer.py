@@ -79,7 +79,7 @@ def _node(node: Node, reads: list[str], row: Row | None) -> dict[str, Any]:
         "attrs": [{"key": key, "value": value} for key, value in attributes.items() if value],
         "incomingEdges": edges,
         "outputsMetadata": outputs,
-        "style": {"backgroundColor": style.fill, "textColor": style.ink, "borderColor": style.border},
+        "style": {"backgroundColor": style.fill, "borderColor": style.border},
     }
 
 

@@ -6,9 +6,11 @@ an error that names it.
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from perexfx.ir.errors import ArgumentError
 from perexfx.views.palette import color_of
@@ -40,6 +42,48 @@ def _environment() -> Environment:
     environment.filters["signed_mb"] = lambda count: f"{count / 1e6:+.2f}"
     environment.filters["color"] = color_of
     return environment
+
+
+class Viewed:
+    """A frozen dataclass that can be read as a dict, as JSON and as a page, whose template has its name.
+
+    Attributes:
+        schema: Version of what `to_dict` returns; a change that readers must know of has another number.
+        template: Name of the template, and of the value in it.
+    """
+
+    schema: ClassVar[str]
+    template: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON takes it: seconds, bytes, and names; `schema` says which version."""
+        found: Any = self
+        return {"schema": self.schema, **asdict(found)}
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """`to_dict` as text; with a path, also written there.
+
+        Raises:
+            ArgumentError: The file cannot be written.
+        """
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        if path is not None:
+            write_page(path, text)
+        return text
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """A page of its own that needs no network; with a path, also written there.
+
+        Raises:
+            ArgumentError: The file cannot be written.
+        """
+        text = page(f"{self.template}.html", **{self.template: self}, in_notebook=False)
+        if path is not None:
+            write_page(path, text)
+        return text
+
+    def _repr_html_(self) -> str:
+        return page(f"{self.template}.html", **{self.template: self}, in_notebook=True)
 
 
 def write_page(path: str | Path, text: str) -> Path:

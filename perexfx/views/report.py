@@ -6,11 +6,9 @@ cost or the reason why it was not taken. Nothing is measured here; what `perexfx
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, overload
 
 from torch import nn
 
@@ -28,15 +26,12 @@ from perexfx.views.decisions import (
     rows_of,
     sizes_to_try,
 )
-from perexfx.views.pages import page, write_page
+from perexfx.views.pages import Viewed
 from perexfx.views.sweep import Sweep, sweep_of
 from perexfx.views.words import MEGABYTE, aligned, clipping_in_words, indented, named
 
 if TYPE_CHECKING:
     from rich.console import Group
-
-SCHEMA = "perexfx.report/1"
-"""Version of what `to_dict` returns; a change that readers must know of has another number."""
 
 _PREDICTED = ("site", "kind", "shapes", "strategy", "ms", "MB")
 _MEASURED = ("ms measured", "MB measured")
@@ -44,7 +39,7 @@ _RIVAL = ("next best", "why not")
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Viewed):
     """What was decided for one batch size.
 
     `str(report)` is a table; `rich.print(report)` one in colours; a notebook shows the page that `to_html` writes.
@@ -67,6 +62,9 @@ class Report:
         proof: What `perexfx.verify` has proved; None before.
         measured: What `perexfx.profile` has measured; None before.
     """
+
+    schema = "perexfx.report/1"
+    template = "report"
 
     batch_size: int
     clipping: str
@@ -217,35 +215,6 @@ class Report:
             if row.site == site:
                 return row
         raise ArgumentError(f"There is no site {site!r}. The sites are {', '.join(row.site for row in self.rows)}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON takes it: seconds, bytes, and names; `schema` says which version."""
-        return {"schema": SCHEMA, **asdict(self)}
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """`to_dict` as text; with a path, also written there.
-
-        Raises:
-            ArgumentError: The file cannot be written.
-        """
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        if path is not None:
-            write_page(path, text)
-        return text
-
-    def to_html(self, path: str | Path | None = None) -> str:
-        """A page of its own that needs no network; with a path, also written there.
-
-        Raises:
-            ArgumentError: The file cannot be written.
-        """
-        text = page("report.html", report=self, in_notebook=False)
-        if path is not None:
-            write_page(path, text)
-        return text
-
-    def _repr_html_(self) -> str:
-        return page("report.html", report=self, in_notebook=True)
 
     def __rich__(self) -> Group:
         from perexfx.views.rich_tables import report_table  # noqa: PLC0415 (rich itself is what calls this)

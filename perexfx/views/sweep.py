@@ -5,25 +5,20 @@ Promises: every size asked for has a column, every site a row; a size that no pl
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from perexfx.inputs import Inputs
 from perexfx.ir.errors import ArgumentError
 from perexfx.plan import Plan
 from perexfx.state import PerExample
 from perexfx.views.decisions import plans_for
-from perexfx.views.pages import page, write_page
+from perexfx.views.pages import Viewed
 from perexfx.views.words import MEGABYTE, aligned
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-SCHEMA = "perexfx.sweep/1"
-"""Version of what `to_dict` returns."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Viewed):
     """The plan across batch sizes. `str(sweep)` is a table; a notebook shows the chart that `to_html` writes.
 
     Attributes:
@@ -79,6 +74,9 @@ class Sweep:
         sites: Their names, in graph order.
         columns: One per batch size, in the order asked for.
     """
+
+    schema = "perexfx.sweep/1"
+    template = "sweep"
 
     machine: str
     sites: tuple[str, ...]
@@ -123,35 +121,6 @@ class Sweep:
 
     def __str__(self) -> str:
         return "\n".join([self.title, "", *aligned(self.table, is_headed=True)])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON takes it: seconds, bytes, and names; `schema` says which version."""
-        return {"schema": SCHEMA, **asdict(self)}
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """`to_dict` as text; with a path, also written there.
-
-        Raises:
-            ArgumentError: The file cannot be written.
-        """
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        if path is not None:
-            write_page(path, text)
-        return text
-
-    def to_html(self, path: str | Path | None = None) -> str:
-        """The chart, as a page of its own that needs no network; with a path, also written there.
-
-        Raises:
-            ArgumentError: The file cannot be written.
-        """
-        text = page("sweep.html", sweep=self, in_notebook=False)
-        if path is not None:
-            write_page(path, text)
-        return text
-
-    def _repr_html_(self) -> str:
-        return page("sweep.html", sweep=self, in_notebook=True)
 
     def __rich__(self) -> Table:
         from perexfx.views.rich_tables import sweep_table  # noqa: PLC0415 (rich itself is what calls this)

@@ -14,12 +14,13 @@ from perexfx.ir.errors import ExportError
 from perexfx.ir.node import info_of, place_of
 from perexfx.ir.refusal import Place, Refusal
 from perexfx.plan import Plan
+from perexfx.quiet import quiet
 from perexfx.rewrite import Transformed
 from perexfx.runtime import clip
 from perexfx.views.onnx.metadata import of_clip, of_norm, of_site
 from perexfx.views.onnx.outline import DOMAIN, Functions, cut_out, share_nothing
 from perexfx.views.onnx.plain import Plain, example_sizes, node_name, own_name, readable
-from perexfx.views.onnx.translate import PlaceOf, clear, fold, name_batch, quiet, rename, scopes_of, to_onnx
+from perexfx.views.onnx.translate import PlaceOf, clear, fold, name_batch, rename, scopes_of, to_onnx
 
 if TYPE_CHECKING:
     import onnx_ir as ir

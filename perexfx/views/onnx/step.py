@@ -13,12 +13,13 @@ from torch.utils import _pytree as pytree
 from perexfx.inputs import GivenInputs, named_leaves
 from perexfx.ir.errors import ExportError
 from perexfx.ir.refusal import Refusal
+from perexfx.quiet import quiet
 from perexfx.rewrite import Transformed
 from perexfx.step import LossFunction, functional_step, traced
 from perexfx.views.onnx.decompositions import DECOMPOSITIONS
 from perexfx.views.onnx.places import StepPlaces
 from perexfx.views.onnx.plain import readable
-from perexfx.views.onnx.translate import clear, fold, quiet, rename, to_onnx
+from perexfx.views.onnx.translate import clear, fold, rename, to_onnx
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -8,11 +8,8 @@ files and objects is taken off, and the inputs' example axis is called `batch`.
 from __future__ import annotations
 
 import ast
-import logging
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -46,22 +43,6 @@ def require_extra() -> None:
                 f"`export_onnx` needs the package `{error.name or package}`, which is not installed. "
                 "Install the extra: pip install 'perexfx[onnx]'."
             ) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without what torch's exporters log and warn about themselves."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def to_onnx(program: ExportedProgram, place_of: PlaceOf) -> ir.Model:
@@ -252,7 +233,6 @@ __all__ = [
     "clear",
     "fold",
     "name_batch",
-    "quiet",
     "rename",
     "require_extra",
     "scopes_of",

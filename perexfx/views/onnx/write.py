@@ -11,12 +11,13 @@ import torch
 from perexfx.inputs import GivenInputs, bind_inputs, by_name, named_leaves
 from perexfx.ir.errors import ArgumentError, ExportError
 from perexfx.ir.refusal import Refusal
+from perexfx.quiet import quiet
 from perexfx.rewrite import Transformed
 from perexfx.step import LossFunction
 from perexfx.views.onnx.forward import forward_model
 from perexfx.views.onnx.metadata import of_model
 from perexfx.views.onnx.step import step_model
-from perexfx.views.onnx.translate import quiet, require_extra
+from perexfx.views.onnx.translate import require_extra
 
 if TYPE_CHECKING:
     import onnx_ir as ir
