@@ -56,7 +56,7 @@ def _described(title: str, found: griffe.Object | griffe.Alias, level: int) -> l
         lines += ["```python", _signature(found), "```", ""]
     lines += _docstring(found)
     if found.is_class and title not in WITHOUT_METHODS:
-        for member in found.members.values():
+        for member in {**found.inherited_members, **found.members}.values():
             if (member.is_function or "property" in member.labels) and not member.name.startswith("_"):
                 call = f"{member.name}()" if member.is_function else member.name
                 lines += [f"- `.{call}`: {_first_line(member)}"]

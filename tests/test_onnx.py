@@ -402,7 +402,7 @@ def recurrent(kind: Any, **options: Any) -> Callable[[], nn.Module]:
 
 STEPS: dict[str, Case] = {
     "cnn": Case(cnn, images(2, 10, 10)),
-    "residual": Case(lambda: ResNet18(width=4, blocks_per_stage=1), images(3, 32, 32)),
+    "resnet18": Case(lambda: ResNet18(width=8), images(3, 32, 32)),
     "attention": Case(Attention, images(3, 6)),
     "lstm": Case(lambda: SequenceClassifier(4, 5), images(4, 4)),
     "gru": Case(recurrent(nn.GRU), images(4, 4)),
