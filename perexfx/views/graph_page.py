@@ -17,7 +17,10 @@ from perexfx.views.pages import FOLDER, page
 from perexfx.views.palette import OTHER, STRATEGIES
 from perexfx.views.styles import style_of
 
-SCRIPTS = ("vendor/viz-global.js", "vendor/svg-pan-zoom.min.js", "graph.js")
+SCRIPTS = (
+    *("vendor/viz-global.js", "vendor/svg-pan-zoom.min.js"),
+    *("graph/layout.js", "graph/view.js", "graph/panel.js", "graph/page.js"),
+)
 
 
 def graph_page(drawing: Drawing, depth: int | None) -> str:
@@ -28,7 +31,7 @@ def graph_page(drawing: Drawing, depth: int | None) -> str:
         depth: How many levels of modules are unfolded when it opens; None: as many as can be read at once.
     """
     scripts = [(FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS]
-    return page("graph.html", drawing=drawing, data=_as_json(_data(drawing, depth)), scripts=scripts)
+    return page("graph/graph.html", drawing=drawing, data=_as_json(_data(drawing, depth)), scripts=scripts)
 
 
 def _as_json(value: Any) -> str:
