@@ -175,7 +175,7 @@ def test_clip_edges_and_sizes_are_shown_on_request(page: Page, tmp_path: Path) -
     show(page, gm, tmp_path / "graph.html")
     page.click("#unfold-all")
     assert "floordiv" not in drawn(page, "before")
-    page.check("#numbers")
+    page.check("#everything")
     assert "floordiv" in drawn(page, "before") & drawn(page, "after")
     shown = page.locator("#after .edge").count()
     page.set_checked("#clip-edges", not page.is_checked("#clip-edges"))

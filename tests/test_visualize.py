@@ -113,6 +113,21 @@ def test_sizes_are_told_apart() -> None:
     assert not {"unbind", "reshape", "embedding"} & numbers
 
 
+def test_what_the_output_does_not_depend_on() -> None:
+    class Wasteful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            (x * 2).exp()
+            return self.layer(x)
+
+    drawing = drawing_of(perexfx.transform(Wasteful(), torch.zeros(4, 3)))
+    assert {node.id for node in drawing.before.nodes if node.role == "unused"} == {"mask_1", "mul", "exp"}
+    assert "exp" not in to_dot(drawing)
+
+
 # Formats
 
 

@@ -69,8 +69,8 @@ def _fitting_depth(drawing: Drawing) -> int:
 
 
 def _drawn(side: Side) -> Iterator[Node]:
-    """All but sizes and what is computed of them, which say nothing of the rewrite."""
-    return (node for node in side.nodes if node.role != "number")
+    """All but sizes, and what the output does not depend on: they say nothing of the rewrite."""
+    return (node for node in side.nodes if node.role not in ("number", "unused"))
 
 
 def _representative(node: Node, depth: int) -> str:

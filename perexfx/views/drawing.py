@@ -32,8 +32,8 @@ class Node:
     Attributes:
         id: Its name in the graph; the same on both sides.
         label: What it does.
-        role: "input", "output", "model", "number" (sizes and what is computed of them), "site", "clip", "norm",
-            "format" or "culprit".
+        role: "input", "output", "model", "number" (sizes and what is computed of them), "unused" (what the output does
+            not depend on), "site", "clip", "norm", "format" or "culprit".
         modules: The modules whose boxes it is in, the outermost first, by path.
         module: Path of the module in whose forward it was recorded.
         source: `file.py:line`, where that is known.
@@ -176,13 +176,14 @@ class _Shapes:
 
 def _captured_side(graph: fx.Graph, module: Any, shapes: _Shapes, sites: Mapping[str, str]) -> Side:
     """The graph as it was captured; parameters and buffers are listed by those who read them."""
-    numbers = _numbers(graph)
+    numbers, used = _numbers(graph), _used(graph)
     nodes, edges = [], []
     for node in graph.nodes:
         if node.op == "get_attr":
             continue
         info = info_of(node)
         role = {"placeholder": "input", "output": "output"}.get(node.op, "number" if node in numbers else "model")
+        role = role if node in used else "unused"
         nodes.append(
             Node(
                 id=node.name,
@@ -241,6 +242,15 @@ def _numbers(graph: fx.Graph) -> set[fx.Node]:
         read = node.all_input_nodes
         if reads_shape_only(node) or (is_arithmetic and read and found.issuperset(read)):
             found.add(node)
+    return found
+
+
+def _used(graph: fx.Graph) -> set[fx.Node]:
+    """What the output depends on."""
+    found = {node for node in graph.nodes if node.op == "output"}
+    for node in reversed(graph.nodes):
+        if node in found:
+            found.update(node.all_input_nodes)
     return found
 
 

@@ -39,7 +39,7 @@ def style_of(node: Node, row: Row | None) -> Style:
         case "input" | "output":
             shape = (node.shape,) if node.shape else ()
             return Style("box", "#344054", "#1d2939", "#ffffff", (node.label, *shape))
-        case "number":
+        case "number" | "unused":
             return Style("box", MODEL, "#e4e7ec", FAINT, (node.label,))
         case "site" if row is not None:
             lines = (f"{node.label}  {row.site}", f"{row.strategy}  {row.seconds * 1e3:.2f} ms")

@@ -18,7 +18,7 @@ function laidOutSize() {
   return SIZE * Math.max(1, context.measureText(LETTERS).width / 100 / WIDTH_IN_ARIAL);
 }
 
-const state = { folded: new Set(), chosen: "", mode: "strategy", lit: "", clipEdges: false, numbers: false };
+const state = { folded: new Set(), chosen: "", mode: "strategy", lit: "", clipEdges: false, everything: false };
 const views = {}; // side -> { nodes by id, canvas, zoom }
 const fontSize = laidOutSize();
 let viz;
@@ -34,7 +34,7 @@ const last = views.after ?? views.before;
 
 // Folding
 
-const shown = (node) => state.numbers || node.role !== "number";
+const shown = (node) => state.everything || !["number", "unused"].includes(node.role);
 const ofSite = (node) => node.role === "site" ? data.rows[node.site] : undefined;
 const representative = (node) => {
   const box = node.modules.find((path) => state.folded.has(path));

@@ -34,7 +34,7 @@ function take(match) {
 }
 
 function go(node) {
-  if (!shown(node)) document.getElementById("numbers").click();
+  if (!shown(node)) document.getElementById("everything").click();
   unfoldDownTo(node);
   choose(node.id);
 }
@@ -74,7 +74,7 @@ for (const button of document.querySelectorAll("#colors button")) {
 const refit = () => { for (const view of Object.values(views)) { view.zoom?.destroy(); view.zoom = undefined; } draw(); };
 document.getElementById("fold-all").addEventListener("click", () => { foldTo(0); refit(); });
 document.getElementById("unfold-all").addEventListener("click", () => { state.folded.clear(); refit(); });
-for (const [id, key] of [["clip-edges", "clipEdges"], ["numbers", "numbers"]]) {
+for (const [id, key] of [["clip-edges", "clipEdges"], ["everything", "everything"]]) {
   document.getElementById(id).addEventListener("change", (event) => { state[key] = event.target.checked; draw(); });
 }
 window.addEventListener("resize", () => { for (const view of Object.values(views)) view.zoom?.resize(); });

@@ -51,6 +51,7 @@ const words = {
   clip: () => "clip node: hands out the parameters; its backward clips and returns their sums",
   format: () => "conversion of the memory format",
   number: () => "a size, or computed of sizes",
+  unused: (node) => `${node.label}: the output does not depend on it`,
   culprit: (node) => `${node.label}: refused`,
 };
 
