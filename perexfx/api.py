@@ -94,7 +94,8 @@ def transform(
     with _drawn(captured.graph, twin):
         sites = match(captured.graph, twin, trainable, (*rules, *RULES), Fallback(), batch_dim, analysis)
     _check_reached(sites, trainable)
-    check_forced(sites, STRATEGIES, strategy)
+    with _drawn(captured.graph, twin):
+        check_forced(sites, STRATEGIES, strategy)
     regions = regions_of(captured.graph, twin, sites)
     state = PerExample(sites, regions, settings, captured, trainable, frozen, partial(_plan_for, tuple(rules)))
     transformed = rewrite(twin, captured.graph, state)
@@ -190,14 +191,15 @@ def _plan_for(rules: tuple[Rule, ...], state: PerExample, module: nn.Module, kin
     channels_last = faster_with_channels_last(
         state.regions, graph, module, analysis, fitted, alternatives.least_seconds, machine
     )
-    plan = make_plan(
-        state.sites,
-        with_formats(fitted, state.regions, channels_last),
-        alternatives,
-        forced=settings.strategy,
-        channels_last=channels_last,
-        footprint=Rehearsed(state, kind),
-    )
+    with _drawn(graph, module):
+        plan = make_plan(
+            state.sites,
+            with_formats(fitted, state.regions, channels_last),
+            alternatives,
+            forced=settings.strategy,
+            channels_last=channels_last,
+            footprint=Rehearsed(state, kind),
+        )
     return plan if settings.memory_budget is None else plan.within(settings.memory_budget)
 
 

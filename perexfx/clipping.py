@@ -27,7 +27,7 @@ def clip_factors_of(tape: Tape, norms: Tensor, lost: Tensor) -> dict[str, Tensor
         each = [_flat(layer_norm, share) for layer_norm in layer_norms]
         return {g: _without(lost, own, norms.dtype) for g, own in zip(groups, each, strict=True)}
     if callable(settings.clipping):
-        factors = _checked(settings.clipping(norms), norms)
+        factors = _checked(settings.clipping(norms.clone()), norms)  # which may change what it is given
     elif settings.clipping == "automatic":
         factors = _automatic(norms, settings.clip_norm)
     else:

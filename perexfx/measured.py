@@ -72,9 +72,10 @@ def random_factors(signature: Signature, dtype: torch.dtype, device: torch.devic
 def measure(
     candidates: Sequence[Strategy], signature: Signature, dtype: torch.dtype, device: torch.device
 ) -> dict[str, float]:
-    """Seconds of every candidate, by name, from factors to the clipped sum."""
-    factors = random_factors(signature, dtype, device)
-    weights = torch.rand(signature.n, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    """Seconds of every candidate, by name, from factors to the clipped sum. Random numbers of others stay theirs."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        factors = random_factors(signature, dtype, device)
+        weights = torch.rand(signature.n, dtype=torch.promote_types(dtype, torch.float32), device=device)
     runs: dict[str, Callable[[], object]] = {
         strategy.name: lambda strategy=strategy: strategy.squared_norms(factors)[1].weighted_sum(weights)
         for strategy in candidates

@@ -1,6 +1,7 @@
 """Measuring a transformed module's own steps: what each site's strategy takes, beside what was predicted.
 
-Promises: `.grad`, random number generators and what `gm.perexfx` says of the last backward are left as they are. The
+Promises: `.grad`, buffers, random number generators and what `gm.perexfx` says of the last backward are left as they
+are; hooks run, as they do in any step. The
 whole steps, ordinary and clipped, are timed in turn and undisturbed; sites are timed in steps of their own.
 """
 
@@ -28,7 +29,7 @@ from perexfx.plan import Plan
 from perexfx.record import leaves_of
 from perexfx.rewrite import Transformed
 from perexfx.state import PerExample, state_of
-from perexfx.step import LossFunction
+from perexfx.step import LossFunction, checked_loss
 from perexfx.step import call as forward_of
 
 
@@ -100,8 +101,10 @@ def profile(gm: Transformed, loss_fn: LossFunction, x: GivenInputs, y: Any, *, s
     plain = fx.GraphModule(gm, copy.deepcopy(state.captured.graph))
     device = next(iter(gm.parameters())).device
     clock = _Clock(device)
+    planned = state.plans.get((kind, n))
     with _left_as_it_was(gm, state):
-        plan = state.plans.get((kind, n)) or state.prepare(kind, n)
+        plan = planned or state.prepare(kind, n)
+        state.plans[kind, n] = plan
         ordinary, clipped = _in_turn(
             [lambda: _step(gm, plain, loss_fn, x, y), lambda: _step(gm, gm, loss_fn, x, y)], steps, clock
         )
@@ -130,7 +133,7 @@ WARM_UP = 3
 
 
 def _step(gm: Transformed, module: torch.nn.Module, loss_fn: LossFunction, x: GivenInputs, y: Any) -> None:
-    loss = loss_fn(forward_of(module, x), y)
+    loss = checked_loss(loss_fn(forward_of(module, x), y))
     torch.autograd.grad(loss, [p for p in gm.parameters() if p.requires_grad], allow_unused=True)
 
 
@@ -149,8 +152,14 @@ def _in_turn(steps: list[Callable[[], None]], times: int, clock: _Clock) -> list
 @contextmanager
 def _left_as_it_was(gm: Transformed, state: PerExample) -> Iterator[None]:
     devices = {p.device for p in gm.parameters() if p.is_cuda}
-    with state.set_aside(), torch.random.fork_rng(devices), torch.enable_grad():
-        yield
+    before = {name: buffer.clone() for name, buffer in gm.named_buffers()}
+    with state.set_aside(), torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, buffer in gm.named_buffers():
+                    buffer.copy_(before[name])
 
 
 class _Clock:

@@ -26,6 +26,8 @@ from perexfx.runtime import clip, norm, per_example
 from perexfx.state import PerExample
 
 STATE = "perexfx"
+PREFIX = "perexfx_"
+"""Of the names of inserted nodes: those of the captured graph keep theirs."""
 
 
 def _overload(name: str, overload: str) -> Any:
@@ -150,7 +152,9 @@ def _rewritten(captured: fx.Graph, sites: Sequence[Site], regions: Sequence[Regi
             new[node] = graph.node_copy(node, given.__getitem__)
         else:
             if site.group not in tokens:
-                tokens[site.group] = graph.call_function(norm, (tape, token, site.group))
+                tokens[site.group] = graph.create_node(
+                    "call_function", norm, (tape, token, site.group), name=f"{PREFIX}norm"
+                )
                 annotate(tokens[site.group], replace(info_of(node), role="norm", site=site.group))
             constants = tuple(
                 tuple(by_name[name] for name in operand.expression.constants) for operand in site.operands
@@ -198,7 +202,8 @@ class _Borders:
     def _converted(self, conversion: Callable[..., Any], read: fx.Node, value: fx.Node, region: int) -> fx.Node:
         key = read.name, region, conversion is enter
         if key not in self.converted:
-            node = self.graph.call_function(conversion, (self.tape, value, region))
+            name = PREFIX + conversion.__name__
+            node = self.graph.create_node("call_function", conversion, (self.tape, value, region), name=name)
             self.converted[key] = annotate(node, replace(info_of(read), role="format", site="", overwrites=False))
         return self.converted[key]
 
@@ -208,12 +213,14 @@ def _insert_clip(
 ) -> tuple[fx.Node, fx.Node, dict[str, fx.Node]]:
     """The tape, the clip node, and what comes out of it: the token and the parameters."""
     arguments = tuple(str(node.target).lstrip("*") for node in inputs)
-    tape = graph.create_node("call_module", STATE, (arguments, *inputs), name="tape")
-    read = [graph.create_node("get_attr", name) for name in names]
-    node = graph.create_node("call_function", clip, (tape, names, *read), name="clip")
-    token = graph.create_node("call_function", operator.getitem, (node, 0), name="token")
+    tape = graph.create_node("call_module", STATE, (arguments, *inputs), name=f"{PREFIX}tape")
+    read = [graph.create_node("get_attr", name, name=f"{PREFIX}{name.replace('.', '_')}") for name in names]
+    node = graph.create_node("call_function", clip, (tape, names, *read), name=f"{PREFIX}clip")
+    token = graph.create_node("call_function", operator.getitem, (node, 0), name=f"{PREFIX}token")
     given = [
-        graph.create_node("call_function", operator.getitem, (node, at), name=f"clipped_{name.replace('.', '_')}")
+        graph.create_node(
+            "call_function", operator.getitem, (node, at), name=f"{PREFIX}clipped_{name.replace('.', '_')}"
+        )
         for at, name in enumerate(names, start=1)
     ]
     for inserted in (tape, node, token, *read, *given):

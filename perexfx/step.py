@@ -66,16 +66,23 @@ def functional_step(gm: Transformed, loss_fn: LossFunction) -> Step:
         trainable = {name for name, parameter in gm.named_parameters() if parameter.requires_grad}
         leaves = {name: value.detach().requires_grad_(name in trainable) for name, value in params.items()}
         with stateless._reparametrize_module(gm, {**leaves, **buffers}), torch.enable_grad():
-            loss = loss_fn(call(gm, x), y)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise ArgumentError(f"`loss_fn` should return a scalar tensor. Found {found}.")
+            loss = checked_loss(loss_fn(call(gm, x), y))
             wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
             found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
         state = gm.perexfx
         return loss.detach(), state.norms, state.clip_factors, dict(zip(wanted, found, strict=True))
 
     return step
+
+
+def checked_loss(loss: Any) -> Tensor:
+    """A loss. Raises: ArgumentError, where it is none that a backward can begin with."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ArgumentError(f"`loss_fn` should return a scalar tensor. Found {found}.")
+    if not loss.requires_grad:
+        raise ArgumentError("`loss_fn` should return a loss that depends on a trainable parameter. Found a constant.")
+    return loss
 
 
 def traced(
@@ -134,4 +141,4 @@ def _of_tensors(step: Callable[..., Any], given: Any) -> Callable[..., Any]:
     return of_tensors
 
 
-__all__ = ["LossFunction", "Step", "call", "functional_step", "step_graph", "traced"]
+__all__ = ["LossFunction", "Step", "call", "checked_loss", "functional_step", "step_graph", "traced"]

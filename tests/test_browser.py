@@ -15,7 +15,7 @@ from torch import nn
 
 import perexfx
 from perexfx.bench.models import LanguageModel, ResNet18, small_cnn
-from perexfx.views.drawing import drawing_of
+from perexfx.views.drawing import CLIP, drawing_of
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_a_small_graph_is_drawn_whole(page: Page, tmp_path: Path) -> None:
     show(page, gm, tmp_path / "graph.html")
     captured = {node.name for node in gm.perexfx.captured.graph.nodes if node.op != "get_attr"}
     assert drawn(page, "before") == captured
-    assert captured | {"clip", "norm", "norm_1", "norm_2", "norm_3"} <= drawn(page, "after")
+    assert captured | {CLIP, *(f"perexfx_norm{at}" for at in ("", "_1", "_2", "_3"))} <= drawn(page, "after")
     text = page.text_content(node("after", "conv2d")) or ""
     row = perexfx.report(gm).rows[0]
     assert row.strategy in text
@@ -136,12 +136,12 @@ def test_choosing_shows_the_row_of_the_report(page: Page, tmp_path: Path) -> Non
     for (_, _, seconds, why), option in zip(options, weight.options, strict=True):
         assert why == ("chosen" if option.status == "chosen" else option.why)
         assert bool(seconds) == (option.seconds is not None)
-    page.click(node("after", "norm_1"))
+    page.click(node("after", "perexfx_norm_1"))
     assert "norm node of 3" in page.inner_text("#panel")
-    assert chosen(page) == {"before|conv2d_1", "after|norm_1"}
-    page.click(node("after", "clip"))
+    assert chosen(page) == {"before|conv2d_1", "after|perexfx_norm_1"}
+    page.click(node("after", CLIP))
     assert "8 parameters" in page.inner_text("#panel") or "0.weight" in page.inner_text("#panel")
-    assert chosen(page) == {"after|clip"}
+    assert chosen(page) == {f"after|{CLIP}"}
 
 
 def test_colours(page: Page, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_clip_edges_and_sizes_are_shown_on_request(page: Page, tmp_path: Path) -
     page.set_checked("#clip-edges", not page.is_checked("#clip-edges"))
     after = drawing_of(gm).after
     assert after is not None
-    from_clip = [edge for edge in after.edges if edge.source == "clip"]
+    from_clip = [edge for edge in after.edges if edge.source == CLIP]
     assert len(from_clip) > len(gm.perexfx.groups)  # a parameter expression reads it too
     assert abs(page.locator("#after .edge").count() - shown) == len(from_clip)
 

@@ -176,7 +176,7 @@ def last_linear(gm: Any) -> Any:
 
 def test_a_parameter_used_outside_of_its_sites() -> None:
     gm = two_layers()
-    bias = next(node for node in gm.graph.nodes if node.name == "clipped_2_bias")
+    bias = next(node for node in gm.graph.nodes if node.name == "perexfx_clipped_2_bias")
     output = last_linear(gm)
     with gm.graph.inserting_after(output):
         added = gm.graph.call_function(operator.add, (output, bias))

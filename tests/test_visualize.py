@@ -22,7 +22,7 @@ import perexfx
 from perexfx.bench.models import LanguageModel, ResNet18, small_cnn
 from perexfx.ir.node import info_of
 from perexfx.views.dot import SHOWN, to_dot
-from perexfx.views.drawing import Drawing, drawing_of
+from perexfx.views.drawing import CLIP, Drawing, drawing_of
 
 
 def cnn() -> Any:
@@ -82,8 +82,8 @@ def test_every_site_gets_its_parameters_from_the_clip_node() -> None:
     edges = {(edge.source, edge.target) for edge in drawing.after.edges if edge.kind == "clip"}
     norms = {node.id: node.site for node in drawing.after.nodes if node.role == "norm"}
     sites = {node.id: node.site for node in drawing.after.nodes if node.role == "site"}
-    assert {norms[end] for start, end in edges if start == "clip"} == set(sites.values())
-    assert {norms[start]: sites[end] for start, end in edges if start != "clip"} == {s: s for s in sites.values()}
+    assert {norms[end] for start, end in edges if start == CLIP} == set(sites.values())
+    assert {norms[start]: sites[end] for start, end in edges if start != CLIP} == {s: s for s in sites.values()}
 
 
 def test_modules_that_are_boxes() -> None:
@@ -291,10 +291,31 @@ def test_an_error_without_a_graph(tmp_path: Path) -> None:
     error = pickle.loads(pickle.dumps(refused()))
     with pytest.raises(perexfx.ArgumentError, match=r"This MixingError has no graph to draw"):
         perexfx.visualize(error, tmp_path / "graph.html")
+    with pytest.raises(perexfx.ArgumentError, match=r"A ValueError has no graph to draw"):
+        perexfx.visualize(ValueError("no"), tmp_path / "graph.html")
+
+
+def test_a_strategy_that_does_not_apply_is_drawn(tmp_path: Path) -> None:
     with pytest.raises(perexfx.StrategyError) as caught:
-        perexfx.transform(small_cnn(), strategy="fastest")
-    with pytest.raises(perexfx.ArgumentError, match=r"This StrategyError has no graph to draw"):
-        perexfx.visualize(caught.value, tmp_path / "graph.html")
+        perexfx.transform(small_cnn(), torch.zeros(4, 1, 28, 28), strategy={"0": "outer"})
+    assert [node.id for node in drawing_of(caught.value).before.nodes if node.role == "culprit"] == ["conv2d"]
+
+
+@pytest.mark.parametrize("name", ["norm", "clip", "token", "tape", "enter", "leave"])
+def test_nodes_of_the_model_keep_their_names(name: str) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.add_module(name, nn.Tanh())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return getattr(self, name)(self.layer(x)).clip(-1, 1) + self.layer(x).norm(dim=-1, keepdim=True)
+
+    drawing = drawing_of(perexfx.transform(Named(), torch.zeros(4, 3)))
+    assert drawing.after is not None
+    assert {node.id for node in drawing.before.nodes} <= {node.id for node in drawing.after.nodes}
+    assert [node.id for node in drawing.after.nodes if node.role == "clip"] == [CLIP]
 
 
 # Mistakes

@@ -13,7 +13,7 @@ from perexfx.inputs import Inputs
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.errors import BudgetError
 from perexfx.ir.site import Site
-from perexfx.plan import Decision, Plan
+from perexfx.plan import Decision, Key, Plan
 from perexfx.state import PerExample
 from perexfx.views.words import MEGABYTE
 
@@ -184,7 +184,7 @@ def _comparison(rival: Alternative, decision: Decision, plan: Plan) -> str:
         return f"{times}; {decision.reason}"
     if rival.seconds >= chosen.seconds:
         return times
-    if decision.reason:
+    if decision.reason == "forced":
         return f"{times}, but {chosen.strategy.name} was asked for"
     peak = plan.bytes_added_with(decision, rival)
     return f"{times}, but {peak / MEGABYTE:+.2f} MB at the peak"
@@ -198,7 +198,7 @@ class Flip:
     """A site whose strategy depends on the batch size.
 
     Attributes:
-        site: Its name.
+        site: Its name, and that of the operand where it is not the first.
         ranges: `(first, last, strategy)` over the batch sizes that were tried, in order.
     """
 
@@ -251,14 +251,24 @@ def plans_for(state: PerExample, kind: Inputs, sizes: Sequence[int]) -> dict[int
     return found
 
 
+def decided(plan: Plan) -> dict[Key, str]:
+    """(site, operand) -> what it is called: the first operand of every site, and all others that have a choice."""
+    firsts = {decision.site: decision.operand for decision in reversed(plan.decisions)}
+    return {
+        (d.site, d.operand): d.site if d.operand == firsts[d.site] else f"{d.site} ({d.operand})"
+        for d in plan.decisions
+        if d.operand == firsts[d.site] or len(d.candidates) > 1
+    }
+
+
 def flips_of(plans: dict[int, Plan | None]) -> tuple[Flip, ...]:
     """The sites whose strategy is not the same for all batch sizes that have a plan."""
     fitting = {n: plan for n, plan in sorted(plans.items()) if plan is not None}
     found = []
-    for site in next(iter(fitting.values())).fitted if fitting else ():
+    for key, site in decided(next(iter(fitting.values()))).items() if fitting else ():
         ranges: list[tuple[int, int, str]] = []
         for n, plan in fitting.items():
-            name = plan[site]
+            name = plan.strategies[key].name
             if ranges and ranges[-1][2] == name:
                 ranges[-1] = (ranges[-1][0], n, name)
             else:
@@ -268,8 +278,14 @@ def flips_of(plans: dict[int, Plan | None]) -> tuple[Flip, ...]:
     return tuple(found)
 
 
+CHOICES = 100
+"""Decisions of a plan up to which smaller budgets are tried: to choose under one takes seconds beyond."""
+
+
 def budget_steps(plan: Plan) -> tuple[BudgetStep, ...]:
     """The plan below its own memory: the next one, one half way down, and under the least budget that there can be."""
+    if sum(len(decision.candidates) > 1 for decision in plan.decisions) > CHOICES:
+        return ()
     highest = plan.bytes_added
     lowest = max(0, plan.leanest().bytes_added)
     if lowest >= highest:
@@ -279,10 +295,11 @@ def budget_steps(plan: Plan) -> tuple[BudgetStep, ...]:
 
 
 def _budget_step(other: Plan, plan: Plan) -> BudgetStep:
-    changes = {d.site: d.chosen.strategy.name for d, old in _differing(other, plan)}
+    names = decided(plan)
+    changes = {names[d.site, d.operand]: d.chosen.strategy.name for d in _differing(other, plan)}
     return BudgetStep(max(0, other.bytes_added), other.bytes_added, other.seconds, tuple(changes.items()))
 
 
-def _differing(other: Plan, plan: Plan) -> list[tuple[Decision, Decision]]:
+def _differing(other: Plan, plan: Plan) -> list[Decision]:
     pairs = zip(other.decisions, plan.decisions, strict=True)
-    return [(new, old) for new, old in pairs if new.chosen.strategy is not old.chosen.strategy]
+    return [new for new, old in pairs if new.chosen.strategy is not old.chosen.strategy]

@@ -14,12 +14,16 @@ from pathlib import Path
 
 from perexfx.ir.errors import ArgumentError, PerexError
 from perexfx.views.decisions import Row
-from perexfx.views.drawing import Drawing, Node, Side
+from perexfx.views.drawing import CLIP, Drawing, Node, Side
 from perexfx.views.palette import color_of
 from perexfx.views.styles import BOX, style_of
 
 SHOWN = 60
 """Nodes of a graph that are drawn one by one, unless more is asked for."""
+
+
+CLIPPED = 14
+"""Norm nodes, up to which the edges of the clip node are drawn: more of them hide the graph."""
 
 
 def to_dot(drawing: Drawing, depth: int | None = None) -> str:
@@ -96,14 +100,16 @@ def _side(name: str, side: Side, depth: int, rows: Mapping[str, Row], boxes: Map
     ]
     body += _clusters((), inside, folded, name, rows, boxes)
     edges = {}
+    clipped = sum(node.role == "norm" for node in nodes.values())
     for edge in side.edges:
         if edge.source not in nodes or edge.target not in nodes:
             continue
         source, target = (_representative(nodes[end], depth) for end in (edge.source, edge.target))
-        if source != target:
+        is_fan_out = source == CLIP and clipped > CLIPPED
+        if source != target and not is_fan_out:
             edges.setdefault((source, target), edge.kind)
     for (source, target), kind in edges.items():
-        how = "weight=0" if source == "clip" else "minlen=0"  # a norm node stands beside its site
+        how = "weight=0" if source == CLIP else "minlen=0"  # a norm node stands beside its site
         style = " [weight=8]" if kind == "data" else f' [color="#e5484d", style=dashed, {how}]'
         body.append(f"    {_quoted(f'{name}/{source}')} -> {_quoted(f'{name}/{target}')}{style};")
     return [*body, "  }"]

@@ -20,9 +20,13 @@ from perexfx.classify import reads_shape_only
 from perexfx.ir.errors import ArgumentError, RefusedError
 from perexfx.ir.node import info_of
 from perexfx.ir.refusal import Refusal
+from perexfx.runtime import clip
 from perexfx.state import PerExample, state_of
 from perexfx.views.decisions import Row, rows_of
-from perexfx.views.words import clipping_in_words
+from perexfx.views.words import clipping_in_words, counted
+
+CLIP = "perexfx_clip"
+"""Id of the clip node."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ def drawing_of(subject: nn.Module | RefusedError) -> Drawing:
     """
     if isinstance(subject, RefusedError):
         return _of_refusal(subject)
+    if isinstance(subject, BaseException):
+        raise ArgumentError(f"A {type(subject).__name__} has no graph to draw: the forward was not captured.")
     state = state_of(subject)
     captured, analysis = state.captured.graph, None if state.kind is None else state.known(state.kind)
     sites = {site.node: site.name for site in state.sites}
@@ -125,7 +131,7 @@ def drawing_of(subject: nn.Module | RefusedError) -> Drawing:
     planned = "not planned yet" if state.plan is None else f"batch of {state.plan.batch_size}"
     return Drawing(
         title=type(subject).__name__,
-        subtitle=f"{len(state.sites)} sites, {planned}, {clipping_in_words(state.settings)}",
+        subtitle=f"{counted(len(state.sites), 'site')}, {planned}, {clipping_in_words(state.settings)}",
         before=_boxed(before, boxes),
         after=_boxed(after, boxes),
         boxes={path: _class_of(subject, path) for path in boxes},
@@ -152,7 +158,7 @@ def _of_refusal(error: RefusedError) -> Drawing:
     boxes = _boxes(nodes)
     return Drawing(
         title=type(error.module).__name__,
-        subtitle=f"refused: {len(error.refusals)} {'reason' if len(error.refusals) == 1 else 'reasons'}",
+        subtitle=f"refused: {counted(len(error.refusals), 'reason')}",
         before=_boxed(replace(side, nodes=nodes), boxes),
         after=None,
         boxes={path: _class_of(error.module, path) for path in boxes},
@@ -210,10 +216,10 @@ def _rewritten_side(gm: Any, known: Mapping[str, Node], state: PerExample) -> Si
         if info.role == "tape" or node.op == "get_attr":
             continue
         if info.role == "clip":
-            stands_for[node] = "clip"
-            if node.name != "clip":
+            stands_for[node] = CLIP
+            if node.target is not clip:
                 continue
-            nodes.append(Node(id="clip", label="clip", role="clip", parameters=tuple(node.args[1])))
+            nodes.append(Node(id=CLIP, label="clip", role="clip", parameters=tuple(node.args[1])))
         elif info.role == "norm":
             nodes.append(Node(node.name, "norm", "norm", _paths(info.module), info.module, site=info.site))
         elif info.role == "format":
@@ -227,9 +233,9 @@ def _rewritten_side(gm: Any, known: Mapping[str, Node], state: PerExample) -> Si
         own = stands_for.setdefault(node, node.name)
         for read in node.all_input_nodes:
             source = stands_for.get(read)
-            if source is None or (source == "clip" and info.role == "site"):
+            if source is None or (source == CLIP and info.role == "site"):
                 continue  # the tape, constants, and parameters, which come with the norm
-            is_clipping = source == "clip" or info_of(read).role == "norm"
+            is_clipping = source == CLIP or info_of(read).role == "norm"
             edges.append(Edge(source, own, "clip" if is_clipping else "data"))
     return Side(tuple(nodes), tuple(dict.fromkeys(edges)))
 

@@ -28,7 +28,7 @@ from perexfx.views.decisions import (
 )
 from perexfx.views.pages import Viewed
 from perexfx.views.sweep import Sweep, sweep_of
-from perexfx.views.words import MEGABYTE, aligned, clipping_in_words, indented, named
+from perexfx.views.words import MEGABYTE, aligned, clipping_in_words, counted, indented, named
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -86,7 +86,9 @@ class Report(Viewed):
     @property
     def title(self) -> str:
         """Sites, batch size and clipping."""
-        return f"perexfx strategy report: {len(self.rows)} sites, batch of {self.batch_size}, {self.clipping}"
+        return (
+            f"perexfx strategy report: {counted(len(self.rows), 'site')}, batch of {self.batch_size}, {self.clipping}"
+        )
 
     @property
     def totals(self) -> tuple[str, ...]:

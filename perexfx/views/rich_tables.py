@@ -28,21 +28,23 @@ def report_table(report: Report) -> Group:
         table.add_column(heading, justify="right" if is_number else "left", no_wrap=whole, overflow="fold")
     for row in report.rows:
         cells = report.labelled(row)
-        table.add_row(*(_strategy(cell) if heading in ("strategy", "next best") else cell for heading, cell in cells))
+        table.add_row(
+            *(_strategy(cell) if heading in ("strategy", "next best") else Text(cell) for heading, cell in cells)
+        )
     parts: list[Table | Text] = [table]
     if report.flips:
         flips = Table(title="Other batch sizes (powers of two were tried)", title_justify="left", box=SIMPLE)
         flips.add_column("sites")
         flips.add_column("strategy")
         for ranges, sites in report.flips_together.items():
-            flips.add_row(named(sites), ranges)
+            flips.add_row(Text(named(sites)), Text(ranges))
         parts.append(flips)
     if report.budgets:
         budgets = Table(title="Smaller memory budgets", title_justify="left", box=SIMPLE)
         for heading in ("peak", "time", "changes"):
             budgets.add_column(heading)
         for step in report.budgets:
-            budgets.add_row(*report.budget_cells(step))
+            budgets.add_row(*map(Text, report.budget_cells(step)))
         parts.append(budgets)
     if report.proof:
         parts.append(Text(report.proof))
@@ -59,7 +61,7 @@ def sweep_table(sweep: Sweep) -> Table:
         is_total = at >= len(sweep.sites)
         if at == len(sweep.sites):
             table.add_section()
-        table.add_row(name, *(cells if is_total else map(_strategy, cells)))
+        table.add_row(Text(name), *(cells if is_total else map(_strategy, cells)))
     return table
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from perexfx.views.decisions import Row
 from perexfx.views.drawing import Node
 from perexfx.views.palette import CLIP, FORMAT, MODEL, NORM, color_of
+from perexfx.views.words import counted
 
 BOX = "#f7f8fa"
 """Inside of an unfolded module."""
@@ -29,7 +30,7 @@ def style_of(node: Node, row: Row | None) -> Style:
     """The look of a node; of a site by its row in the report, where there is a plan."""
     match node.role:
         case "clip":
-            return Style("box", CLIP, "#a81c22", "#ffffff", ("clip", f"{len(node.parameters)} parameters"))
+            return Style("box", CLIP, "#a81c22", "#ffffff", ("clip", counted(len(node.parameters), "parameter")))
         case "norm":
             return Style("ellipse", NORM, CLIP, INK, ("norm",))
         case "format":

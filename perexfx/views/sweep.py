@@ -5,15 +5,15 @@ Promises: every size asked for has a column, every site a row; a size that no pl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from perexfx.inputs import Inputs
 from perexfx.ir.errors import ArgumentError
-from perexfx.plan import Plan
+from perexfx.plan import Key, Plan
 from perexfx.state import PerExample
-from perexfx.views.decisions import plans_for
+from perexfx.views.decisions import decided, plans_for
 from perexfx.views.pages import Viewed
 from perexfx.views.words import MEGABYTE, aligned
 
@@ -71,7 +71,7 @@ class Sweep(Viewed):
 
     Attributes:
         machine: The machine profile.
-        sites: Their names, in graph order.
+        sites: Their names, in graph order; other operands that have a choice have a line of their own.
         columns: One per batch size, in the order asked for.
     """
 
@@ -134,20 +134,30 @@ def sweep_of(state: PerExample, kind: Inputs, batch_sizes: Sequence[int]) -> Swe
     Raises:
         ArgumentError: A batch size is not positive, or there is none.
     """
-    sizes = list(batch_sizes)
+    sizes = list(batch_sizes) if isinstance(batch_sizes, Iterable) else []
     if not sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
         raise ArgumentError(f"`batch_sizes` should be positive numbers. Found {batch_sizes!r}.")
     plans = plans_for(state, kind, sizes)
-    machine = next((plan.machine for plan in plans.values() if plan is not None), "")
-    return Sweep(machine, tuple(s.name for s in state.sites), tuple(_column(n, plans[n], state) for n in sizes))
+    assert state.plan is not None
+    keys = decided(state.plan)
+    return Sweep(state.plan.machine, tuple(keys.values()), tuple(_column(n, plans[n], list(keys)) for n in sizes))
 
 
-def _column(n: int, plan: Plan | None, state: PerExample) -> Column:
+def _column(n: int, plan: Plan | None, keys: Sequence[Key]) -> Column:
+    """What was decided; operands without a choice count with the first of their site."""
     if plan is None:
         return Column(n, fits=False)
-    sites = []
-    for site in state.sites:
-        decisions = [decision for decision in plan.decisions if decision.site == site.name]
-        held = sum(decision.chosen.bytes_held for decision in decisions)
-        sites.append(SiteAt(plan[site.name], sum(decision.seconds for decision in decisions), held))
+    found = {}
+    for decision in plan.decisions:
+        key = (decision.site, decision.operand)
+        own = key if key in keys else next(other for other in keys if other[0] == decision.site)
+        found.setdefault(own, []).append(decision)
+    sites = [
+        SiteAt(
+            plan.strategies[key].name,
+            sum(decision.seconds for decision in found[key]),
+            sum(decision.chosen.bytes_held for decision in found[key]),
+        )
+        for key in keys
+    ]
     return Column(n, True, plan.seconds, plan.ordinary_seconds, plan.bytes_added, tuple(sites))

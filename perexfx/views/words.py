@@ -50,7 +50,13 @@ def named(names: Sequence[str]) -> str:
 
 def clipping_in_words(settings: Settings) -> str:
     """What becomes of the norms."""
+    if callable(settings.clipping):
+        return "clipping by a function of the user's"
     if settings.clip_norm is None:
         return "nothing is clipped"
-    kind = settings.clipping if isinstance(settings.clipping, str) else "user-defined"
-    return f"{kind.replace('_', '-')} clipping, clip_norm {settings.clip_norm:g}"
+    return f"{settings.clipping.replace('_', '-')} clipping, clip_norm {settings.clip_norm:g}"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 site`, `2 sites`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
