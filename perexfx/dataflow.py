@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import networkx as nx
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from perexfx.classify import passes_no_gradient
 from perexfx.inputs import Inputs, arguments_for
 from perexfx.ir.errors import CaptureError
-from perexfx.ir.factors import Factors
+from perexfx.ir.factors import Factors, Product
 from perexfx.ir.node import place_of
 from perexfx.ir.rule import Arguments, Backward, Fitted, Geometry, Wrapped
 from perexfx.plan import Key, Plan
@@ -42,6 +42,7 @@ class Operation:
         site: The site in whose forward or backward it ran, or "".
         carries_gradient: Whether a gradient may pass through it.
         given: Per tensor argument its name in the schema and the nodes that it was made by.
+        numbers: The arguments that are no tensors, by name.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Operation:
     site: str = ""
     carries_gradient: bool = True
     given: tuple[tuple[str, frozenset[int]], ...] = ()
+    numbers: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.where})" if self.where else self.name
@@ -192,7 +194,8 @@ class _Recorder(TorchDispatchMode):
         if new or written:
             made = (*new, *written)
             passes = self.carries_gradient and any(t.is_floating_point() or t.is_complex() for t in made)
-            node = self._add(Operation(_name(func), self.where, self.site, passes, tuple(given)))
+            numbers = {name: value for name, value in _named(func, args, kwargs) if not leaves_of(value)}
+            node = self._add(Operation(_name(func), self.where, self.site, passes, tuple(given), numbers))
             for tensor in made:
                 self._make(tensor, node)
         return result
@@ -228,7 +231,9 @@ class _Recorder(TorchDispatchMode):
             factors: What the site's backward has left.
             known: Tensors of the same backward that have theirs.
         """
-        copied = _with_tensors(factors, lambda tensor: _copy(tensor, known))
+        is_shared = isinstance(factors, Product) and factors.right_gram is not None
+        own = known if is_shared else {}  # else equal gradients of two operands could not be told apart
+        copied = _with_tensors(factors, lambda tensor: _copy(tensor, own))
         nodes = {node for tensor in leaves_of(copied) for node in self.made(tensor)}
         self.handed_over[key] = tuple(sorted(nodes))
         return copied

@@ -58,6 +58,8 @@ class Transformed(fx.GraphModule):
     def recompile(self) -> Any:
         """Keeps torch.compile out of the forward: it would lose what the nodes leave for the backward."""
         code = super().recompile()
+        if STATE in self._modules:
+            self.perexfx.proofs.clear()  # they were of another graph
         cls: Any = type(self)
         cls.forward = _uncompiled(cls.forward)
         return code

@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
 from torch import nn
 
 from perexfx.dataflow import Dataflow, dataflow
-from perexfx.ir.errors import ProofError
+from perexfx.ir.errors import ArgumentError, ProofError
 from perexfx.plan import Key
 from perexfx.rewrite import Transformed
-from perexfx.state import PerExample, planned
+from perexfx.state import PerExample, Settings, planned
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Proof:
 
     Attributes:
         batch_size: Of the plan.
-        is_clipped: Whether there is a bound; False with `clip_norm=None`.
+        factors: What else must be said of the clip factors, or "".
         operations: Nodes of the dataflow.
         edges: Its edges.
         gradients: How many parameters get a gradient.
@@ -37,7 +38,7 @@ class Proof:
     """
 
     batch_size: int
-    is_clipped: bool
+    factors: str
     operations: int
     edges: int
     gradients: int
@@ -47,12 +48,12 @@ class Proof:
 
     def __str__(self) -> str:
         products = ", ".join(f"{count} {name}" for name, count in self.products.items())
-        bound = "" if self.is_clipped else " With clip_norm=None the factors are ones: nothing is bounded."
+        bound = f" {self.factors}" if self.factors else ""
         return (
             f"Proved on the dataflow of a step of {self.batch_size} ({self.operations:,} operations, {self.edges:,} "
             f"edges), for every input and every loss of the examples' own outputs:\n"
             f"1. Every path from an input to the gradient of any of {self.gradients} parameters passes the clip "
-            f"factors, in a product that is linear in them ({products}).{bound}\n"
+            f"factors, in a product with them or with what is made of them ({products}).{bound}\n"
             f"2. Every such path passes the norms, or what the parameter's own sites hand over ({self.handed_over} "
             f"tensors of {self.sites} sites), and all of that enters the norms.\n"
             f"3. Every path from a parameter to an output passes an operation of one of its sites, or is detached."
@@ -72,8 +73,11 @@ def verify(gm: nn.Module) -> Proof:
         What was proved; `print` shows it, and `perexfx.report(gm)` from then on.
 
     Guarantees:
-        Takes for granted that no operation mixes examples, which `transform` has analyzed and `perexfx.check` tries,
-        and that the loss joins examples by a sum or mean.
+        What is proved is that nothing goes around: that no value of an example reaches a gradient but multiplied with
+        clip factors, and that none is missing from the norms. Not proved, but tried by `perexfx.check` and the tests:
+        the arithmetic of norms, factors and products themselves (that a factor is not undone, or another example's),
+        kernels that replace operations while nobody watches, and that no operation mixes examples. Hooks and what an
+        optimizer does come after. It takes for granted that the loss joins examples by a sum or mean.
 
     Raises:
         ProofError: Something does not hold; the message has the path.
@@ -82,9 +86,13 @@ def verify(gm: nn.Module) -> Proof:
     """
     state, plan, kind = planned(gm)
     assert isinstance(gm, Transformed)
+    if plan.batch_size == 0:
+        raise ArgumentError(
+            "The last batch had no examples, and its step has no paths. Call the module on one that has."
+        )
+    state.proofs.pop((kind, plan.batch_size), None)
     flow = dataflow(gm, plan, kind)
-    is_clipped = state.settings.clip_norm is not None
-    proof = prove(flow, _own_sites(state), batch_size=plan.batch_size, is_clipped=is_clipped)
+    proof = prove(flow, _own_sites(state), batch_size=plan.batch_size, factors=_said_of_factors(state.settings))
     state.proofs[kind, plan.batch_size] = proof
     return proof
 
@@ -99,24 +107,32 @@ def _own_sites(state: PerExample) -> dict[str, list[Key]]:
     return found
 
 
-def prove(flow: Dataflow, own: Mapping[str, Sequence[Key]], *, batch_size: int, is_clipped: bool = True) -> Proof:
+def _said_of_factors(settings: Settings) -> str:
+    if callable(settings.clipping):
+        return "The factors are what a function of the user's makes of the norms, which is not examined."
+    return "" if settings.clip_norm is not None else "With clip_norm=None the factors are ones: nothing is bounded."
+
+
+def prove(flow: Dataflow, own: Mapping[str, Sequence[Key]], *, batch_size: int, factors: str = "") -> Proof:
     """The three claims, for the dataflow of one step.
 
     Args:
         flow: The step.
         own: Parameter -> the operands of sites that it is used by.
         batch_size: Of the step.
-        is_clipped: Whether there is a bound.
+        factors: What else must be said of the clip factors; "": that they must follow from the norms.
 
     Raises:
         ProofError: One does not hold.
     """
     products = _passes_the_factors(flow)
+    if not factors:
+        _follow_from_the_norms(flow)
     _passes_own_sites(flow, own)
     _is_used_at_sites(flow, own)
     return Proof(
         batch_size=batch_size,
-        is_clipped=is_clipped,
+        factors=factors,
         operations=flow.graph.number_of_nodes(),
         edges=flow.graph.number_of_edges(),
         gradients=sum(node is not None for node in flow.gradients.values()),
@@ -153,11 +169,15 @@ _LINEAR = {
 """Operations that are linear in the argument named first, while those named next are fixed."""
 
 
-def _is_product(name: str, clipped: Set[str], data: Set[str]) -> bool:
+def _is_product(name: str, numbers: Mapping[str, Any], clipped: Set[str], data: Set[str]) -> bool:
     """Whether an operation is linear in clipped arguments that the data of the others is multiplied with.
 
     Further arguments, which a product is added to, may be clipped too.
     """
+    if name == "masked_fill" and numbers.get("value") != 0:
+        return False  # what is filled in is not multiplied
+    if name == "convolution_backward" and numbers["output_mask"][2]:
+        return False  # nor is the gradient of a bias
     if name in _BILINEAR:
         first, second = _BILINEAR[name].split()
         return any(data == {one} and other in clipped and one not in clipped for one, other in _both(first, second))
@@ -187,7 +207,8 @@ def _passes_the_factors(flow: Dataflow) -> list[int]:
         data = {name for name, nodes in given if nodes & raw}
         if not data:
             continue
-        if not _is_product(flow.operations[node].name, {name for name, nodes in given if nodes & clipped}, data):
+        found = flow.operations[node]
+        if not _is_product(found.name, found.numbers, {name for name, nodes in given if nodes & clipped}, data):
             raise ProofError(
                 f"{flow.operations[node]} joins what belongs to examples with the clip factors, and is not known to be "
                 f"a product of the two. {_path(flow, unclipped, flow.inputs, *_given_by(flow, node, raw))}"
@@ -196,11 +217,23 @@ def _passes_the_factors(flow: Dataflow) -> list[int]:
     return meeting
 
 
+def _follow_from_the_norms(flow: Dataflow) -> None:
+    """That the factors are made of the norms: of all together, or, with `clipping="per_layer"`, of what enters them."""
+    for factor in flow.factors:
+        values = {node for name, nodes in flow.operations[factor].given if name == "self" for node in nodes}
+        read = values.union(*(nx.ancestors(flow.graph, node) for node in values))  # the mask only drops examples
+        handed = {node for nodes in flow.handed_over.values() for node in nodes}
+        if flow.handed_over and not read & (handed & nx.ancestors(flow.graph, flow.norms)):
+            raise ProofError(f"The clip factors do not depend on the norms. {flow.operations[factor]} reads none.")
+
+
 def _passes_own_sites(flow: Dataflow, own: Mapping[str, Sequence[Key]]) -> None:
     """That nothing of an example reaches a gradient but by the norms and by what the parameter's own sites hand over,
     and that all of this enters the norms.
     """
-    norms = set(flow.graph.pred[flow.norms]) | flow.factors
+    norms = set(flow.graph.pred[flow.norms])
+    if len(flow.factors) > 1:  # of groups, each made of the squared norms of its sites
+        norms |= flow.factors
     counted = nx.ancestors(flow.graph, flow.norms)
     for name, gradient in flow.gradients.items():
         if gradient is None:

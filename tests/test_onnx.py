@@ -617,3 +617,42 @@ def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     refused(r"`onnxscript`.*pip install 'perexfx\[onnx\]'", gm, path, x)
     assert not list(tmp_path.iterdir())
+
+
+# Numbers that torch's exporter gets wrong
+
+
+def test_a_file_with_other_numbers_is_not_written(tmp_path: Path) -> None:
+    class Strided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x)
+            return h.as_strided((h.shape[0], 3), (6, 2))
+
+    def loss(output: Tensor, _: Any) -> Tensor:
+        return output.square().mean()
+
+    x, path = torch.randn(4, 6), tmp_path / "model.onnx"
+    with pytest.raises(perexfx.ExportError, match=r"Output `norms` of the ONNX file differs from torch's by 1.0e\+00"):
+        perexfx.export_onnx(perexfx.transform(Strided(), x), path, x, graph="step", loss_fn=loss)
+    pooled, images = nn.Sequential(nn.Conv2d(1, 1, 1), nn.AvgPool2d(2, divisor_override=3)), torch.randn(2, 1, 4, 4)
+    with pytest.raises(perexfx.ExportError, match=r"Output `output` of the ONNX file differs"):
+        perexfx.export_onnx(perexfx.transform(pooled, images), path, images)
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_whose_paths_read_alike(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            return {"a": {"b": self.layer(x)}, "a.b": 2 * self.layer(x)}
+
+    x = torch.randn(4, 6)
+    perexfx.export_onnx(perexfx.transform(Twice(), x), tmp_path / "model.onnx", x)
+    assert [value.name for value in onnx.load(tmp_path / "model.onnx").graph.output] == ["a.b", "a.b_"]

@@ -12,7 +12,7 @@ from cases import CASES, Case
 from torch import Tensor, nn
 
 import perexfx
-from perexfx import runtime
+from perexfx import clipping, runtime
 from perexfx.ir.factors import Factors, Product
 from perexfx.layers.linear import Linear
 from perexfx.strategies.outer import Outer
@@ -53,8 +53,8 @@ def test_its_words() -> None:
     assert str(perexfx.verify(gm)).splitlines() == [
         "Proved on the dataflow of a step of 4 (74 operations, 91 edges), for every input and every loss of the "
         "examples' own outputs:",
-        "1. Every path from an input to the gradient of any of 4 parameters passes the clip factors, in a product that "
-        "is linear in them (4 mm, 2 mul).",
+        "1. Every path from an input to the gradient of any of 4 parameters passes the clip factors, in a product "
+        "with them or with what is made of them (4 mm, 2 mul).",
         "2. Every such path passes the norms, or what the parameter's own sites hand over (6 tensors of 2 sites), and "
         "all of that enters the norms.",
         "3. Every path from a parameter to an output passes an operation of one of its sites, or is detached.",
@@ -114,6 +114,60 @@ def test_a_gradient_that_is_not_clipped(monkeypatch: pytest.MonkeyPatch, broken:
     monkeypatch.setattr(Product, "weighted_sum", broken)
     with pytest.raises(perexfx.ProofError, match=message):
         perexfx.verify(gm)
+
+
+def test_factors_that_do_not_follow_from_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = two_layers()
+    monkeypatch.setattr(clipping, "_flat", lambda norms, clip_norm: torch.ones_like(norms))
+    with pytest.raises(perexfx.ProofError, match=r"^The clip factors do not depend on the norms"):
+        perexfx.verify(gm)
+
+
+def test_factors_that_read_more_than_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, kept = Linear.backward, list[Tensor]()
+
+    def keeps(self: Linear, call: Any) -> Any:
+        kept.append(call.grad_output)
+        return honest(self, call)
+
+    gm = two_layers(clipping=lambda norms: norms + kept[0].sum(1))
+    monkeypatch.setattr(Linear, "backward", keeps)
+    with pytest.raises(perexfx.ProofError, match="has more in it than its sites hand over"):
+        perexfx.verify(gm)
+
+
+def test_a_mask_that_fills_in_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shows_where(self: Product, weights: Tensor) -> Tensor:
+        return honest(self, weights).masked_fill(self.gradients().sum(0) > 0.1, 1e6)
+
+    gm = two_layers()
+    monkeypatch.setattr(Product, "weighted_sum", shows_where)
+    with pytest.raises(perexfx.ProofError, match=r"^masked_fill joins what belongs to examples with the clip factors"):
+        perexfx.verify(gm)
+
+
+def test_equal_gradients_of_two_operands_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = runtime._squared_norms
+
+    def forgets_a_bias(tape: Any, group: str) -> Tensor | None:
+        found = {key: tape.observed.pop(key) for key in list(tape.observed) if key[1] == "bias_hh"}
+        total = counted(tape, group)
+        tape.held.update(found)
+        return total
+
+    gm = perexfx.transform(nn.LSTM(3, 4), torch.randn(5, 2, 3), batch_dim=1)
+    assert perexfx.verify(gm)
+    monkeypatch.setattr(runtime, "_squared_norms", forgets_a_bias)
+    with pytest.raises(perexfx.ProofError, match="hands over for `bias_hh` is not in the norms"):
+        perexfx.verify(gm)
+
+
+def test_a_proof_goes_with_its_graph() -> None:
+    gm = two_layers()
+    perexfx.verify(gm)
+    assert "Proved" in str(perexfx.report(gm))
+    gm.recompile()
+    assert "Proved" not in str(perexfx.report(gm))
 
 
 def test_a_site_that_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +260,13 @@ def test_without_a_plan_or_a_transform() -> None:
         perexfx.verify(perexfx.transform(nn.Linear(3, 2)))
     with pytest.raises(perexfx.ArgumentError, match=r"should come from `perexfx.transform`. Found Linear"):
         perexfx.verify(nn.Linear(3, 2))
+
+
+def test_a_batch_without_examples() -> None:
+    gm = two_layers()
+    gm(torch.zeros(0, 6))
+    with pytest.raises(perexfx.ArgumentError, match="The last batch had no examples"):
+        perexfx.verify(gm)
 
 
 def test_what_reads_numbers_cannot_be_followed() -> None:

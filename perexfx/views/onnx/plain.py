@@ -55,7 +55,10 @@ class Plain(nn.Module):
         result = runs.run(*self._given(gm.graph, dict(zip(self.names, tensors, strict=True))))
         taken = {id(value) for value in (*tensors, *gm.parameters(), *gm.buffers())}
         found = {}
-        for name, value in _outputs(result):
+        for path, value in _outputs(result):
+            name = path
+            while name in found:  # two paths may read alike: {"a": {"b": x}, "a.b": y}
+                name += "_"
             found[name] = value.clone() if id(value) in taken else value
             taken.add(id(value))
         return found

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from perexfx.inputs import GivenInputs, bind_inputs, by_name, named_leaves
 from perexfx.ir.errors import ArgumentError, ExportError
 from perexfx.ir.refusal import Refusal
 from perexfx.quiet import quiet
 from perexfx.rewrite import Transformed
-from perexfx.step import LossFunction
+from perexfx.step import LossFunction, functional_step
+from perexfx.views.onnx.compare import compare
 from perexfx.views.onnx.forward import forward_model
 from perexfx.views.onnx.metadata import of_model
+from perexfx.views.onnx.plain import Plain
 from perexfx.views.onnx.step import step_model
 from perexfx.views.onnx.translate import require_extra
 
@@ -40,7 +45,10 @@ def export_onnx(
 ) -> Path:
     """Path of the ONNX file that it writes: the transformed module's forward, or its whole step.
 
-    The file is valid (it is checked) and any runtime runs it. Parameters and buffers are in it under their own names;
+    Before the file is written it is checked, and run by onnxruntime on the example inputs: loss, norms, gradients or
+    outputs that are not torch's are refused. (Where onnxruntime lacks an operation for a dtype, the log says that this
+    was not done. Rows of a masked attention that see nothing are zero in torch and not in a forward's file.)
+    Parameters and buffers are in it under their own names;
     those of more than 1.9 GB are in a second file beside it, `<name>.data`.
 
     `graph="forward"`: what `gm(x)` computes, in the mode that `gm` is in. Clip node, norm nodes and sites are nodes of
@@ -70,7 +78,7 @@ def export_onnx(
         ExportError: Operations have no translation to ONNX, or draw random numbers; all are named.
         CaptureError: The step cannot be one graph: the model or the loss reads the value of a tensor.
     """
-    path = _checked(gm, path, graph, loss_fn, targets)
+    file = _checked(gm, path, graph, loss_fn, targets)
     require_extra()
     arguments = by_name(bind_inputs(gm, example_inputs, "example_inputs"))
     state = gm.perexfx
@@ -81,13 +89,35 @@ def export_onnx(
         kind, _ = state.kind_of(named_leaves(arguments))
         if loss_fn is None:
             model = forward_model(gm, arguments, kind.carriers, plan)
+            given, expected = arguments, _forward_of(gm, arguments)
         else:
             model = step_model(gm, loss_fn, example_inputs, arguments, targets)
+            given, expected = [arguments, targets], _step_of(gm, loss_fn, example_inputs, targets)
     model.metadata_props.update(of_model(graph, state.settings, plan))
     model.producer_name, model.producer_version = "perexfx", model.metadata_props["perexfx.version"]
     model.graph.name = graph
-    _write(model, path)
-    return path
+    _write(model, file, [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)], expected)
+    return Path(path)
+
+
+def _forward_of(gm: Transformed, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The forward's outputs by name, with buffers as they were afterwards."""
+    plain = Plain(gm, arguments)
+    named = named_leaves(arguments)
+    with torch.no_grad():
+        before = {name: buffer.clone() for name, buffer in gm.named_buffers()}
+        found = plain(*(named[name] for name in plain.names))
+        for name, buffer in gm.named_buffers():
+            buffer.copy_(before[name])
+    return found
+
+
+def _step_of(gm: Transformed, loss_fn: LossFunction, x: GivenInputs, targets: Any) -> dict[str, Tensor]:
+    """What an eager step finds, by name."""
+    buffers = {name: buffer.clone() for name, buffer in gm.named_buffers()}
+    loss, norms, factors, gradients = functional_step(gm, loss_fn)(dict(gm.named_parameters()), buffers, x, targets)
+    found = {name: value for name, value in gradients.items() if value is not None}
+    return {"loss": loss, "norms": norms, "clip_factors": factors, **{f"grad.{n}": v for n, v in found.items()}}
 
 
 def _checked(gm: Any, path: Any, graph: Any, loss_fn: Any, targets: Any) -> Path:
@@ -112,11 +142,14 @@ def _checked(gm: Any, path: Any, graph: Any, loss_fn: Any, targets: Any) -> Path
         raise ArgumentError(
             f"`path` should be a file in a folder that exists. Found {str(path)!r}. Make the folder first."
         )
-    return Path(path)
+    found = Path(path).resolve()
+    if found.exists() and not found.is_file():
+        raise ArgumentError(f"`path` should be a file, or none yet. Found {str(path)!r}, which is something else.")
+    return found
 
 
-def _write(model: ir.Model, path: Path) -> None:
-    """Checks a model and writes it; a file that was there stays as it was where the model is not valid."""
+def _write(model: ir.Model, path: Path, given: Sequence[Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Checks a model and writes it; a file that was there stays as it was where the model is not valid or not right."""
     import onnx  # noqa: PLC0415 (an extra)
     import onnx_ir as ir  # noqa: PLC0415 (an extra)
 
@@ -129,6 +162,7 @@ def _write(model: ir.Model, path: Path) -> None:
             onnx.checker.check_model(str(written), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ExportError([_not_valid(error)]) from error
+        compare(written, given, expected)
         for file in sorted(Path(folder).iterdir()):
             file.replace(path.parent / file.name)
 
