@@ -40,6 +40,9 @@ class Holder:
 def broken():
     raise RuntimeError("no weights")
 
+def leaves():
+    raise SystemExit(3)
+
 number = 3
 """
 
@@ -154,6 +157,8 @@ def test_strategies_and_budgets(nets: str, capsys: pytest.CaptureFixture[str]) -
 
 # What is wrong is said
 
+STEP = ("export", "some_nets.py:cnn", "m.onnx", *IMAGES, "--graph", "step", "--loss", "cross_entropy", "--target")
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -163,9 +168,9 @@ def test_strategies_and_budgets(nets: str, capsys: pytest.CaptureFixture[str]) -
         (("report", "no.such.package:cnn"), "'no.such.package' cannot be imported: ModuleNotFoundError: No module"),
         (
             ("report", "some_nets.py:tail", *IMAGES),
-            "There are Holder, Tokens, broken, cnn, normed.",
+            "There are Holder, Tokens, broken, cnn, leaves, normed.",
         ),
-        (("report", "some_nets.py:broken", *IMAGES), "could not be made: RuntimeError: no weights (some_nets.py:23)."),
+        (("report", "some_nets.py:broken", *IMAGES), "could not be made: RuntimeError: no weights at some_nets.py:23."),
         (("report", "some_nets.py:number", *IMAGES), "should be or return a torch.nn.Module. Found int."),
         (("report", "some_nets.py:cnn"), "Name the model's inputs by their shapes: `--input 32x3x224x224`"),
         (("report", "some_nets.py:cnn", "--input", "4by3"), "An input is written as its shape"),
@@ -178,6 +183,16 @@ def test_strategies_and_budgets(nets: str, capsys: pytest.CaptureFixture[str]) -
         (("report", "some_nets.py:cnn", *IMAGES, "--strategy", "gram", "--strategy", "0=gram"), "`--strategy` is one"),
         (("report", "some_nets.py:cnn", *IMAGES, "--batch-sizes", "few"), "`--batch-sizes` should be numbers"),
         (("report", "some_nets.py:cnn", *IMAGES, "--batch-sizes", "1", "--explain", "0"), "Leave out `--batch-sizes`"),
+        (("report", "some_nets.py:cnn", *IMAGES, "--batch-sizes", "1", "--verify"), "are for one batch size"),
+        (("report", "some_nets.py:cnn", *IMAGES, "--measure", "0"), "`steps` should be a positive number. Found 0."),
+        (("report", "some_nets.py:leaves", *IMAGES), "could not be made: SystemExit: 3"),
+        (("export", "some_nets.py:cnn", "m.onnx", *IMAGES, "--loss", "mse"), "takes no `--loss`"),
+        ((*STEP, "5:int64:10"), "A step fails: ValueError: Expected input batch_size"),
+        ((*STEP, "y=4:int64:10"), "`--target` has no name. Found 'y=4:int64:10'."),
+        (
+            ("check", "some_nets.py:Tokens", "--input", "ids=4x5:int64:900", "--input", "mask=4x5"),
+            "The check fails: Index",
+        ),
         (("report", "some_nets.py:cnn", *IMAGES, "--explain", "9"), "There is no site '9'. The sites are 0, 1, 4."),
         (("report", "some_nets.py:cnn", *IMAGES, "--html", "no/where.html"), "should be a file that can be written"),
         (("visualize", "some_nets.py:cnn", "graph.pdf", *IMAGES), "`path` should end in one of .html, .dot"),
@@ -198,7 +213,7 @@ def test_without_a_traceback(nets: str) -> None:
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 2
 
-    assert found.stderr.endswith("could not be made: RuntimeError: no weights (some_nets.py:23).\n")
+    assert found.stderr.endswith("could not be made: RuntimeError: no weights at some_nets.py:23.\n")
     assert len(found.stderr.splitlines()) == 1
 
 

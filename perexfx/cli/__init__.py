@@ -37,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     subject = _subject()
 
     report = parsers.add_parser(
-        "report", parents=[subject], help="what the planner chose at every site, at what cost, and over what"
+        "report",
+        parents=[subject],
+        help="what the planner chose at every site, at what cost, and over what",
     )
     report.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page")
     report.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
@@ -73,12 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     demo = parsers.add_parser("demo", help="differentially private training on real images, in under two minutes")
     demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder (default: %(default)s)")
     demo.set_defaults(run=COMMANDS["demo"])
+    for command in parsers.choices.values():
+        command.epilog = _EXIT_CODES
     return parser
 
 
 def _subject() -> argparse.ArgumentParser:
     """What commands on a model have in common."""
-    subject = argparse.ArgumentParser(add_help=False, epilog=_EXIT_CODES)
+    subject = argparse.ArgumentParser(add_help=False)
     subject.add_argument("model", help="package.module:factory or file.py:factory, a module or what makes one")
     model = subject.add_argument_group("the model")
     model.add_argument(

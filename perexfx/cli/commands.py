@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 import perexfx
 from perexfx.bench.workloads import WORKLOADS
-from perexfx.cli.subject import bytes_of, inputs_of, model_named
+from perexfx.cli.subject import bytes_of, inputs_of, model_named, running
 from perexfx.ir.errors import ArgumentError, PerexError, RefusedError
 from perexfx.rewrite import Transformed
 
@@ -27,18 +27,21 @@ LOSSES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss, "bce": F.binary_c
 
 def report(options: argparse.Namespace) -> int:
     """Prints the strategy report, and writes it where asked to."""
+    if options.batch_sizes is not None and (options.explain or options.verify or options.measure is not None):
+        raise ArgumentError(
+            "`--explain`, `--verify` and `--measure` are for one batch size. Leave out `--batch-sizes`."
+        )
     gm, inputs = _transformed(options)
-    if options.batch_sizes:
+    if options.batch_sizes is not None:
         found: Any = perexfx.report(gm, batch_sizes=_numbers(options.batch_sizes))
     else:
-        if options.measure:
-            perexfx.profile(gm, _any_loss, inputs, None, steps=options.measure)
+        if options.measure is not None:
+            with running("A step"):
+                perexfx.profile(gm, _any_loss, inputs, None, steps=options.measure)
         if options.verify:
             perexfx.verify(gm)
         found = perexfx.report(gm)
     if options.explain:
-        if options.batch_sizes:
-            raise ArgumentError("`--explain` is for the report of one batch size. Leave out `--batch-sizes`.")
         print(found.explain(options.explain))
     elif not options.html and not options.json:
         _show(found)
@@ -64,14 +67,19 @@ def visualize(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Writes the forward, or the whole step, as ONNX."""
-    gm, inputs = _transformed(options)
-    if (options.graph == "step") != bool(options.loss and options.target):
+    given = [value for value in (options.loss, options.target) if value is not None]
+    if len(given) != (2 if options.graph == "step" else 0):
         needs = "needs `--loss` and `--target`" if options.graph == "step" else "takes no `--loss` and no `--target`"
         raise ArgumentError(f"`--graph {options.graph}` {needs}.")
+    gm, inputs = _transformed(options)
     step: dict[str, Any] = {}
     if options.graph == "step":
-        (target,) = inputs_of([options.target])
-        step = {"loss_fn": LOSSES[options.loss], "targets": target}
+        targets = inputs_of([options.target])
+        if isinstance(targets, dict):
+            raise ArgumentError(f"`--target` has no name. Found {options.target!r}.")
+        step = {"loss_fn": LOSSES[options.loss], "targets": targets[0]}
+        with running("A step"):
+            step["loss_fn"](gm(**inputs) if isinstance(inputs, dict) else gm(*inputs), step["targets"])
     print(perexfx.export_onnx(gm, options.path, inputs, graph=options.graph, **step))
     return 0
 
@@ -94,7 +102,8 @@ def check(options: argparse.Namespace) -> int:
         model = model.double()
         inputs = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
     gm = perexfx.transform(model, inputs, **_settings(options))
-    found = perexfx.check(gm, inputs, model=model, examples=options.examples)
+    with running("The check"):
+        found = perexfx.check(gm, inputs, model=model, examples=options.examples)
     print(found)
     return 0 if found else DISAGREES
 
@@ -224,7 +233,10 @@ def _numbers(text: str) -> list[int]:
 
 def _any_loss(output: Any, _: Any) -> Tensor:
     """For timing: the mean square of everything that has a gradient."""
-    return torch.stack([t.square().mean() for t in pytree.tree_leaves(output) if _has_gradient(t)]).sum()
+    parts = [tensor.square().mean() for tensor in pytree.tree_leaves(output) if _has_gradient(tensor)]
+    if not parts:
+        raise ArgumentError("The model's output has no gradient, so there is no step to time. Leave out `--measure`.")
+    return torch.stack(parts).sum()
 
 
 def _has_gradient(value: Any) -> bool:

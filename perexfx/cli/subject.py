@@ -11,8 +11,8 @@ import importlib.util
 import math
 import re
 import sys
-import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perexfx.ir.errors import ArgumentError
+from perexfx.ir.errors import ArgumentError, PerexError
+from perexfx.places import line_of, reason_of
 
 
 def model_named(name: str) -> nn.Module:
@@ -40,8 +41,8 @@ def model_named(name: str) -> nn.Module:
         made = found if isinstance(found, nn.Module) or not callable(found) else found()
     except ArgumentError:
         raise
-    except Exception as error:  # whatever the user's code does
-        raise ArgumentError(f"`{name}` could not be made: {_in_words(error)}") from error
+    except (Exception, SystemExit) as error:  # whatever the user's code does
+        raise ArgumentError(f"`{name}` could not be made: {in_words(error)}") from error
     if not isinstance(made, nn.Module):
         raise ArgumentError(f"`{name}` should be or return a torch.nn.Module. Found {type(made).__name__}.")
     return made
@@ -66,8 +67,8 @@ def _module(where: str) -> ModuleType:
         return module
     except ArgumentError:
         raise
-    except Exception as error:  # whatever the user's code does
-        raise ArgumentError(f"{where!r} cannot be imported: {_in_words(error)}") from error
+    except (Exception, SystemExit) as error:  # whatever the user's code does
+        raise ArgumentError(f"{where!r} cannot be imported: {in_words(error)}") from error
 
 
 def _attribute(module: ModuleType, attribute: str, name: str) -> Any:
@@ -80,11 +81,28 @@ def _attribute(module: ModuleType, attribute: str, name: str) -> Any:
     return found
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: BaseException) -> str:
     """What was raised, and the last line of the user's code that it came from."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}."
+    place = line_of(error)
+    reason = reason_of(error)
+    return f"{type(error).__name__}: {reason}{place}."
+
+
+@contextmanager
+def running(what: str) -> Iterator[None]:
+    """What fails inside is the user's model, loss or inputs.
+
+    Raises:
+        ArgumentError: Something else than an error of ours was raised.
+    """
+    try:
+        yield
+    except PerexError:
+        raise
+    except Exception as error:  # whatever the user's code does
+        raise ArgumentError(
+            f"{what} fails: {in_words(error)} Do the inputs fit the model, and targets the loss?"
+        ) from error
 
 
 _INPUT = re.compile(r"(?:(?P<name>\w+)=)?(?P<shape>\d+(?:x\d+)*|scalar)(?::(?P<dtype>\w+))?(?::(?P<high>\d+))?")
@@ -150,6 +168,8 @@ def inputs_of(given: Sequence[str]) -> Any:
     named = [one.name for one in parsed if one.name]
     if named and len(named) < len(parsed):
         raise ArgumentError(f"Name all inputs, or none. Found names for {', '.join(named)} alone.")
+    if len(set(named)) < len(named):
+        raise ArgumentError(f"Name each input once. Found {', '.join(named)}.")
     random = torch.Generator().manual_seed(0)
     tensors = [one.draw(random) for one in parsed]
     return dict(zip(named, tensors, strict=True)) if named else tuple(tensors)

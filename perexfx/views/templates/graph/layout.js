@@ -4,6 +4,7 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const READABLE = 26; // nodes of a graph that are shown when the page opens, unless a depth is asked for
+const MOST_CLIPPED = 80; // norm nodes, up to which these edges can be asked for: the layout takes minutes beyond
 const CLIPPED = 14; // norm nodes, up to which the edges of the clip node are shown when the page opens
 
 // Graphviz takes texts to be as wide as in Arial. Where the page has a wider font, it is told a larger size.

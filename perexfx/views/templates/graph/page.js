@@ -83,7 +83,10 @@ Viz.instance().then((instance) => {
   viz = instance;
   if (data.depth === null) foldToFit();
   else foldTo(data.depth);
-  state.clipEdges = [...last.nodes.values()].filter((node) => node.role === "norm").length <= CLIPPED;
+  const clipped = [...last.nodes.values()].filter((node) => node.role === "norm").length;
+  state.clipEdges = clipped <= CLIPPED;
+  document.getElementById("clip-edges").disabled = clipped > MOST_CLIPPED;
+  document.getElementById("clip-edges").parentElement.title = clipped > MOST_CLIPPED ? `${clipped} edges are more than can be laid out` : "";
   document.getElementById("clip-edges").checked = state.clipEdges;
   if (!Object.keys(data.rows).length) document.getElementById("colors").hidden = true;
   if (!views.after) document.getElementById("clip-edges").parentElement.hidden = true;

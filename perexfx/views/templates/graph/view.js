@@ -16,8 +16,8 @@ function drawSide(side, anchor) {
   const before = view.zoom && anchor ? placeOf(side, anchor) : undefined;
   const zoom = view.zoom?.getSizes().realZoom;
   const pan = view.zoom?.getPan();
+  const svg = viz.renderSVGElement(graphOf(side)); // before what is there is given up: a layout may fail
   view.zoom?.destroy();
-  const svg = viz.renderSVGElement(graphOf(side));
   svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", `${side} the rewrite`);
   svg.removeAttribute("width");
