@@ -112,7 +112,11 @@ def traced(
         gm.perexfx.prepare(*gm.perexfx.kind_of(arguments))
         try:
             trace = make_fx(
-                _of_tensors(step, given), decompositions, tracing_mode="fake", record_stack_traces=keeps_stacks
+                _of_tensors(step, given),
+                decompositions,
+                tracing_mode="fake",
+                _allow_non_fake_inputs=True,  # losses close over class weights
+                record_stack_traces=keeps_stacks,
             )
             return trace(*given)
         except (RuntimeError, NotImplementedError) as error:

@@ -163,3 +163,15 @@ def test_what_cannot_be_a_graph() -> None:
         perexfx.step_graph(gm, lambda output, _: output, x, y)
     with pytest.raises(perexfx.ArgumentError, match="transform"):
         perexfx.step_graph(nn.Linear(2, 2), F.cross_entropy, x, y)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_loss_may_close_over_tensors() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(6, 3), torch.randn(4, 6), torch.randint(0, 3, (4,))
+    loss = nn.CrossEntropyLoss(weight=torch.rand(3), reduction="sum")
+    gm = perexfx.transform(model, x, loss_reduction="sum")
+    graph = perexfx.step_graph(gm, loss, x, y)
+    _, norms, gradients = graph(*parts(gm), x, y)
+    loss(gm(x), y).backward()
+    assert torch.equal(norms, gm.perexfx.norms)
+    assert torch.equal(gradients["weight"], model.weight.grad)
