@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from torch.utils import _pytree as pytree
 
 import perexfx
 from perexfx.bench.models import ResNet18, SequenceClassifier, mlp
+from perexfx.views.onnx.decompositions import DECOMPOSITIONS
+from perexfx.views.onnx.pooling import BY_SCALE
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -123,12 +127,68 @@ def cnn() -> nn.Module:
     )
 
 
+class Pooled(nn.Module):
+    """Pools with divisors and ceilings, and resizing by a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 3, 3)
+        self.pools = nn.Sequential(
+            nn.AvgPool2d(3, 2, 1, ceil_mode=True, divisor_override=4),
+            nn.Upsample(scale_factor=1.7, mode="bicubic"),
+            nn.Hardshrink(0.1),
+            nn.Upsample(scale_factor=0.7, mode="bilinear"),
+        )
+        self.volumes = nn.Sequential(
+            nn.Upsample(scale_factor=1.3, mode="trilinear"), nn.AvgPool3d(2, 1, ceil_mode=True, divisor_override=5)
+        )
+        self.rows = nn.Sequential(nn.Upsample(scale_factor=1.3, mode="linear"), nn.Softshrink(0.1))
+        self.head = nn.LazyLinear(10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.pools(self.first(x))
+        rows = self.rows(self.volumes(pooled.unsqueeze(1)).flatten(2))
+        return (
+            self.head(rows.unfold(2, 3, 2).sum(-1).flatten(1)) + torch.diagonal(pooled, 1, 2, 3).mean((1, 2))[:, None]
+        )
+
+
+def pooled() -> nn.Module:
+    model = Pooled()
+    model(torch.zeros(1, 2, 11, 12))
+    return model
+
+
+class Masked(nn.Module):
+    """Attention with masks; some rows of them see nothing, for which torch has zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 24), nn.Linear(6, 10)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        query, key, value, wide = self.layer(x).chunk(4, -1)
+        one = F.scaled_dot_product_attention(query, key, value, mask)
+        heads = [t.unflatten(-1, (2, 3)).transpose(1, 2) for t in (query, key, value)]
+        shifts = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
+        several = F.scaled_dot_product_attention(*heads, attn_mask=shifts[:, None], scale=0.3)
+        grouped = F.scaled_dot_product_attention(heads[0], *(t[:, :1] for t in heads[1:]), enable_gqa=True)
+        return self.head(one + (several + grouped).transpose(1, 2).flatten(2) + wide).mean(1)
+
+
+def some_masks(n: int) -> Tensor:
+    mask = torch.rand(n, 5, 5) > 0.4
+    mask[:, 2] = False
+    return mask
+
+
 FORWARDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "cnn": (cnn, (2, 10, 10)),
     "resnet": (lambda: ResNet18(width=4), (3, 32, 32)),
     "mlp": (lambda: mlp((6, 5, 10)), (6,)),
     "attention": (Attention, (3, 6)),
     "lstm": (lambda: SequenceClassifier(4, 5), (6, 4)),
+    "pooled": (pooled, (2, 11, 12)),
 }
 
 
@@ -205,6 +265,41 @@ def test_names_that_are_taken(tmp_path: Path) -> None:
     assert list(found) == ["logits", "image_", "again"]
     for one, other in zip(found.values(), expected.values(), strict=True):
         assert_same(one, other.detach())
+
+
+class Namesakes(nn.Module):
+    """Parameters, modules and inputs with the names that a file has for its own values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output, self.input = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3))
+        self.clipped, self.l = nn.Module(), nn.Linear(4, 4)
+        self.clipped.l = nn.Linear(4, 10)
+
+    def forward(self, token: Tensor, targets: Tensor) -> Tensor:
+        return self.clipped.l(self.l((token + self.input) @ self.output + targets))
+
+
+def test_names_of_values_of_the_file_itself(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    gm, x, y = perexfx.transform(Namesakes()), (torch.randn(5, 3), torch.randn(5, 4)), torch.randint(0, 10, (5,))
+    model = Model(perexfx.export_onnx(gm, tmp_path / "model.onnx", x))
+    assert list(model.inputs) == ["token", "targets"]
+    assert_same(model(*x)["output_"], gm(*x).detach())
+    loss = F.cross_entropy
+    model = Model(perexfx.export_onnx(gm, tmp_path / "step.onnx", x, graph="step", loss_fn=loss, targets=y))
+    assert list(model.inputs)[-3:] == ["token", "targets", "targets_"]
+    loss(gm(*x), y).backward()
+    assert_same(model(*x, targets_=y)["grad.output"], gm.get_parameter("output").grad)
+
+
+def test_masks_under_which_rows_see_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    gm = perexfx.transform(Masked())
+    model = Model(perexfx.export_onnx(gm, tmp_path / "model.onnx", (torch.randn(3, 5, 6), some_masks(3))))
+    assert list(model.inputs.values()) == [["batch", 5, 6], ["batch", 5, 5]]
+    x, mask = torch.randn(4, 5, 6), some_masks(4)
+    assert_same(model(x, mask)["output"], gm(x, mask).detach())
 
 
 class Odd(nn.Module):
@@ -408,6 +503,8 @@ STEPS: dict[str, Case] = {
     "gru": Case(recurrent(nn.GRU), images(4, 4)),
     "projected lstm": Case(recurrent(nn.LSTM, proj_size=3), images(3, 4)),
     "layers": Case(Layers, images(2, 5, 5)),
+    "pooled": Case(pooled, images(2, 11, 12)),
+    "masked": Case(Masked, lambda: {"x": torch.randn(3, 5, 6), "mask": some_masks(3)}),
     "tied": Case(Tied, tokens, lambda output, y: F.cross_entropy(output, y[:, 0])),
     "gpt2": Case(lambda: transformers_model("gpt2"), lambda: of_transformers("gpt2"), mean_of_tokens),
     "per layer": Case(lambda: mlp((6, 5, 10)), images(6), options={"clipping": "per_layer"}),
@@ -455,6 +552,59 @@ def step_of_mlp(tmp_path: Path, **options: Any) -> tuple[Model, Any, Tensor, Ten
     gm, x, y = perexfx.transform(mlp((6, 5, 10)), **options), torch.randn(4, 6), torch.randint(0, 10, (4,))
     path = tmp_path / "step.onnx"
     return Model(perexfx.export_onnx(gm, path, x, graph="step", loss_fn=F.cross_entropy, targets=y)), gm, x, y
+
+
+class Constants(nn.Module):
+    """Tensors that are neither parameters nor buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(6, 3), torch.tensor([1.0, 2.0, 3.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.scale + torch.tensor([1.0, 0.0, 2.0])
+
+
+def test_losses_and_models_with_constants(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    gm, x, y = perexfx.transform(Constants()), torch.randn(4, 6), torch.tensor([0, 2, 1, 1])
+    weights = torch.tensor([0.2, 0.3, 0.5])
+
+    def loss(output: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(output, targets, weight=weights, reduction="sum")
+
+    model = Model(perexfx.export_onnx(gm, tmp_path / "step.onnx", x, graph="step", loss_fn=loss, targets=y))
+    assert [name for name in model.inputs if name.startswith("constant")] == []
+    check_step(model, gm, loss, x.flip(0), y.flip(0))
+
+
+def test_steps_whose_norms_are_the_same_for_all_inputs(tmp_path: Path) -> None:
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.shift
+
+    def loss(output: Tensor, _: Any) -> Tensor:
+        return output.sum()
+
+    gm, x = perexfx.transform(Shift(), clip_norm=1.0, loss_reduction="sum"), torch.randn(3, 4)
+    model = Model(perexfx.export_onnx(gm, tmp_path / "step.onnx", x, graph="step", loss_fn=loss))
+    found = model(x)
+    assert list(found) == ["loss", "norms", "clip_factors", "grad.shift"]
+    assert_same(found["norms"], torch.full((3,), 2.0))
+    assert_same(found["grad.shift"], torch.full((4,), 1.5))
+
+
+def test_a_step_in_float64(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
+    gm, x, y = perexfx.transform(model), torch.randn(4, 6).double(), torch.tensor([0, 2, 1, 1])
+    loss = F.cross_entropy
+    found = Model(perexfx.export_onnx(gm, tmp_path / "step.onnx", x, graph="step", loss_fn=loss, targets=y))
+    check_step(found, gm, loss, x.flip(0), y.flip(0))
 
 
 def test_norms_are_those_of_one_example_at_a_time(tmp_path: Path) -> None:
@@ -587,6 +737,22 @@ def test_refusals_of_a_step_say_where(tmp_path: Path) -> None:
         perexfx.export_onnx(gm, tmp_path / "model.onnx", x, graph="step", loss_fn=F.cross_entropy, targets=y)
 
 
+def test_refusals_of_a_loss_name_the_loss(tmp_path: Path) -> None:
+    gm, x, path = perexfx.transform(mlp((3, 2))), torch.randn(4, 3), tmp_path / "model.onnx"
+
+    def bessel(output: Tensor, _: Any) -> Tensor:
+        return (torch.special.bessel_j0(output) * torch.special.bessel_j0(2 * output) * output).sum()
+
+    def noisy(output: Tensor, _: Any) -> Tensor:
+        return (output * torch.rand_like(output)).sum()
+
+    with pytest.raises(perexfx.ExportError, match=r"`loss_fn` \(test_onnx.py:\d+\) calls `aten.special_bessel_j0") as e:
+        perexfx.export_onnx(gm, path, x, graph="step", loss_fn=bessel)
+    assert str(e.value).count("aten.special_bessel_j0.default") == 1
+    with pytest.raises(perexfx.ExportError, match=r"`loss_fn` \(test_onnx.py:\d+\) draws random numbers"):
+        perexfx.export_onnx(gm, path, x, graph="step", loss_fn=noisy)
+
+
 def test_losses_that_read_values(tmp_path: Path) -> None:
     gm, x = perexfx.transform(mlp((3, 2))), torch.randn(4, 3)
 
@@ -611,7 +777,10 @@ def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused("`targets` belongs to the step", gm, path, x, targets=x)
     refused("`path` should be a str or a Path. Found int", gm, 3, x)
     refused("folder that exists", gm, tmp_path / "missing" / "model.onnx", x)
-    refused("folder that exists", gm, tmp_path, x)
+    refused("`path` should be a file, or none yet. Found '.*', which is a folder", gm, tmp_path, x)
+    refused("`path` should be a file that can be written. Found 'xxx.*File name too long", gm, "x" * 9999, x)
+    refused("`path` should be a file that can be written. Found .* null byte", gm, "a\0.onnx", x)
+    refused("`example_inputs` should have one example at least", gm, path, x[:0], graph="step", loss_fn=F.mse_loss)
     refused("`example_inputs` does not fit", gm, path, (x, x))
     refused("have no axis for the examples", gm, path, {"input": 3.0})
     monkeypatch.setitem(sys.modules, "onnxscript", None)
@@ -622,7 +791,7 @@ def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # Numbers that torch's exporter gets wrong
 
 
-def test_a_file_with_other_numbers_is_not_written(tmp_path: Path) -> None:
+def test_a_file_with_other_numbers_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Strided(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -638,9 +807,10 @@ def test_a_file_with_other_numbers_is_not_written(tmp_path: Path) -> None:
     x, path = torch.randn(4, 6), tmp_path / "model.onnx"
     with pytest.raises(perexfx.ExportError, match=r"Output `norms` of the ONNX file differs from torch's by 1.0e\+00"):
         perexfx.export_onnx(perexfx.transform(Strided(), x), path, x, graph="step", loss_fn=loss)
-    pooled, images = nn.Sequential(nn.Conv2d(1, 1, 1), nn.AvgPool2d(2, divisor_override=3)), torch.randn(2, 1, 4, 4)
+    monkeypatch.setattr("perexfx.views.onnx.repairs._OWN", {})
+    pooling, squares = nn.Sequential(nn.Conv2d(1, 1, 1), nn.AvgPool2d(2, divisor_override=3)), torch.randn(2, 1, 4, 4)
     with pytest.raises(perexfx.ExportError, match=r"Output `output` of the ONNX file differs"):
-        perexfx.export_onnx(perexfx.transform(pooled, images), path, images)
+        perexfx.export_onnx(perexfx.transform(pooling, squares), path, squares)
     assert not list(tmp_path.iterdir())
 
 
@@ -656,3 +826,64 @@ def test_outputs_whose_paths_read_alike(tmp_path: Path) -> None:
     x = torch.randn(4, 6)
     perexfx.export_onnx(perexfx.transform(Twice(), x), tmp_path / "model.onnx", x)
     assert [value.name for value in onnx.load(tmp_path / "model.onnx").graph.output] == ["a.b", "a.b_"]
+
+
+# Resizing and pooling, of which torch has many special cases
+
+
+RESIZED = {
+    "linear": ("upsample_linear1d_backward", 1),
+    "bilinear": ("upsample_bilinear2d_backward", 2),
+    "trilinear": ("upsample_trilinear3d_backward", 3),
+    "bicubic": ("upsample_bicubic2d_backward", 2),
+    "nearest": ("upsample_nearest2d_backward", 2),
+    "nearest-exact": ("_upsample_nearest_exact2d_backward", 2),
+}
+
+
+@pytest.mark.parametrize("mode", RESIZED)
+def test_the_backward_of_resizing(mode: str) -> None:
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    name, rank = RESIZED[mode]
+    for _ in range(60):
+        x = torch.randn(2, 2, *draw.choices(range(1, 9), k=rank), dtype=torch.double, requires_grad=True)
+        corners = {} if mode.startswith("nearest") else {"align_corners": draw.random() < 0.3}
+        scales = draw.choices([0.5, 0.7, 1.0, 1.1, 1.7, 2.0, 2.3], k=rank) if draw.random() < 0.7 else None
+        size = None if scales else draw.choices(range(1, 12), k=rank)
+        if scales and 0 in [math.floor(f * n) for f, n in zip(scales, x.shape[2:], strict=True)]:
+            continue
+        output = F.interpolate(x, size, scales, mode, **corners)
+        gradient = torch.randn_like(output)
+        (expected,) = torch.autograd.grad(output, x, gradient)
+        given = list(output.shape[2:]), list(x.shape), *corners.values(), *(scales or [None] * rank)
+        found = DECOMPOSITIONS[getattr(torch.ops.aten, name).default](gradient, *given)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        op = getattr(torch.ops.aten, name.removesuffix("_backward")).vec
+        if op in BY_SCALE:
+            found = BY_SCALE[op](x, size, corners["align_corners"], scales)
+            torch.testing.assert_close(found, output, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_average_pools(rank: int) -> None:
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    pool, op = [(F.avg_pool2d, "avg_pool2d"), (F.avg_pool3d, "avg_pool3d")][rank - 2]
+    for _ in range(60):
+        x = torch.randn(2, 2, *draw.choices(range(3, 9), k=rank), dtype=torch.double, requires_grad=True)
+        kernel, stride = draw.choices([1, 2, 3], k=rank), draw.choices([1, 2, 3], k=rank)
+        padding = [draw.randint(0, k // 2) for k in kernel]
+        rest = draw.random() < 0.5, draw.random() < 0.5, draw.choice([None, 2, 5])
+        output = pool(x, kernel, stride, padding, *rest)
+        gradient = torch.randn_like(output)
+        (expected,) = torch.autograd.grad(output, x, gradient)
+        found = DECOMPOSITIONS[getattr(torch.ops.aten, f"{op}_backward").default](
+            gradient, x, kernel, stride, padding, *rest
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        found = DECOMPOSITIONS[getattr(torch.ops.aten, op).default](x, kernel, stride, padding, *rest)
+        if rest[-1]:
+            torch.testing.assert_close(found, output, rtol=1e-9, atol=1e-9)
+        else:  # then torch's own is right
+            assert found is NotImplemented

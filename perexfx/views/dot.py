@@ -12,15 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from perexfx.ir.errors import ArgumentError, PerexError
+from perexfx.ir.errors import PerexError
 from perexfx.views.decisions import Row
 from perexfx.views.drawing import CLIP, Drawing, Node, Side
+from perexfx.views.files import write_file
 from perexfx.views.palette import color_of
 from perexfx.views.styles import BOX, style_of
 
 SHOWN = 60
 """Nodes of a graph that are drawn one by one, unless more is asked for."""
-
 
 CLIPPED = 14
 """Norm nodes, up to which the edges of the clip node are drawn: more of them hide the graph."""
@@ -200,7 +200,4 @@ def render(text: str, path: Path) -> None:
     drawn = subprocess.run([program, f"-T{path.suffix[1:]}"], input=text.encode(), capture_output=True, check=False)
     if drawn.returncode:
         raise PerexError(f"Graphviz failed on the drawing: {drawn.stderr.decode(errors='replace').strip()}.")
-    try:
-        path.write_bytes(drawn.stdout)
-    except OSError as error:
-        raise ArgumentError(f"`path` should be a file that can be written. Found {str(path)!r}: {error}.") from None
+    write_file(path, drawn.stdout)

@@ -13,7 +13,7 @@ from typing import Any
 
 from perexfx.views.decisions import Row
 from perexfx.views.drawing import Drawing, Node, Side
-from perexfx.views.pages import write_page
+from perexfx.views.files import write_file
 from perexfx.views.palette import color_of
 from perexfx.views.styles import style_of
 
@@ -27,9 +27,9 @@ def write_model_explorer(drawing: Drawing, path: Path) -> None:
     Raises:
         ArgumentError: A file cannot be written.
     """
-    write_page(path, _text(_collection(drawing)))
+    write_file(path, _text(_collection(drawing)))
     for name, data in _node_data(drawing).items():
-        write_page(path.with_suffix(f".{name}.json"), _text(data))
+        write_file(path.with_suffix(f".{name}.json"), _text(data))
 
 
 def _text(value: Any) -> str:

@@ -1,7 +1,6 @@
-"""Pages: templates filled in, and files written.
+"""Pages: templates filled in.
 
-Promises: a page is one file that needs no network; the same values give the same text; a file that cannot be written is
-an error that names it.
+Promises: a page is one file that needs no network; the same values give the same text.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from perexfx.ir.errors import ArgumentError
+from perexfx.views.files import write_file
 from perexfx.views.palette import color_of
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class Viewed:
         """
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
         if path is not None:
-            write_page(path, text)
+            write_file(path, text)
         return text
 
     def to_html(self, path: str | Path | None = None) -> str:
@@ -79,22 +78,8 @@ class Viewed:
         """
         text = page(f"{self.template}.html", **{self.template: self}, in_notebook=False)
         if path is not None:
-            write_page(path, text)
+            write_file(path, text)
         return text
 
     def _repr_html_(self) -> str:
         return page(f"{self.template}.html", **{self.template: self}, in_notebook=True)
-
-
-def write_page(path: str | Path, text: str) -> Path:
-    """Writes a file. Returns: its path.
-
-    Raises:
-        ArgumentError: It cannot be written.
-    """
-    found = Path(path)
-    try:
-        found.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ArgumentError(f"`path` should be a file that can be written. Found {str(path)!r}: {error}.") from None
-    return found

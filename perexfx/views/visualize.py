@@ -13,9 +13,9 @@ from torch import nn
 from perexfx.ir.errors import ArgumentError, RefusedError
 from perexfx.views.dot import render, to_dot
 from perexfx.views.drawing import drawing_of
+from perexfx.views.files import write_file
 from perexfx.views.graph_page import graph_page
 from perexfx.views.model_explorer import write_model_explorer
-from perexfx.views.pages import write_page
 
 SUFFIXES = (".html", ".dot", ".svg", ".png", ".json")
 
@@ -50,11 +50,11 @@ def visualize(subject: nn.Module | RefusedError, path: str | Path, *, depth: int
     drawing = drawing_of(subject)
     match target.suffix:
         case ".html":
-            write_page(target, graph_page(drawing, depth))
+            write_file(target, graph_page(drawing, depth))
         case ".json":
             write_model_explorer(drawing, target)
         case ".dot":
-            write_page(target, to_dot(drawing, depth))
+            write_file(target, to_dot(drawing, depth))
         case _:
             render(to_dot(drawing, depth), target)
     return target

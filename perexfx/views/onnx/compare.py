@@ -82,7 +82,7 @@ def _differs(name: str, error: float) -> Refusal:
     return Refusal(
         what=f"Output `{name}` of the ONNX file differs from torch's by {error:.1e} of its norm.",
         why="Torch's exporter translates an operation of the model to another one. Nothing was written.",
-        remedy="Replace that operation: pools with divisors, interpolation by scale and `as_strided` are known for it.",
+        remedy="Replace that operation: `as_strided` is known for it.",
     )
 
 

@@ -1,13 +1,12 @@
 """Operations of a step that ONNX does not have, by operations that it has.
 
 Promises: each finds what torch's own operation finds, up to rounding, in the memory format that it does. They are what
-torch's own decompositions leave out: the backward of convolution, pooling and attention, recurrent layers, and views of
-memory.
+torch's own decompositions leave out: the backward of convolution, pooling, attention and windows, recurrent layers, and
+views of memory.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,8 @@ from torch import Tensor
 from torch._decomp import decomposition_table, get_decompositions
 from torch._prims_common import suggest_memory_format
 
-from perexfx.views.onnx.pooling import POOLING
+from perexfx.views.onnx.attention import ATTENTION
+from perexfx.views.onnx.pooling import POOLING, one_hot
 from perexfx.views.onnx.recurrent import RECURRENT
 
 _aten = torch.ops.aten
@@ -89,59 +89,6 @@ def _of_weight(image: Tensor, window: Tensor, shape: Sequence[int], steps: list[
     return found.transpose(0, 1).contiguous()
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    attn_mask: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention, and the logarithm of what its weights are divided by."""
-    scores = _scores(query, key, is_causal, attn_mask, scale)
-    found = (_weights(scores) @ value).transpose(1, 2).contiguous().transpose(1, 2)  # as torch's kernel lays it out
-    return found, scores.logsumexp(-1)
-
-
-def attention_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    dropout_p: float,
-    is_causal: bool,
-    *,
-    attn_mask: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value."""
-    weights = _weights(_scores(query, key, is_causal, attn_mask, scale))
-    of_weights = grad_out @ value.transpose(-2, -1)
-    of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
-    of_scores = of_scores * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    found = (of_scores @ key, of_scores.transpose(-2, -1) @ query, weights.transpose(-2, -1) @ grad_out)
-    return tuple(g.transpose(1, 2).contiguous().transpose(1, 2) for g in found)  # pyright: ignore[reportReturnType]
-
-
-def _weights(scores: Tensor) -> Tensor:
-    """A row that sees nothing has weights of zero, as in torch's kernel."""
-    return torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, scores.softmax(-1))
-
-
-def _scores(query: Tensor, key: Tensor, is_causal: bool, mask: Tensor | None, scale: float | None) -> Tensor:
-    scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    if is_causal:
-        places = [torch.arange(size, device=query.device) for size in scores.shape[-2:]]
-        scores = scores.masked_fill(places[1] > places[0][:, None], -math.inf)
-    if mask is None:
-        return scores
-    return scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
-
-
 def trilinear(
     i1: Tensor,
     i2: Tensor,
@@ -211,6 +158,47 @@ def _rows(value: Tensor, axis: int, steps: Sequence[int], counts: Sequence[int])
     return value.index_select(axis, places.flatten()).unflatten(axis, counts)
 
 
+def unfold_backward(grad_in: Tensor, input_sizes: Sequence[int], dim: int, size: int, step: int) -> Tensor:
+    """Of windows along an axis: a product with ones where an entry lies in a window.
+
+    Args:
+        grad_in: Windows at `dim`, their entries last.
+        input_sizes: Shape of what the windows are of.
+        dim: Its axis.
+        size: Of a window.
+        step: From one to the next.
+    """
+    axis = dim % len(input_sizes)
+    count, places = grad_in.shape[axis], torch.arange(size, device=grad_in.device)
+    entries = (torch.arange(count, device=grad_in.device)[:, None] * step + places).flatten()
+    found = grad_in.movedim(axis, -2).flatten(-2) @ one_hot(entries, input_sizes[axis], grad_in.dtype)
+    return found.movedim(-1, axis).contiguous()
+
+
+def diagonal_backward(grad_output: Tensor, input_sizes: Sequence[int], offset: int, dim1: int, dim2: int) -> Tensor:
+    """Of a diagonal, which lies last: zeros beside it."""
+    axes = dim1 % len(input_sizes), dim2 % len(input_sizes)
+    along = torch.arange(grad_output.shape[-1], device=grad_output.device)
+    rows = one_hot(along - min(offset, 0), input_sizes[axes[0]], grad_output.dtype)
+    columns = one_hot(along + max(offset, 0), input_sizes[axes[1]], grad_output.dtype)
+    found = rows.transpose(0, 1) @ (grad_output.unsqueeze(-1) * columns)
+    return found.movedim((-2, -1), axes).contiguous()
+
+
+def shrink_backward(grad_out: Tensor, input: Tensor, lambd: float) -> Tensor:
+    """Of hard and soft shrinkage: nothing where the input is small."""
+    return torch.where(input.abs() <= lambd, 0.0, grad_out)
+
+
+def layer_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In float64 step by step: torch's exporter takes its mean and deviation for float32."""
+    if input.dtype is not torch.float64:
+        return NotImplemented
+    return decomposition_table[_aten.native_layer_norm.default](input, normalized_shape, weight, bias, eps)
+
+
 def _torchs_own() -> dict[Any, Callable[..., Any]]:
     """The decompositions of torch that its exporter to ONNX goes without, or has something wrong for.
 
@@ -222,14 +210,18 @@ def _torchs_own() -> dict[Any, Callable[..., Any]]:
 
 DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
     **_torchs_own(),
+    **ATTENTION,
     **POOLING,
     **RECURRENT,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default: attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: attention_backward,
     _aten._trilinear.default: trilinear,
     _aten._weight_norm_interface_backward.default: weight_norm_backward,
     _aten.as_strided.default: as_strided,
     _aten.convolution_backward.default: convolution_backward,
+    _aten.diagonal_backward.default: diagonal_backward,
+    _aten.hardshrink_backward.default: shrink_backward,
+    _aten.native_layer_norm.default: layer_norm,
+    _aten.softshrink_backward.default: shrink_backward,
+    _aten.unfold_backward.default: unfold_backward,
 }
 
 

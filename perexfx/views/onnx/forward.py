@@ -20,7 +20,18 @@ from perexfx.runtime import clip
 from perexfx.views.onnx.metadata import of_clip, of_norm, of_site
 from perexfx.views.onnx.outline import DOMAIN, Functions, cut_out, share_nothing
 from perexfx.views.onnx.plain import Plain, example_sizes, node_name, own_name, readable
-from perexfx.views.onnx.translate import PlaceOf, clear, fold, name_batch, rename, scopes_of, to_onnx
+from perexfx.views.onnx.repairs import repaired
+from perexfx.views.onnx.translate import (
+    PlaceOf,
+    clear,
+    fold,
+    free_name,
+    name_batch,
+    rename,
+    scopes_of,
+    to_onnx,
+    values_of,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -72,6 +83,7 @@ def _exported(
             program = torch.export.export(plain, tuple(tensors), dynamic_shapes=(tuple(sizes),), strict=False)
         except Exception as error:  # an export may fail in any way
             raise ExportError([_not_exported(error)]) from error
+        program = repaired(program)
         model = to_onnx(program, _places_in(program, places))
     _name_initializers(model, program, gm)
     spec = program.call_spec.out_spec
@@ -123,7 +135,8 @@ def _add_perexfx(model: ir.Model, gm: Transformed, carriers: tuple[bool, ...], p
     """Sites become functions; the clip node and the norm nodes, which compute nothing, are put in front of them."""
     state, graph = gm.perexfx, model.graph
     functions = Functions(model)
-    token, words = _insert_clip(model, functions, gm, model.graph.inputs[carriers.index(True)])
+    taken = {value.name or "" for value in values_of(graph)}
+    token, words = _insert_clip(model, functions, gm, model.graph.inputs[carriers.index(True)], taken)
     by_node = {site.node: site for site in state.sites}
 
     def key_of(node: ir.Node) -> str | None:
@@ -143,7 +156,7 @@ def _add_perexfx(model: ir.Model, gm: Transformed, carriers: tuple[bool, ...], p
             continue
         if site.group not in tokens:
             first = next((node for node in members if node.op_type != "Constant"), members[0])
-            tokens[site.group] = _insert_norm(model, functions, first, token, site.group)
+            tokens[site.group] = _insert_norm(model, functions, first, token, site.group, taken)
         given = {**words, tokens[site.group]: "token"}
         call = cut_out(functions, members, site.name, site.kind, given, tokens[site.group])
         call.metadata_props.update(of_site(site, plan))
@@ -153,7 +166,7 @@ def _add_perexfx(model: ir.Model, gm: Transformed, carriers: tuple[bool, ...], p
 
 
 def _insert_clip(
-    model: ir.Model, functions: Functions, gm: Transformed, batch: Any
+    model: ir.Model, functions: Functions, gm: Transformed, batch: Any, taken: set[str]
 ) -> tuple[ir.Value, dict[ir.Value, str]]:
     """The token, and what functions call the parameters that come out of the clip node.
 
@@ -162,6 +175,7 @@ def _insert_clip(
         functions: Of the model.
         gm: The module.
         batch: The input that the batch size is read from.
+        taken: Names of values.
     """
     import onnx_ir as ir  # noqa: PLC0415 (an extra)
 
@@ -173,8 +187,12 @@ def _insert_clip(
     given = [batch, *found.values()]
     is_double = any(gm.get_parameter(name).dtype is torch.float64 for name in names)
     dtype = ir.DataType.DOUBLE if is_double else ir.DataType.FLOAT
-    token = ir.Value(name="token", type=ir.TensorType(dtype), shape=ir.Shape([batch.shape[batch_dim]]))
-    results = [ir.Value(name=f"clipped.{name}", type=v.type, shape=v.shape) for name, v in found.items()]
+    taken |= set(graph.initializers)
+    shape = ir.Shape([batch.shape[batch_dim]])
+    token = ir.Value(name=free_name("token", taken), type=ir.TensorType(dtype), shape=shape)
+    results = [
+        ir.Value(name=free_name(f"clipped.{name}", taken), type=v.type, shape=v.shape) for name, v in found.items()
+    ]
     for value, result in zip(found.values(), results, strict=True):
         for user, at in list(value.uses()):
             user.replace_input_with(at, result)
@@ -208,11 +226,13 @@ def _clip_body(inputs: list[ir.Value], batch_dim: int, dtype: ir.DataType) -> tu
     return [node.outputs[0] for node in (zeros, *same)], [size, zeros, *same]
 
 
-def _insert_norm(model: ir.Model, functions: Functions, before: ir.Node, token: ir.Value, group: str) -> ir.Value:
+def _insert_norm(
+    model: ir.Model, functions: Functions, before: ir.Node, token: ir.Value, group: str, taken: set[str]
+) -> ir.Value:
     """The token of one group of sites."""
     import onnx_ir as ir  # noqa: PLC0415 (an extra)
 
-    result = ir.Value(name=f"token.{group}", type=token.type, shape=token.shape)
+    result = ir.Value(name=free_name(f"token.{group}", taken), type=token.type, shape=token.shape)
     given = ir.Value(name="token")
     same = ir.node("Identity", [given])
     name = functions.add("norm", [given], [same.outputs[0]], [same])

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from perexfx.views.onnx.translate import fold
+from perexfx.views.onnx.translate import fold, free_name
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -114,13 +114,12 @@ def _drop_zero_bias(node: ir.Node) -> None:
 
 def _name_body(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], nodes: Sequence[ir.Node]) -> None:
     """Names that say nothing of where a body comes from, so that equal bodies are equal. Inputs have theirs."""
-    taken = {value.name for value in inputs}
+    taken = {value.name or "" for value in inputs}
     results = [value for node in nodes for value in node.outputs]
     for value in inputs:
         value.type = value.shape = None
     for at, value in enumerate(outputs):
-        value.name = f"output_{at}" if at else "output"
-        taken.add(value.name)
+        value.name = free_name(f"output_{at}" if at else "output", taken)
     ends = {id(value) for value in outputs}
     at = 0
     for node in nodes:
@@ -221,11 +220,11 @@ def _arguments(given: Sequence[ir.Value], words: Mapping[ir.Value, str]) -> list
     """Of a function, by the values it is called with."""
     import onnx_ir as ir  # noqa: PLC0415 (an extra)
 
-    found, counts = [], dict[str, int]()
+    found, counts, taken = [], dict[str, int](), set[str]()
     for value in given:
         word = words.get(value, "input")
         count = counts[word] = counts.get(word, 0) + 1
-        name = word if count == 1 else f"{word}_{count}"
+        name = free_name(word if count == 1 else f"{word}_{count}", taken)
         found.append(ir.Value(name=name, type=value.type, shape=value.shape))
     return found
 

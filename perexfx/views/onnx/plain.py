@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -53,15 +53,7 @@ class Plain(nn.Module):
         gm: Any = getattr(self, _OWNER)
         runs = _Runs(gm, getattr(self, _NODES))
         result = runs.run(*self._given(gm.graph, dict(zip(self.names, tensors, strict=True))))
-        taken = {id(value) for value in (*tensors, *gm.parameters(), *gm.buffers())}
-        found = {}
-        for path, value in _outputs(result):
-            name = path
-            while name in found:  # two paths may read alike: {"a": {"b": x}, "a.b": y}
-                name += "_"
-            found[name] = value.clone() if id(value) in taken else value
-            taken.add(id(value))
-        return found
+        return named_outputs(result, (*tensors, *gm.parameters(), *gm.buffers()))
 
     def _given(self, graph: fx.Graph, tensors: Mapping[str, Tensor]) -> Iterator[Any]:
         """The graph's arguments, those of `*args` one by one."""
@@ -100,6 +92,18 @@ def _with_tensors(name: str, value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
         return value
     return pytree.tree_map_with_path(lambda path, leaf: tensors.get(f"{name}{pytree.keystr(path)}", leaf), value)
+
+
+def named_outputs(result: Any, others: Iterable[Tensor] = ()) -> dict[str, Tensor]:
+    """A forward's tensors by the names that they have in a file; those among `others`, and second ones, are copies."""
+    taken, found = {id(value) for value in others}, dict[str, Tensor]()
+    for path, value in _outputs(result):
+        name = path
+        while name in found:  # two paths may read alike: {"a": {"b": x}, "a.b": y}
+            name += "_"
+        found[name] = value.clone() if id(value) in taken else value
+        taken.add(id(value))
+    return found
 
 
 def _outputs(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -178,4 +182,4 @@ def example_sizes(plain: Plain, batch_dim: int, carriers: Sequence[bool], n: int
     return found
 
 
-__all__ = ["Plain", "example_sizes", "node_name", "own_name", "readable"]
+__all__ = ["Plain", "example_sizes", "named_outputs", "node_name", "own_name", "readable"]

@@ -1,11 +1,12 @@
-"""The backward of pooling, resizing and padding: along each axis a product with a matrix of weights, whose transpose
-gives the gradient.
+"""The backward of pooling, resizing and padding: along each axis a product with the matrix of weights that its forward
+multiplies with, transposed; and the forwards that torch's exporter has wrong.
 
 Promises: each finds what torch's own operation finds, up to rounding.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,19 +17,40 @@ from torch import Tensor
 _aten = torch.ops.aten
 
 
-def _scattered(grad_output: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """`grad_output` `[..., *out size]` multiplied along its last axes with `[out, in]` each: `[..., *in size]`."""
-    found = grad_output
+def _multiplied(value: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """`value` multiplied along each of its last axes with a matrix `[before, after]`."""
+    found = value
     rank = len(matrices)
     for matrix in matrices:
         found = (found.movedim(-rank, -1) @ matrix).contiguous()
     return found
 
 
-def _windows(grad_output: Tensor, starts: Tensor, ends: Tensor, size: int) -> Tensor:
-    """Ones from each start to before each end: `[out, in]`."""
-    places = torch.arange(size, device=grad_output.device)
-    return ((places >= starts[:, None]) & (places < ends[:, None])).to(grad_output.dtype)
+def average(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    rank: int,
+) -> Tensor:
+    """Average pooling with a divisor of its own, which torch's exporter forgets."""
+    if not divisor_override:
+        return NotImplemented
+    kernel, steps, before = (_each(v, rank) for v in (kernel_size, stride or kernel_size, padding))
+    matrices = []
+    for axis in range(rank):
+        size = input.shape[axis - rank]
+        span = size + 2 * before[axis] - kernel[axis]
+        count = (-(-span // steps[axis]) if ceil_mode else span // steps[axis]) + 1
+        if ceil_mode and (count - 1) * steps[axis] >= size + before[axis]:  # the last window would lie outside
+            count -= 1
+        starts = torch.arange(count, device=input.device) * steps[axis] - before[axis]
+        matrices.append(_windows(input, starts, starts + kernel[axis], size).transpose(0, 1))
+    return _multiplied(input, matrices) / divisor_override
 
 
 def average_backward(
@@ -44,9 +66,7 @@ def average_backward(
     rank: int,
 ) -> Tensor:
     """Of average pooling."""
-    kernel, steps, before = (
-        list(v) * rank if len(v) == 1 else v for v in (kernel_size, stride or kernel_size, padding)
-    )
+    kernel, steps, before = (_each(v, rank) for v in (kernel_size, stride or kernel_size, padding))
     matrices = []
     for axis in range(rank):
         count, size = grad_output.shape[axis - rank], input.shape[axis - rank]
@@ -56,8 +76,20 @@ def average_backward(
         counted = ends - starts if count_include_pad else inner[1] - inner[0]
         matrix = _windows(grad_output, *inner, size)
         matrices.append(matrix if divisor_override else matrix / counted[:, None])
-    found = _scattered(grad_output, matrices)
+    found = _multiplied(grad_output, matrices)
     return found / divisor_override if divisor_override else found
+
+
+def _each(value: int | Sequence[int], rank: int) -> list[int]:
+    """One number for every axis."""
+    numbers = [value] if isinstance(value, int) else list(value)
+    return numbers * rank if len(numbers) == 1 else numbers
+
+
+def _windows(like: Tensor, starts: Tensor, ends: Tensor, size: int) -> Tensor:
+    """Ones from each start to before each end: `[windows, size]`."""
+    places = torch.arange(size, device=like.device)
+    return ((places >= starts[:, None]) & (places < ends[:, None])).to(like.dtype)
 
 
 def adaptive_average_backward(grad_output: Tensor, input: Tensor, *, rank: int) -> Tensor:
@@ -69,7 +101,7 @@ def adaptive_average_backward(grad_output: Tensor, input: Tensor, *, rank: int) 
         starts = torch.div(places * size, count, rounding_mode="floor")
         ends = torch.div((places + 1) * size + count - 1, count, rounding_mode="floor")
         matrices.append(_windows(grad_output, starts, ends, size) / (ends - starts)[:, None])
-    return _scattered(grad_output, matrices)
+    return _multiplied(grad_output, matrices)
 
 
 def max_backward(grad_output: Tensor, input: Tensor, *rest: Any, rank: int) -> Tensor:
@@ -87,8 +119,8 @@ def replicated_backward(grad_output: Tensor, input: Tensor, padding: Sequence[in
     for axis in range(rank):
         count, size = grad_output.shape[axis - rank], input.shape[axis - rank]
         places = torch.arange(count, device=input.device) - padding[2 * (rank - 1 - axis)]
-        matrices.append(_at(grad_output, places.clamp(0, size - 1), size))
-    return _scattered(grad_output, matrices)
+        matrices.append(one_hot(places.clamp(0, size - 1), size, grad_output.dtype))
+    return _multiplied(grad_output, matrices)
 
 
 def nearest_backward(
@@ -103,10 +135,11 @@ def nearest_backward(
     matrices = []
     for axis in range(rank):
         count, size = output_size[axis], input_size[2 + axis]
-        step = _step(count, size, scales[axis] if scales else None)
+        is_given = not shift and count in (size, 2 * size)  # torch forgets the scale for these
+        step = _step(count, size, scales[axis] if scales and not is_given else None)
         places = ((torch.arange(count, device=grad_output.device) + shift) * step).floor()
-        matrices.append(_at(grad_output, places.clamp(0, size - 1), size))
-    return _scattered(grad_output, matrices)
+        matrices.append(one_hot(places.clamp(0, size - 1), size, grad_output.dtype))
+    return _multiplied(grad_output, matrices)
 
 
 def linear_backward(
@@ -117,20 +150,99 @@ def linear_backward(
     *scales: float | None,
 ) -> Tensor:
     """Of resizing by linear interpolation."""
-    rank = len(output_size)
+    return _multiplied(grad_output, _linear(grad_output, output_size, input_size[2:], align_corners, scales))
+
+
+def linear(input: Tensor, output_size: Sequence[int], align_corners: bool, *scales: float | None) -> Tensor:
+    """Resizing by linear interpolation with a scale of its own, which torch's exporter forgets."""
+    if not any(scales):
+        return NotImplemented
+    matrices = _linear(input, output_size, input.shape[2:], align_corners, scales)
+    return _multiplied(input, [matrix.transpose(0, 1) for matrix in matrices])
+
+
+def resized(
+    input: Tensor,
+    output_size: Sequence[int] | None,
+    align_corners: bool,
+    scale_factors: Sequence[float] | None,
+    *,
+    of_axis: Callable[..., list[Tensor]],
+) -> Tensor:
+    """Resizing to a size or by scales."""
+    size = input.shape[2:]
+    if output_size is None:
+        assert scale_factors is not None
+        output_size = [math.floor(s * f) for s, f in zip(size, scale_factors, strict=True)]
+    matrices = of_axis(input, output_size, size, align_corners, scale_factors)
+    return _multiplied(input, [matrix.transpose(0, 1) for matrix in matrices])
+
+
+def _linear(
+    like: Tensor,
+    output_size: Sequence[int],
+    size: Sequence[int],
+    align_corners: bool,
+    scales: Sequence[float | None] | None,
+) -> list[Tensor]:
+    """Of each axis, how much each entry of the input has of each of the result: `[out, in]`."""
     matrices = []
-    for axis in range(rank):
-        count, size = output_size[axis], input_size[2 + axis]
-        places = torch.arange(count, device=grad_output.device, dtype=grad_output.dtype)
-        if align_corners:
-            at = places * ((size - 1) / (count - 1) if count > 1 else 0.0)
-        else:
-            at = ((places + 0.5) * _step(count, size, scales[axis] if scales else None) - 0.5).clamp(min=0)
-        first = at.floor().clamp(max=size - 1)
+    for axis, count in enumerate(output_size):
+        scale = scales[axis] if scales else None
+        at = torch.arange(count, device=like.device).to(like.dtype)
+        if count != size[axis]:  # torch leaves axes of the same size as they are, whatever the scale
+            at = _positions(like, count, size[axis], align_corners, scale).clamp(min=0)
+        first = at.floor().clamp(max=size[axis] - 1)
         share = (at - first).clamp(0, 1)[:, None]
-        second = (first + 1).clamp(max=size - 1)
-        matrices.append(_at(grad_output, first, size) * (1 - share) + _at(grad_output, second, size) * share)
-    return _scattered(grad_output, matrices)
+        ends = [one_hot(place, size[axis], like.dtype) for place in (first, (first + 1).clamp(max=size[axis] - 1))]
+        matrices.append(ends[0] * (1 - share) + ends[1] * share)
+    return matrices
+
+
+def cubic_backward(
+    grad_output: Tensor,
+    output_size: Sequence[int],
+    input_size: Sequence[int],
+    align_corners: bool,
+    *scales: float | None,
+) -> Tensor:
+    """Of resizing by cubic convolution; where no size changes it is a copy in torch, whatever the scale."""
+    if list(output_size) == list(input_size[2:]):
+        return grad_output.clone()
+    return _multiplied(grad_output, _cubic(grad_output, output_size, input_size[2:], align_corners, scales))
+
+
+def _cubic(
+    like: Tensor,
+    output_size: Sequence[int],
+    size: Sequence[int],
+    align_corners: bool,
+    scales: Sequence[float | None] | None,
+) -> list[Tensor]:
+    """As `_linear`, by cubic convolution (Keys 1981, equation 4), with the parameter that torch has."""
+    a = -0.75
+    matrices = []
+    for axis, count in enumerate(output_size):
+        at = _positions(like, count, size[axis], align_corners, scales[axis] if scales else None)
+        first = at.floor()
+        share = (at - first)[:, None]
+        matrix = torch.zeros(count, size[axis], dtype=like.dtype, device=like.device)
+        for step in (-1, 0, 1, 2):
+            x = (share - step).abs()
+            near = ((a + 2) * x - (a + 3)) * x * x + 1
+            far = ((x - 5) * x + 8) * x * a - 4 * a
+            place = (first + step).clamp(0, size[axis] - 1)
+            matrix = matrix + one_hot(place, size[axis], like.dtype) * (near if step in (0, 1) else far)
+        matrices.append(matrix)
+    return matrices
+
+
+def _positions(like: Tensor, count: int, size: int, align_corners: bool, scale: float | None) -> Tensor:
+    """Where in the input, of `size` entries, each of `count` results of a resizing lies."""
+    places = torch.arange(count, device=like.device, dtype=like.dtype)
+    if align_corners:
+        return places * ((size - 1) / (count - 1) if count > 1 else 0.0)
+    return (places + 0.5) * _step(count, size, scale) - 0.5
 
 
 def _step(count: int, size: int, scale: float | None) -> float:
@@ -138,12 +250,14 @@ def _step(count: int, size: int, scale: float | None) -> float:
     return 1 / scale if scale else size / count
 
 
-def _at(like: Tensor, places: Tensor, size: int) -> Tensor:
-    """A one at the place of each row: `[out, in]`."""
-    return (torch.arange(size, device=like.device) == places[:, None]).to(like.dtype)
+def one_hot(places: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """A one at the place of each row: `[places, size]`."""
+    return (torch.arange(size, device=places.device) == places[:, None]).to(dtype)
 
 
 POOLING: Mapping[Any, Callable[..., Any]] = {
+    _aten.avg_pool2d.default: partial(average, rank=2),
+    _aten.avg_pool3d.default: partial(average, rank=3),
     _aten.avg_pool2d_backward.default: partial(average_backward, rank=2),
     _aten.avg_pool3d_backward.default: partial(average_backward, rank=3),
     _aten._adaptive_avg_pool2d_backward.default: partial(adaptive_average_backward, rank=2),
@@ -160,10 +274,23 @@ POOLING: Mapping[Any, Callable[..., Any]] = {
     _aten._upsample_nearest_exact1d_backward.default: partial(nearest_backward, shift=0.5),
     _aten._upsample_nearest_exact2d_backward.default: partial(nearest_backward, shift=0.5),
     _aten._upsample_nearest_exact3d_backward.default: partial(nearest_backward, shift=0.5),
+    _aten.upsample_linear1d.default: linear,
+    _aten.upsample_bilinear2d.default: linear,
+    _aten.upsample_trilinear3d.default: linear,
     _aten.upsample_linear1d_backward.default: linear_backward,
     _aten.upsample_bilinear2d_backward.default: linear_backward,
     _aten.upsample_trilinear3d_backward.default: linear_backward,
+    _aten.upsample_bicubic2d_backward.default: cubic_backward,
 }
 
 
-__all__ = ["POOLING"]
+BY_SCALE: Mapping[Any, Callable[..., Any]] = {
+    _aten.upsample_linear1d.vec: partial(resized, of_axis=_linear),
+    _aten.upsample_bilinear2d.vec: partial(resized, of_axis=_linear),
+    _aten.upsample_trilinear3d.vec: partial(resized, of_axis=_linear),
+    _aten.upsample_bicubic2d.vec: partial(resized, of_axis=_cubic),
+}
+"""Resizing as forwards call it, whose scale torch's exporter rounds or forgets."""
+
+
+__all__ = ["BY_SCALE", "POOLING", "average", "one_hot"]

@@ -78,7 +78,7 @@ def _refuse(program: ExportedProgram, place_of: PlaceOf) -> None:
         for problem, remedy in _problems_of(node)
     ]
     if refusals:
-        raise ExportError(refusals)
+        raise ExportError(list(dict.fromkeys(refusals)))
 
 
 def _problems_of(node: fx.Node) -> Iterator[tuple[str, str]]:
@@ -86,7 +86,7 @@ def _problems_of(node: fx.Node) -> Iterator[tuple[str, str]]:
     if _is_random(node):
         yield (
             f"draws random numbers (`{node.target}`), which a file cannot repeat.",
-            "Call `gm.eval()` first, if that is dropout; else pass the random numbers as an input.",
+            "Call `gm.eval()` first, if that is dropout; else pass the random numbers with the inputs or targets.",
         )
     if node.target is torch.ops.aten.as_strided.default:
         read: Any = node.args[0]
@@ -121,7 +121,7 @@ def _why_not(program: ExportedProgram, place_of: PlaceOf, error: Exception) -> l
         for node in _untranslated(program)
     ]
     if missing:
-        return missing
+        return list(dict.fromkeys(missing))
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)  # pyright: ignore[reportArgumentType] (it is an Exception)
@@ -140,7 +140,7 @@ def _why_not(program: ExportedProgram, place_of: PlaceOf, error: Exception) -> l
 
 
 def _untranslated(program: ExportedProgram) -> list[fx.Node]:
-    """The calls of a program that torch's exporter has nothing for, after its decompositions."""
+    """The calls of a program that torch's exporter has nothing for, also after its decompositions."""
     core = import_module("torch.onnx._internal.exporter._core")
     registry = import_module("torch.onnx._internal.exporter._registration").ONNXRegistry.from_torchlib()
     dispatch = import_module("torch.onnx._internal.exporter._dispatching").dispatch
@@ -149,7 +149,16 @@ def _untranslated(program: ExportedProgram) -> list[fx.Node]:
     except Exception:  # then it is a decomposition that failed, not a translation
         return []
     calls = (node for node in prepared.graph.nodes if node.op == "call_function")
-    return [node for node in calls if dispatch(node, registry)[0] is None]
+    missing = {_origin(node) for node in calls if dispatch(node, registry)[0] is None}
+    return [node for node in program.graph.nodes if node.name in missing]
+
+
+def _origin(node: fx.Node) -> str:
+    """Name of the node of a program that a node of its decomposition comes from."""
+    name, sources = node.name, node.meta.get("from_node")
+    while sources:
+        name, sources = sources[-1].name, sources[-1].from_node
+    return name
 
 
 def clear(model: ir.Model) -> None:
@@ -189,17 +198,18 @@ def rename(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> No
     taken = set(graph.initializers)
     ends = [*graph.inputs, *graph.outputs]
     for value, wanted in zip(ends, [*inputs, *outputs], strict=True):
-        free = wanted
-        while free in taken:
-            free += "_"
-        taken.add(free)
-        value.name = free
+        value.name = free_name(wanted, taken)
     for value in values_of(graph):
-        if any(value is end for end in ends) or value.name in graph.initializers:
-            continue
-        while value.name in taken:
-            value.name = f"{value.name}_"
-        taken.add(value.name or "")
+        if not any(value is end for end in ends) and value.name not in graph.initializers:
+            value.name = free_name(value.name or "", taken)
+
+
+def free_name(wanted: str, taken: set[str]) -> str:
+    """A name that is not taken, and is then: the wanted one, or the same with underscores."""
+    while wanted in taken:
+        wanted += "_"
+    taken.add(wanted)
+    return wanted
 
 
 def fold(model: ir.Model) -> None:
@@ -214,16 +224,17 @@ def fold(model: ir.Model) -> None:
         return False if any(value is not None and value.name in named for value in node.inputs) else None
 
     optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=keeps_parameters)
-    made: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+    made: dict[Any, ir.Value] = {}
     for name in sorted(graph.initializers.keys() - named):
         value = graph.initializers.pop(name)
         assert value.const_value is not None
         numbers = value.const_value.numpy()
-        key = str(numbers.dtype), numbers.shape, numbers.tobytes()
+        key = name if value.is_graph_output() else (str(numbers.dtype), numbers.shape, numbers.tobytes())
         if key not in made:
             constant = ir.node("Constant", [], {"value": ir.tensor(numbers)})
-            graph.insert_before(graph[0], constant)
             made[key] = constant.outputs[0]
+            made[key].name, made[key].type, made[key].shape = name, value.type, value.shape
+            graph.insert_before(graph[0], constant)
         value.replace_all_uses_with(made[key], replace_graph_outputs=True)
     common.RemoveUnusedNodesPass()(model)
 
@@ -232,6 +243,7 @@ __all__ = [
     "PlaceOf",
     "clear",
     "fold",
+    "free_name",
     "name_batch",
     "rename",
     "require_extra",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
 from perexfx.inputs import GivenInputs, bind_inputs, by_name, named_leaves
@@ -16,12 +17,13 @@ from perexfx.ir.errors import ArgumentError, ExportError
 from perexfx.ir.refusal import Refusal
 from perexfx.quiet import quiet
 from perexfx.rewrite import Transformed
-from perexfx.step import LossFunction, functional_step
+from perexfx.step import LossFunction, call, functional_step
+from perexfx.views.files import writing
 from perexfx.views.onnx.compare import compare
 from perexfx.views.onnx.forward import forward_model
 from perexfx.views.onnx.metadata import of_model
-from perexfx.views.onnx.plain import Plain
-from perexfx.views.onnx.step import step_model
+from perexfx.views.onnx.plain import named_outputs
+from perexfx.views.onnx.step import named_step, step_model
 from perexfx.views.onnx.translate import require_extra
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def export_onnx(
 
     Before the file is written it is checked, and run by onnxruntime on the example inputs: loss, norms, gradients or
     outputs that are not torch's are refused. (Where onnxruntime lacks an operation for a dtype, the log says that this
-    was not done. Rows of a masked attention that see nothing are zero in torch and not in a forward's file.)
+    was not done.)
     Parameters and buffers are in it under their own names;
     those of more than 1.9 GB are in a second file beside it, `<name>.data`.
 
@@ -86,10 +88,12 @@ def export_onnx(
     with state.set_aside(), torch.enable_grad():
         state.plans = plans
         plan = state(tuple(arguments), *arguments.values()).plan
+        if graph == "step" and not plan.batch_size:
+            raise ArgumentError("`example_inputs` should have one example at least for a step. Found none.")
         kind, _ = state.kind_of(named_leaves(arguments))
         if loss_fn is None:
             model = forward_model(gm, arguments, kind.carriers, plan)
-            given, expected = arguments, _forward_of(gm, arguments)
+            given, expected = arguments, _forward_of(gm, example_inputs)
         else:
             model = step_model(gm, loss_fn, example_inputs, arguments, targets)
             given, expected = [arguments, targets], _step_of(gm, loss_fn, example_inputs, targets)
@@ -100,24 +104,17 @@ def export_onnx(
     return Path(path)
 
 
-def _forward_of(gm: Transformed, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The forward's outputs by name, with buffers as they were afterwards."""
-    plain = Plain(gm, arguments)
-    named = named_leaves(arguments)
-    with torch.no_grad():
-        before = {name: buffer.clone() for name, buffer in gm.named_buffers()}
-        found = plain(*(named[name] for name in plain.names))
-        for name, buffer in gm.named_buffers():
-            buffer.copy_(before[name])
-    return found
+def _forward_of(gm: Transformed, x: GivenInputs) -> dict[str, Tensor]:
+    """The forward's outputs by name."""
+    buffers = {name: buffer.clone() for name, buffer in gm.named_buffers()}
+    with stateless._reparametrize_module(gm, buffers), torch.no_grad():
+        return named_outputs(call(gm, x))
 
 
 def _step_of(gm: Transformed, loss_fn: LossFunction, x: GivenInputs, targets: Any) -> dict[str, Tensor]:
     """What an eager step finds, by name."""
     buffers = {name: buffer.clone() for name, buffer in gm.named_buffers()}
-    loss, norms, factors, gradients = functional_step(gm, loss_fn)(dict(gm.named_parameters()), buffers, x, targets)
-    found = {name: value for name, value in gradients.items() if value is not None}
-    return {"loss": loss, "norms": norms, "clip_factors": factors, **{f"grad.{n}": v for n, v in found.items()}}
+    return named_step(*functional_step(gm, loss_fn)(dict(gm.named_parameters()), buffers, x, targets))
 
 
 def _checked(gm: Any, path: Any, graph: Any, loss_fn: Any, targets: Any) -> Path:
@@ -138,13 +135,16 @@ def _checked(gm: Any, path: Any, graph: Any, loss_fn: Any, targets: Any) -> Path
         )
     if not isinstance(path, str | Path):
         raise ArgumentError(f"`path` should be a str or a Path. Found {type(path).__name__}.")
-    if not Path(path).parent.is_dir() or Path(path).is_dir():
+    with writing(path):
+        found = Path(path).resolve()
+        has_folder, is_other = found.parent.is_dir(), found.exists() and not found.is_file()
+    if not has_folder:
         raise ArgumentError(
             f"`path` should be a file in a folder that exists. Found {str(path)!r}. Make the folder first."
         )
-    found = Path(path).resolve()
-    if found.exists() and not found.is_file():
-        raise ArgumentError(f"`path` should be a file, or none yet. Found {str(path)!r}, which is something else.")
+    if is_other:
+        kind = "a folder" if found.is_dir() else "something else"
+        raise ArgumentError(f"`path` should be a file, or none yet. Found {str(path)!r}, which is {kind}.")
     return found
 
 
