@@ -8,7 +8,7 @@ and need not be: the step begins its backward with any gradient of the outputs.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perexfx.classify import passes_no_gradient
+from perexfx.failed import without_numbers
 from perexfx.inputs import Inputs, arguments_for
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.factors import Factors, Product
@@ -68,7 +69,8 @@ class Dataflow:
         parameters: Name -> node, of trainable parameters.
         gradients: Name -> node of what is added to `.grad`; None where nothing is.
         norms: The norms of the examples.
-        factors: The clip factors; several with `clipping="per_layer"`.
+        factors: The clip factors; with `clipping="per_layer"` those of every layer.
+        is_per_layer: Whether each layer has factors of its own, made of its own norms.
         handed_over: (site, operand) -> what its backward left for norm and clip node.
     """
 
@@ -80,6 +82,7 @@ class Dataflow:
     gradients: Mapping[str, int | None]
     norms: int
     factors: frozenset[int]
+    is_per_layer: bool
     handed_over: Mapping[Key, tuple[int, ...]]
 
 
@@ -97,7 +100,7 @@ def dataflow(gm: Transformed, plan: Plan, inputs: Inputs) -> Dataflow:
     state = gm.perexfx
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = _Recorder()
-    with TRACING, same_einsums(), state.set_aside(), warnings.catch_warnings():
+    with TRACING, same_einsums(), state.set_aside(), warnings.catch_warnings(), torch.inference_mode(False):
         warnings.simplefilter("ignore")  # the real run gives them too
         given = fake_inputs(fake, inputs, state.settings.batch_dim, plan.batch_size)
         state.plans[inputs, plan.batch_size] = _watched(plan, recorder)
@@ -116,11 +119,10 @@ def dataflow(gm: Transformed, plan: Plan, inputs: Inputs) -> Dataflow:
                     seeds = [torch.empty_like(value) for value in differentiable]
                     sources += [recorder.add_source(seed, "gradient of an output") for seed in seeds]
                     recorder.where, recorder.site = "", ""
-                    found = torch.autograd.grad(differentiable, list(parameters.values()), seeds, allow_unused=True)
+                    found = _gradients(differentiable, list(parameters.values()), seeds)
         except (RuntimeError, NotImplementedError) as error:
             raise CaptureError(
-                f"The step cannot be followed without numbers: {error}. The model and a `clipping` function must not "
-                "read the value of a tensor (`.item()`, `if tensor`)."
+                f"The step cannot be followed. {without_numbers(error, 'a `clipping` function')}"
             ) from error
         return Dataflow(
             graph=recorder.graph,
@@ -134,8 +136,16 @@ def dataflow(gm: Transformed, plan: Plan, inputs: Inputs) -> Dataflow:
             },
             norms=recorder.add_sink(state.norms, "norms"),
             factors=_roots(recorder, state.clip_factors),
+            is_per_layer=state.settings.clipping == "per_layer",
             handed_over=recorder.handed_over,
         )
+
+
+def _gradients(outputs: list[Tensor], parameters: list[Tensor], seeds: list[Tensor]) -> Sequence[Tensor | None]:
+    """Of each parameter; none at all where no output or no parameter has one."""
+    if not outputs or not parameters:
+        return [None for _ in parameters]
+    return torch.autograd.grad(outputs, parameters, seeds, allow_unused=True)
 
 
 def _roots(recorder: _Recorder, factors: Tensor | None) -> frozenset[int]:

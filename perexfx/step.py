@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
+from perexfx.failed import without_numbers
 from perexfx.inputs import GivenInputs, bind_inputs, by_name, named_leaves
 from perexfx.ir.errors import ArgumentError, CaptureError
 from perexfx.rewrite import Transformed
@@ -120,10 +121,7 @@ def traced(
             )
             return trace(*given)
         except (RuntimeError, NotImplementedError) as error:
-            raise CaptureError(
-                f"The step cannot be one graph: {error}. The model and the loss must not read the value of a tensor "
-                "(`.item()`, `if tensor`), which no graph knows."
-            ) from error
+            raise CaptureError(f"The step cannot be one graph. {without_numbers(error, 'the loss')}") from error
 
 
 def call(gm: nn.Module, x: Any) -> Any:

@@ -47,15 +47,20 @@ class Proof:
     sites: int
 
     def __str__(self) -> str:
+        if not self.gradients:
+            return (
+                f"In a step of {self.batch_size} no parameter gets a gradient, whatever the loss: nothing is to clip."
+            )
         products = ", ".join(f"{count} {name}" for name, count in self.products.items())
         bound = f" {self.factors}" if self.factors else ""
+        enters = "" if self.factors else " that its factors are made of"
         return (
             f"Proved on the dataflow of a step of {self.batch_size} ({self.operations:,} operations, {self.edges:,} "
             f"edges), for every input and every loss of the examples' own outputs:\n"
             f"1. Every path from an input to the gradient of any of {self.gradients} parameters passes the clip "
-            f"factors, in a product with them or with what is made of them ({products}).{bound}\n"
+            f"factors, in a product ({products}). They enter it unchanged, and all that follows is linear.{bound}\n"
             f"2. Every such path passes the norms, or what the parameter's own sites hand over ({self.handed_over} "
-            f"tensors of {self.sites} sites), and all of that enters the norms.\n"
+            f"tensors of {self.sites} sites), and all of that enters the norms{enters}.\n"
             f"3. Every path from a parameter to an output passes an operation of one of its sites, or is detached."
         )
 
@@ -74,10 +79,11 @@ def verify(gm: nn.Module) -> Proof:
 
     Guarantees:
         What is proved is that nothing goes around: that no value of an example reaches a gradient but multiplied with
-        clip factors, and that none is missing from the norms. Not proved, but tried by `perexfx.check` and the tests:
-        the arithmetic of norms, factors and products themselves (that a factor is not undone, or another example's),
-        kernels that replace operations while nobody watches, and that no operation mixes examples. Hooks and what an
-        optimizer does come after. It takes for granted that the loss joins examples by a sum or mean.
+        clip factors, which nothing undoes, and that none is missing from the norms that they are made of. Not proved,
+        but tried by `perexfx.check` and the tests: the arithmetic of norms and factors themselves, that a factor is
+        not another example's, kernels that replace operations while nobody watches, and that no operation mixes
+        examples. Hooks and what an optimizer does come after. It takes for granted that the loss joins examples by a
+        sum or mean.
 
     Raises:
         ProofError: Something does not hold; the message has the path.
@@ -128,7 +134,7 @@ def prove(flow: Dataflow, own: Mapping[str, Sequence[Key]], *, batch_size: int, 
     products = _passes_the_factors(flow)
     if not factors:
         _follow_from_the_norms(flow)
-    _passes_own_sites(flow, own)
+    _passes_own_sites(flow, own, follows=not factors)
     _is_used_at_sites(flow, own)
     return Proof(
         batch_size=batch_size,
@@ -162,11 +168,26 @@ _BILINEAR = {
 """Products: the names of their two sides. Each is linear in either."""
 
 _LINEAR = {
+    "div": "self other",
+    "div_": "self other",
     "embedding_dense_backward": "grad_output indices",
+    "gather": "self index",
+    "index": "self indices",
+    "index_add": "self source index",
+    "index_put": "self values indices",
+    "index_select": "self index",
     "masked_fill": "self mask",
-    "index_add": "source index",
+    "scatter_add": "self src index",
 }
-"""Operations that are linear in the argument named first, while those named next are fixed."""
+"""Operations that are linear in some arguments, while others, which are fixed, choose among them or divide."""
+
+_FIXED = frozenset(("other", "index", "indices", "mask"))
+
+_MOVES = frozenset("clone copy_ _to_copy squeeze_ unsqueeze_ stack cat".split())
+"""Operations that leave every entry as it is. (Views are none: they share memory.)"""
+
+_SUMS = frozenset("add add_ sub sub_ neg sum mean cumsum flip roll tril triu diag_embed constant_pad_nd".split())
+"""Further operations that are linear in all of their tensors together, where all are what factors are in."""
 
 
 def _is_product(name: str, numbers: Mapping[str, Any], clipped: Set[str], data: Set[str]) -> bool:
@@ -174,17 +195,31 @@ def _is_product(name: str, numbers: Mapping[str, Any], clipped: Set[str], data: 
 
     Further arguments, which a product is added to, may be clipped too.
     """
-    if name == "masked_fill" and numbers.get("value") != 0:
+    if not _fills_in_zeros(name, numbers):
         return False  # what is filled in is not multiplied
     if name == "convolution_backward" and numbers["output_mask"][2]:
         return False  # nor is the gradient of a bias
     if name in _BILINEAR:
         first, second = _BILINEAR[name].split()
         return any(data == {one} and other in clipped and one not in clipped for one, other in _both(first, second))
-    if name in _LINEAR:
-        linear, *fixed = _LINEAR[name].split()
-        return linear in clipped and data <= set(fixed)
-    return False
+    return name in _LINEAR and _is_linear(name, clipped) and data <= _FIXED
+
+
+def _fills_in_zeros(name: str, numbers: Mapping[str, Any]) -> bool:
+    return name not in ("masked_fill", "constant_pad_nd") or not numbers.get("value")
+
+
+def _is_linear(name: str, clipped: Set[str]) -> bool:
+    """Whether an operation is linear in its clipped arguments, while the others are constants."""
+    if name in _MOVES | _SUMS or (name.endswith(_BACKWARDS) and all(word.startswith("grad") for word in clipped)):
+        return True
+    if name in _BILINEAR:
+        return len(clipped & set(_BILINEAR[name].split())) == 1
+    return name in _LINEAR and clipped <= set(_LINEAR[name].split()) - _FIXED
+
+
+_BACKWARDS = ("_backward", "_backward_data")
+"""End the names of backwards, which are linear in the gradients that they begin with."""
 
 
 def _both(first: str, second: str) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -192,7 +227,11 @@ def _both(first: str, second: str) -> tuple[tuple[str, str], tuple[str, str]]:
 
 
 def _passes_the_factors(flow: Dataflow) -> list[int]:
-    """The products in which examples' data meet the clip factors, on every path to a gradient."""
+    """The products in which examples' data meet the clip factors, on every path to a gradient.
+
+    Raises: ProofError, where a path has none, where factors are changed before they get there, or where what comes
+    out is changed in a way that is not known to be linear.
+    """
     clipped = _from(flow.graph, flow.factors)
     unclipped = flow.graph.subgraph(set(flow.graph) - clipped)
     raw = _from(unclipped, flow.inputs)
@@ -201,40 +240,68 @@ def _passes_the_factors(flow: Dataflow) -> list[int]:
             raise ProofError(
                 f"The gradient of `{name}` is not clipped. {_path(flow, unclipped, flow.inputs, gradient)}"
             )
-    meeting = []
-    for node in sorted(clipped - flow.factors):
-        given = flow.operations[node].given
-        data = {name for name, nodes in given if nodes & raw}
-        if not data:
-            continue
+    ends = {node for node in flow.gradients.values() if node is not None} | {flow.norms}
+    meeting, moved = [], set(flow.factors)
+    for node in sorted(clipped - flow.factors - ends):
         found = flow.operations[node]
-        if not _is_product(found.name, found.numbers, {name for name, nodes in given if nodes & clipped}, data):
+        factors = {name for name, nodes in found.given if nodes & clipped}
+        data = {name for name, nodes in found.given if nodes & raw}
+        read = {before for _, nodes in found.given for before in nodes & clipped}
+        if data and not _is_product(found.name, found.numbers, factors, data):
             raise ProofError(
-                f"{flow.operations[node]} joins what belongs to examples with the clip factors, and is not known to be "
-                f"a product of the two. {_path(flow, unclipped, flow.inputs, *_given_by(flow, node, raw))}"
+                f"{found} joins what belongs to examples with the clip factors, and is not known to be a product of "
+                f"the two. {_path(flow, unclipped, flow.inputs, *_given_by(flow, node, raw))}"
             )
-        meeting.append(node)
+        if data:
+            meeting.append(node)
+        elif read <= moved and found.name in _MOVES:
+            moved.add(node)
+        elif read & moved:
+            path = _path(flow, flow.graph, flow.factors, node)
+            raise ProofError(f"{found} changes the clip factors before they are multiplied with anything. {path}")
+        elif not (_is_linear(found.name, factors) and _fills_in_zeros(found.name, found.numbers)):
+            path = _path(flow, flow.graph, flow.factors, node)
+            raise ProofError(f"{found} changes clipped values, and is not known to be linear in them. {path}")
     return meeting
+
+
+def _made_of(flow: Dataflow, factor: int) -> set[int]:
+    """What clip factors are made of; the mask that drops examples, as second argument, is not counted."""
+    values = {node for name, nodes in flow.operations[factor].given if name == "self" for node in nodes}
+    return values.union(*(nx.ancestors(flow.graph, node) for node in values))
 
 
 def _follow_from_the_norms(flow: Dataflow) -> None:
     """That the factors are made of the norms: of all together, or, with `clipping="per_layer"`, of what enters them."""
+    handed = {node for nodes in flow.handed_over.values() for node in nodes}
+    counted = handed & nx.ancestors(flow.graph, flow.norms)
     for factor in flow.factors:
-        values = {node for name, nodes in flow.operations[factor].given if name == "self" for node in nodes}
-        read = values.union(*(nx.ancestors(flow.graph, node) for node in values))  # the mask only drops examples
-        handed = {node for nodes in flow.handed_over.values() for node in nodes}
-        if flow.handed_over and not read & (handed & nx.ancestors(flow.graph, flow.norms)):
+        if flow.handed_over and not _made_of(flow, factor) & counted:
             raise ProofError(f"The clip factors do not depend on the norms. {flow.operations[factor]} reads none.")
+    if flow.is_per_layer:
+        norms = set(flow.graph.pred[flow.norms])  # by which examples that are not finite are dropped
+        left = nx.restricted_view(flow.graph, handed | norms, [])
+        for factor in sorted(flow.factors):
+            if sources := nx.ancestors(left, factor).intersection(flow.inputs):
+                path = _path(flow, left, sorted(sources), factor)
+                raise ProofError(f"The clip factors of a layer have more in them than its norms. {path}")
 
 
-def _passes_own_sites(flow: Dataflow, own: Mapping[str, Sequence[Key]]) -> None:
+def _passes_own_sites(flow: Dataflow, own: Mapping[str, Sequence[Key]], *, follows: bool) -> None:
     """That nothing of an example reaches a gradient but by the norms and by what the parameter's own sites hand over,
-    and that all of this enters the norms.
+    and that all of this enters the norms, and the factors that it is multiplied with.
+
+    Args:
+        flow: The step.
+        own: Parameter -> the operands of sites that it is used by.
+        follows: Whether factors must follow from the norms.
     """
     norms = set(flow.graph.pred[flow.norms])
-    if len(flow.factors) > 1:  # of groups, each made of the squared norms of its sites
+    if flow.is_per_layer:
         norms |= flow.factors
     counted = nx.ancestors(flow.graph, flow.norms)
+    made_of = {factor: _made_of(flow, factor) for factor in flow.factors} if follows else {}
+    after_norms = flow.graph.subgraph(set(flow.graph) - norms | flow.factors)
     for name, gradient in flow.gradients.items():
         if gradient is None:
             continue
@@ -244,10 +311,18 @@ def _passes_own_sites(flow: Dataflow, own: Mapping[str, Sequence[Key]]) -> None:
         if sources := behind.intersection(flow.inputs):
             path = _path(flow, left, sorted(sources), gradient)
             raise ProofError(f"The gradient of `{name}` has more in it than its sites hand over. {path}")
+        with_factors = nx.ancestors(after_norms, gradient)
         for node, (site, operand) in handed.items():
-            if node not in counted and behind.intersection(flow.graph.succ[node]):
-                path = _path(flow, flow.graph, [node], gradient)
+            if not behind.intersection(flow.graph.succ[node]):
+                continue
+            path = _path(flow, flow.graph, [node], gradient)
+            if node not in counted:
                 raise ProofError(f"What site `{site}` hands over for `{operand}` is not in the norms. {path}")
+            if any(node not in made_of[factor] for factor in made_of.keys() & with_factors):
+                raise ProofError(
+                    f"The gradient of `{name}` is multiplied with clip factors that do not follow from what site "
+                    f"`{site}` hands over for `{operand}`. {path}"
+                )
 
 
 def _is_used_at_sites(flow: Dataflow, own: Mapping[str, Sequence[Key]]) -> None:

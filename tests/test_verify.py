@@ -19,9 +19,10 @@ from perexfx.strategies.outer import Outer
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_whatever_transforms_is_proved(case: Case) -> None:
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_whatever_transforms_is_proved(case: Case, clipping: str) -> None:
     batch = case.batch()
-    gm = perexfx.transform(case.build(), batch.inputs, batch_dim=case.batch_dim)
+    gm = perexfx.transform(case.build(), batch.inputs, batch_dim=case.batch_dim, clipping=clipping)
     proof = perexfx.verify(gm)
     assert proof.gradients == sum(p.requires_grad for p in gm.parameters()) - len(unreached(gm, case))
     assert proof.products
@@ -54,9 +55,9 @@ def test_its_words() -> None:
         "Proved on the dataflow of a step of 4 (74 operations, 91 edges), for every input and every loss of the "
         "examples' own outputs:",
         "1. Every path from an input to the gradient of any of 4 parameters passes the clip factors, in a product "
-        "with them or with what is made of them (4 mm, 2 mul).",
+        "(4 mm, 2 mul). They enter it unchanged, and all that follows is linear.",
         "2. Every such path passes the norms, or what the parameter's own sites hand over (6 tensors of 2 sites), and "
-        "all of that enters the norms.",
+        "all of that enters the norms that its factors are made of.",
         "3. Every path from a parameter to an output passes an operation of one of its sites, or is detached.",
     ]
     assert perexfx.verify(gm) == perexfx.verify(two_layers())
@@ -100,9 +101,44 @@ def squares_the_data_in(self: Product, weights: Tensor) -> Tensor:
     return torch.addcmul(honest(self, weights), self.left.sum(), self.right.sum())
 
 
+def undoes_the_factors(self: Product, weights: Tensor) -> Tensor:
+    return honest(self, weights) / weights.mean()
+
+
+def squares_the_factors(self: Product, weights: Tensor) -> Tensor:
+    return honest(self, weights * weights)
+
+
+def scales_the_factors(self: Product, weights: Tensor) -> Tensor:
+    return honest(self, 100 * weights)
+
+
+def gives_all_examples_the_sum(self: Product, weights: Tensor) -> Tensor:
+    return honest(self, weights.sum().expand(len(weights)))
+
+
+def takes_other_examples_factors(self: Product, weights: Tensor) -> Tensor:
+    return honest(self, weights.flip(0))
+
+
+def rounds_what_is_clipped(self: Product, weights: Tensor) -> Tensor:
+    return honest(self, weights).sign()
+
+
+def pads_with_ones(self: Product, weights: Tensor) -> Tensor:
+    return nn.functional.pad(honest(self, weights)[1:], (0, 0, 1, 0), value=1.0)
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
+        (undoes_the_factors, r"^mean changes the clip factors before they are multiplied.* The path: masked_fill -> "),
+        (squares_the_factors, r"^mul changes the clip factors before they are multiplied"),
+        (scales_the_factors, r"^mul changes the clip factors before they are multiplied"),
+        (gives_all_examples_the_sum, r"^sum changes the clip factors before they are multiplied"),
+        (takes_other_examples_factors, r"^flip changes the clip factors before they are multiplied"),
+        (rounds_what_is_clipped, r"^sign changes clipped values, and is not known to be linear in them"),
+        (pads_with_ones, r"^constant_pad_nd changes clipped values, and is not known to be linear"),
         (forgets_the_factors, r"^The gradient of `0.weight` is not clipped. The path: (input|gradient).* -> sum -> "),
         (adds_to_the_clipped_sum, r"^add joins .* not known to be a product of the two. The path: .* -> sum -> mul\.$"),
         (is_not_linear_in_the_factors, r"^maximum joins what belongs to examples with the clip factors"),
@@ -133,6 +169,20 @@ def test_factors_that_read_more_than_the_norms(monkeypatch: pytest.MonkeyPatch) 
     gm = two_layers(clipping=lambda norms: norms + kept[0].sum(1))
     monkeypatch.setattr(Linear, "backward", keeps)
     with pytest.raises(perexfx.ProofError, match="has more in it than its sites hand over"):
+        perexfx.verify(gm)
+
+
+def test_factors_of_another_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    clip_factors_of = runtime.clip_factors_of
+
+    def swapped(*given: Any) -> dict[str, Tensor]:
+        factors = clip_factors_of(*given)
+        return dict(zip(factors, reversed(factors.values()), strict=True))
+
+    gm = two_layers(clipping="per_layer")
+    assert perexfx.verify(gm)
+    monkeypatch.setattr(runtime, "clip_factors_of", swapped)
+    with pytest.raises(perexfx.ProofError, match=r"`0.weight` is multiplied with clip factors that do not follow from"):
         perexfx.verify(gm)
 
 
@@ -273,5 +323,25 @@ def test_what_reads_numbers_cannot_be_followed() -> None:
     def half_if_large(norms: Tensor) -> Tensor:
         return norms / 2 if float(norms.max()) > 1 else norms
 
-    with pytest.raises(perexfx.CaptureError, match="cannot be followed without numbers"):
+    with pytest.raises(perexfx.CaptureError, match=r"reads the value of a tensor, .* number out of a tensor"):
         perexfx.verify(two_layers(clipping=half_if_large))
+
+
+def test_what_fails_is_said() -> None:
+    def fails(norms: Tensor) -> Tensor:
+        raise RuntimeError("no such factors")
+
+    with pytest.raises(perexfx.CaptureError, match=r"cannot be followed. It fails .*: no such factors. Run the model"):
+        perexfx.verify(two_layers(clipping=fails))
+
+
+def test_a_step_without_gradients() -> None:
+    gm = two_layers()
+    gm.requires_grad_(False)
+    assert str(perexfx.verify(gm)).startswith("In a step of 4 no parameter gets a gradient")
+
+
+def test_inference_mode() -> None:
+    gm = two_layers()
+    with torch.inference_mode():
+        assert "Proved" in str(perexfx.verify(gm))
