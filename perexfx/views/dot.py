@@ -16,8 +16,9 @@ from perexfx.ir.errors import PerexError
 from perexfx.views.decisions import Row
 from perexfx.views.drawing import CLIP, Drawing, Node, Side
 from perexfx.views.files import write_file
-from perexfx.views.palette import color_of
-from perexfx.views.styles import BOX, style_of
+from perexfx.views.palette import BOX, EDGE, FOLDED, FRAME, SOFT, color_of
+from perexfx.views.palette import CLIP as RED
+from perexfx.views.styles import style_of
 
 SHOWN = 60
 """Nodes of a graph that are drawn one by one, unless more is asked for."""
@@ -40,7 +41,8 @@ def to_dot(drawing: Drawing, depth: int | None = None) -> str:
         "digraph perexfx {",
         f'  label=<{_heading(drawing)}>; labelloc=t; fontname="Helvetica";',
         '  node [fontname="Helvetica", fontsize=11, shape=box, style="filled,rounded"];',
-        '  node [margin="0.2,0.07", height=0.3]; edge [color="#8a93a2", arrowsize=0.6]; nodesep=0.25; ranksep=0.32;',
+        '  node [margin="0.2,0.07", height=0.3]; nodesep=0.25; ranksep=0.32;',
+        f'  edge [color="{EDGE}", arrowsize=0.6];',
     ]
     for name, side in sides.items():
         lines += _side(name, side, levels, rows, drawing.boxes)
@@ -53,7 +55,7 @@ def _heading(drawing: Drawing) -> str:
     keys = "".join(cell.format(color_of(name), escape(name)) for name in drawing.strategies)
     rows = [
         f'<td><font point-size="18">{escape(drawing.title)}</font></td>',
-        f'<td><font point-size="12" color="#667085">{escape(drawing.subtitle)}</font></td>',
+        f'<td><font point-size="12" color="{SOFT}">{escape(drawing.subtitle)}</font></td>',
     ]
     if keys:
         rows.append(
@@ -110,7 +112,7 @@ def _side(name: str, side: Side, depth: int, rows: Mapping[str, Row], boxes: Map
             edges.setdefault((source, target), edge.kind)
     for (source, target), kind in edges.items():
         how = "weight=0" if source == CLIP else "minlen=0"  # a norm node stands beside its site
-        style = " [weight=8]" if kind == "data" else f' [color="#e5484d", style=dashed, {how}]'
+        style = " [weight=8]" if kind == "data" else f' [color="{RED}", style=dashed, {how}]'
         body.append(f"    {_quoted(f'{name}/{source}')} -> {_quoted(f'{name}/{target}')}{style};")
     return [*body, "  }"]
 
@@ -134,8 +136,8 @@ def _clusters(
     for box in dict.fromkeys(deeper):
         lines.append(f"{pad}subgraph {_quoted(f'cluster_{name}/{box[-1]}')} {{")
         lines.append(
-            f'{pad}  label={_quoted(_box_label(box[-1], boxes))}; labeljust=l; fontsize=11; fontcolor="#667085"; '
-            f'style="rounded,filled"; fillcolor="{BOX}"; color="#d0d5dd";'
+            f'{pad}  label={_quoted(_box_label(box[-1], boxes))}; labeljust=l; fontsize=11; fontcolor="{SOFT}"; '
+            f'style="rounded,filled"; fillcolor="{BOX}"; color="{FRAME}";'
         )
         lines += _clusters(box, inside, folded, name, rows, boxes)
         lines.append(f"{pad}}}")
@@ -159,9 +161,9 @@ def _folded(side: str, own: str, members: Sequence[Node], rows: Mapping[str, Row
             seconds[row.strategy] = seconds.get(row.strategy, 0.0) + row.seconds
     total = sum(seconds.values())
     label = _box_label(own[1:], boxes)
-    fill = 'style="filled,rounded", fillcolor="#eef1f6"'
+    fill = f'style="filled,rounded", fillcolor="{FOLDED}"'
     if any(node.role == "culprit" for node in members):
-        fill = 'style="filled,rounded", fillcolor="#e5484d", fontcolor=white'
+        fill = f'style="filled,rounded", fillcolor="{RED}", fontcolor=white'
     elif total:
         stripes = ":".join(f"{color_of(name)};{part / total:.4f}" for name, part in seconds.items())
         fill = (
@@ -170,7 +172,7 @@ def _folded(side: str, own: str, members: Sequence[Node], rows: Mapping[str, Row
             else f'fillcolor="{color_of(next(iter(seconds)))}"'
         )
         label += f"\n{sum(n.role == 'site' for n in members)} sites, {total * 1e3:.2f} ms"
-    return f'{_quoted(f"{side}/{own}")} [label={_quoted(label)}, {fill}, color="#667085", penwidth=1.4];'
+    return f'{_quoted(f"{side}/{own}")} [label={_quoted(label)}, {fill}, color="{SOFT}", penwidth=1.4];'
 
 
 def _box_label(path: str, boxes: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from perexfx.views.decisions import Row
 from perexfx.views.drawing import Drawing, Node, Side
 from perexfx.views.pages import FOLDER, page
-from perexfx.views.palette import OTHER, STRATEGIES
+from perexfx.views.palette import OTHER, PARTS, STRATEGIES
 from perexfx.views.styles import style_of
 
 SCRIPTS = (
@@ -49,6 +49,7 @@ def _data(drawing: Drawing, depth: int | None) -> dict[str, Any]:
         "boxes": dict(drawing.boxes),
         "rows": {row.site: asdict(row) for row in drawing.rows},
         "colors": {**STRATEGIES, "": OTHER},
+        "parts": PARTS,
         "strategies": list(drawing.strategies),
         "refusals": list(drawing.refusals),
     }

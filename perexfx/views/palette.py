@@ -25,6 +25,13 @@ CLIP = "#e5484d"
 NORM = "#f7c9cc"
 FORMAT = "#e6e0f8"
 MODEL = "#ffffff"
+FOLDED = "#eef1f6"
+"""Of a module that is folded into a node and has no sites."""
+BOX, FRAME = "#f7f8fa", "#d0d5dd"
+"""Of an unfolded module: inside and border."""
+INK, SOFT, FAINT = "#1b1f24", "#667085", "#98a2b3"
+"""Of text, the last for what hardly matters."""
+EDGE = "#8a93a2"
 
 
 def color_of(strategy: str) -> str:
@@ -32,4 +39,33 @@ def color_of(strategy: str) -> str:
     return STRATEGIES.get(strategy, OTHER)
 
 
-__all__ = ["CLIP", "FORMAT", "MODEL", "NORM", "OTHER", "STRATEGIES", "color_of"]
+PARTS = {
+    "clip": CLIP,
+    "norm": NORM,
+    "format": FORMAT,
+    "folded": FOLDED,
+    "box": BOX,
+    "frame": FRAME,
+    "ink": INK,
+    "soft": SOFT,
+    "edge": EDGE,
+}
+"""What pages draw themselves."""
+
+__all__ = [
+    "BOX",
+    "CLIP",
+    "EDGE",
+    "FAINT",
+    "FOLDED",
+    "FORMAT",
+    "FRAME",
+    "INK",
+    "MODEL",
+    "NORM",
+    "OTHER",
+    "PARTS",
+    "SOFT",
+    "STRATEGIES",
+    "color_of",
+]

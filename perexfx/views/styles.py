@@ -6,13 +6,8 @@ from dataclasses import dataclass
 
 from perexfx.views.decisions import Row
 from perexfx.views.drawing import Node
-from perexfx.views.palette import CLIP, FORMAT, MODEL, NORM, color_of
+from perexfx.views.palette import CLIP, FAINT, FORMAT, INK, MODEL, NORM, color_of
 from perexfx.views.words import counted
-
-BOX = "#f7f8fa"
-"""Inside of an unfolded module."""
-
-INK, FAINT = "#1b1f24", "#98a2b3"
 
 
 @dataclass(frozen=True)

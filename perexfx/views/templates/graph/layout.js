@@ -84,7 +84,7 @@ function colorsOf(rows) {
   if (!rows.length) return {};
   if (state.mode !== "strategy") {
     const share = sumOf(rows, state.mode) / largest;
-    return { fillcolor: heat(state.mode, share), fontcolor: isDark(state.mode, Math.min(1, share)) ? "#ffffff" : "#1b1f24" };
+    return { fillcolor: heat(state.mode, share), fontcolor: isDark(state.mode, Math.min(1, share)) ? "#ffffff" : data.parts.ink };
   }
   const parts = new Map();
   for (const row of rows) parts.set(row.strategy, (parts.get(row.strategy) ?? 0) + row.seconds);
@@ -107,8 +107,8 @@ function graphOf(side) {
       const box = {
         name: `cluster_${path}`, nodes: [], subgraphs: [], boxes: new Map(),
         graphAttributes: {
-          id: `${side}|/${path}`, label: `  ▾ ${titleOf(path)}  `, labeljust: "l", fontsize: fontSize, fontcolor: "#667085",
-          style: "rounded,filled", fillcolor: "#f7f8fa", color: "#d0d5dd",
+          id: `${side}|/${path}`, label: `  ▾ ${titleOf(path)}  `, labeljust: "l", fontsize: fontSize, fontcolor: data.parts.soft,
+          style: "rounded,filled", fillcolor: data.parts.box, color: data.parts.frame,
         },
       };
       within.boxes.set(path, box);
@@ -137,14 +137,14 @@ function graphOf(side) {
     const isFanOut = kind === "clip" && from.role === "clip";
     if (tail === head || (isFanOut && !state.clipEdges)) continue;
     const how = isFanOut ? { weight: 0 } : { minlen: 0 }; // a norm node stands beside its site
-    const attributes = kind === "clip" ? { color: "#e5484d", style: "dashed", ...how } : { weight: 8 };
+    const attributes = kind === "clip" ? { color: data.parts.clip, style: "dashed", ...how } : { weight: 8 };
     if (!edges.has(`${tail}\n${head}`)) edges.set(`${tail}\n${head}`, { tail, head, attributes });
   }
   return {
     directed: true,
     graphAttributes: { nodesep: 0.25, ranksep: 0.32, bgcolor: "transparent", pad: 0.15 },
     nodeAttributes: { fontname: "Arial", fontsize: fontSize, shape: "box", style: "filled,rounded", margin: "0.14,0.07", height: 0.32 },
-    edgeAttributes: { color: "#8a93a2", arrowsize: 0.6 },
+    edgeAttributes: { color: data.parts.edge, arrowsize: 0.6 },
     nodes: [...root.nodes, ...nodes],
     edges: [...edges.values()],
     subgraphs: plain(root.subgraphs),
@@ -167,7 +167,7 @@ function attributesOf(side, name, inside) {
     const culprit = inside.some((node) => node.role === "culprit");
     return {
       id, label: ` ▸ ${titleOf(name.slice(1))}${rows.length ? `\n${sites}, ${ms(sum)} ms` : ""}`, penwidth: 1.6,
-      fillcolor: culprit ? "#e5484d" : "#eef1f6", fontcolor: culprit ? "#ffffff" : "#1b1f24", color: "#667085", ...colorsOf(rows),
+      fillcolor: culprit ? data.parts.clip : data.parts.folded, fontcolor: culprit ? "#ffffff" : data.parts.ink, color: data.parts.soft, ...colorsOf(rows),
     };
   }
   const [node] = inside;

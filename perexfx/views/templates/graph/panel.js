@@ -129,9 +129,9 @@ function showLegend() {
       element("i", { style: `background:${data.colors[name] ?? data.colors[""]}` }), name, element("span", {}, `${rows.length} · ${ms(sum)} ms`));
   });
   const roles = new Set([...last.nodes.values()].map((node) => node.role));
-  const marks = [["clip", "#e5484d", "clip node"], ["norm", "#f7c9cc", "norm node"], ["format", "#e6e0f8", "memory format"], ["culprit", "#e5484d", "refused"]];
-  for (const [role, color, name] of marks) {
-    if (roles.has(role)) entries.push(element("div", { class: "entry" }, element("i", { style: `background:${color}` }), name));
+  const marks = [["clip", "clip", "clip node"], ["norm", "norm", "norm node"], ["format", "format", "memory format"], ["culprit", "clip", "refused"]];
+  for (const [role, part, name] of marks) {
+    if (roles.has(role)) entries.push(element("div", { class: "entry" }, element("i", { style: `background:${data.parts[part]}` }), name));
   }
   legend.replaceChildren(...entries);
 }
