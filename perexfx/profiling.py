@@ -1,8 +1,8 @@
 """Measuring a transformed module's own steps: what each site's strategy takes, beside what was predicted.
 
 Promises: `.grad`, buffers, random number generators and what `gm.perexfx` says of the last backward are left as they
-are; hooks run, as they do in any step. The
-whole steps, ordinary and clipped, are timed in turn and undisturbed; sites are timed in steps of their own.
+are; hooks run, as they do in any step. Whole steps, ordinary and clipped, are timed in turn and undisturbed; sites are
+timed in steps of their own.
 """
 
 from __future__ import annotations
@@ -71,10 +71,11 @@ class Profile:
     sites: tuple[SiteTime, ...]
 
     def __str__(self) -> str:
+        median = "one step" if self.steps == 1 else f"medians of {self.steps} steps"
         return (
             f"ordinary step {self.ordinary_seconds * 1e3:.2f} ms, clipped {self.clipped_seconds * 1e3:.2f} ms, ratio "
             f"{self.ratio:.2f}, of that the sites {sum(site.seconds for site in self.sites) * 1e3:.3f} ms "
-            f"(batch of {self.batch_size}, medians of {self.steps} steps on {self.device})"
+            f"(batch of {self.batch_size}, {median} on {self.device})"
         )
 
 

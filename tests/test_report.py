@@ -19,6 +19,8 @@ from torch import Tensor, nn
 import perexfx
 from perexfx.bench.models import ResNet18, small_cnn
 from perexfx.strategies import STRATEGIES
+from perexfx.views import decisions
+from perexfx.views.words import megabytes
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -135,6 +137,35 @@ def test_smaller_budgets_are_what_other_plans_say() -> None:
         assert all(strategies[site] == strategy for site, strategy in step.changes)
 
 
+def test_budgets_of_too_many_decisions_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decisions, "CHOICES", 2)
+    report = perexfx.report(perexfx.transform(small_cnn(), torch.zeros(8, 1, 28, 28)))
+    assert report.budgets is None
+    words = "Smaller memory budgets were not tried"
+    assert words in str(report)
+    assert words in report.to_html()
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(report)
+    assert words in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("count", "words", "signed"),
+    [
+        (0, "0.00", "+0.00"),
+        (64, "<0.001", "+<0.001"),
+        (-64, "-<0.001", "-<0.001"),
+        (1_500, "0.002", "+0.002"),
+        (99_000, "0.099", "+0.099"),
+        (-2_345_678, "-2.35", "-2.35"),
+        (123_456_789, "123.46", "+123.46"),
+    ],
+)
+def test_megabytes(count: int, words: str, signed: str) -> None:
+    assert megabytes(count) == words
+    assert megabytes(count, is_signed=True) == signed
+
+
 def test_a_size_that_no_plan_fits() -> None:
     gm = perexfx.transform(ResNet18(width=16), torch.zeros(8, 3, 32, 32), memory_budget=0)
     sweep = perexfx.report(gm, batch_sizes=[8, 512])
@@ -193,12 +224,13 @@ def test_page(tmp_path: Path) -> None:
     report = perexfx.report(gm)
     assert report.to_html(tmp_path / "report.html") == report.to_html()
     page = BeautifulSoup((tmp_path / "report.html").read_text(), "html.parser")
-    rows = page.select("table.sites > tbody > tr")
+    rows, folded = page.select("tr[data-site]"), page.select("tr.more")
     assert [row["data-site"] for row in rows] == [row.site for row in report.rows]
-    for shown, row in zip(rows, report.rows, strict=True):
+    for shown, more, row in zip(rows, folded, report.rows, strict=True):
+        assert shown.find_next_sibling("tr") is more
         cells = [cell.get_text(" ", strip=True) for cell in shown.find_all("td", recursive=False)]
         assert cells[1:] == list(report.cells(row))[1:]
-        options = [[c.get_text(strip=True) for c in line.find_all("td")] for line in shown.select(".options tr")]
+        options = [[c.get_text(strip=True) for c in line.find_all("td")] for line in more.select(".options tr")]
         expected = [
             [o.strategy, o.status, "" if o.seconds is None else f"{o.seconds * 1e3:.3f}"]
             for choice in row.choices

@@ -15,7 +15,7 @@ from perexfx.ir.errors import BudgetError
 from perexfx.ir.site import Site
 from perexfx.plan import Decision, Key, Plan
 from perexfx.state import PerExample
-from perexfx.views.words import MEGABYTE
+from perexfx.views.words import megabytes
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _comparison(rival: Alternative, decision: Decision, plan: Plan) -> str:
     if decision.reason == "forced":
         return f"{times}, but {chosen.strategy.name} was asked for"
     peak = plan.bytes_added_with(decision, rival)
-    return f"{times}, but {peak / MEGABYTE:+.2f} MB at the peak"
+    return f"{times}, but {megabytes(peak, is_signed=True)} MB at the peak"
 
 
 # Where the plan would be another
@@ -282,10 +282,13 @@ CHOICES = 100
 """Decisions of a plan up to which smaller budgets are tried: to choose under one takes seconds beyond."""
 
 
-def budget_steps(plan: Plan) -> tuple[BudgetStep, ...]:
-    """The plan below its own memory: the next one, one half way down, and under the least budget that there can be."""
+def budget_steps(plan: Plan) -> tuple[BudgetStep, ...] | None:
+    """The plan below its own memory: the next one, one half way down, and under the least budget that there can be.
+
+    None: they were not tried.
+    """
     if sum(len(decision.candidates) > 1 for decision in plan.decisions) > CHOICES:
-        return ()
+        return None
     highest = plan.bytes_added
     lowest = max(0, plan.leanest().bytes_added)
     if lowest >= highest:

@@ -16,6 +16,7 @@ from perexfx.views.drawing import Drawing, Node, Side
 from perexfx.views.files import write_file
 from perexfx.views.palette import color_of
 from perexfx.views.styles import style_of
+from perexfx.views.words import megabytes
 
 GRADIENT = [{"stop": 0, "bgColor": "#ffffff"}, {"stop": 1, "bgColor": "#e8590c"}]
 """From the cheapest site to the dearest."""
@@ -64,7 +65,7 @@ def _node(node: Node, reads: list[str], row: Row | None) -> dict[str, Any]:
         attributes |= {
             "strategy": row.strategy,
             "predicted ms": f"{row.seconds * 1e3:.3f}",
-            "predicted MB held": f"{row.bytes_held / 1e6:.2f}",
+            "predicted MB held": megabytes(row.bytes_held),
             "next best": row.next_best,
             "why not": row.why_not,
         }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from perexfx.views.files import write_file
 from perexfx.views.palette import color_of
+from perexfx.views.words import megabytes
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -37,8 +38,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["ms"] = lambda seconds: f"{seconds * 1e3:.3f}"
-    environment.filters["mb"] = lambda count: f"{count / 1e6:.2f}"
-    environment.filters["signed_mb"] = lambda count: f"{count / 1e6:+.2f}"
+    environment.filters["mb"] = megabytes
+    environment.filters["signed_mb"] = lambda count: megabytes(count, is_signed=True)
     environment.filters["color"] = color_of
     return environment
 

@@ -17,6 +17,7 @@ from perexfx.profiling import Profile
 from perexfx.state import planned
 from perexfx.verify import Proof
 from perexfx.views.decisions import (
+    CHOICES,
     BudgetStep,
     Flip,
     Row,
@@ -28,7 +29,7 @@ from perexfx.views.decisions import (
 )
 from perexfx.views.pages import Viewed
 from perexfx.views.sweep import Sweep, sweep_of
-from perexfx.views.words import MEGABYTE, aligned, clipping_in_words, counted, indented, named
+from perexfx.views.words import aligned, clipping_in_words, counted, indented, megabytes, named
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -58,7 +59,7 @@ class Report(Viewed):
         flips: The sites that have another strategy at other batch sizes.
         batch_sizes: The batch sizes that were tried for that.
         unfit: Those of them at which no plan fits the memory budget.
-        budgets: What smaller memory budgets would change.
+        budgets: What smaller memory budgets would change; None where there are too many decisions to try.
         proof: What `perexfx.verify` has proved; None before.
         measured: What `perexfx.profile` has measured; None before.
     """
@@ -79,7 +80,7 @@ class Report(Viewed):
     flips: tuple[Flip, ...]
     batch_sizes: tuple[int, ...]
     unfit: tuple[int, ...]
-    budgets: tuple[BudgetStep, ...]
+    budgets: tuple[BudgetStep, ...] | None
     proof: str | None = None
     measured: str | None = None
 
@@ -95,14 +96,15 @@ class Report(Viewed):
         """Predicted time and memory against an ordinary step, and what else holds for all sites; a sentence each."""
         budget = "no memory budget"
         if self.memory_budget is not None:
-            budget = f"memory budget {self.memory_budget / MEGABYTE:.2f} MB"
+            budget = f"memory budget {megabytes(self.memory_budget)} MB"
         against = ""
         if self.ordinary_bytes is not None:
-            against = f", against {self.ordinary_bytes / MEGABYTE:.2f} MB of an ordinary one"
+            against = f", against {megabytes(self.ordinary_bytes)} MB of an ordinary one"
+        peak = megabytes(self.bytes_added, is_signed=True)
         lines = [
             f"predicted by the {self.machine}: {self.seconds * 1e3:.3f} ms for all norms and clipped sums, where an "
             f"ordinary step takes {self.ordinary_seconds * 1e3:.3f} ms for the same gradients",
-            f"predicted memory: {self.bytes_added / MEGABYTE:+.2f} MB at the peak of a step{against} ({budget})",
+            f"predicted memory: {peak} MB at the peak of a step{against} ({budget})",
         ]
         if self.channels_last:
             first, *more = self.channels_last
@@ -126,9 +128,9 @@ class Report(Viewed):
             "shapes": row.shapes,
             "strategy": row.strategy,
             "ms": f"{row.seconds * 1e3:.3f}",
-            "MB": f"{row.bytes_held / MEGABYTE:.2f}",
+            "MB": megabytes(row.bytes_held),
             "ms measured": "" if row.measured_seconds is None else f"{row.measured_seconds * 1e3:.3f}",
-            "MB measured": "" if row.measured_bytes is None else f"{row.measured_bytes / MEGABYTE:.2f}",
+            "MB measured": "" if row.measured_bytes is None else megabytes(row.measured_bytes),
             "next best": row.next_best,
             "why not": row.why_not,
         }
@@ -168,7 +170,9 @@ class Report(Viewed):
             lines += indented(aligned([(named(sites), ranges) for ranges, sites in self.flips_together.items()]))
         if self.unfit:
             lines += indented([f"no plan fits the memory budget at {', '.join(map(str, self.unfit))}"])
-        if self.budgets:
+        if self.budgets is None:
+            lines += ["", self.untried]
+        elif self.budgets:
             lines += ["", "smaller memory budgets"]
             lines += indented(aligned([self.budget_cells(step) for step in self.budgets]))
         if self.proof:
@@ -179,7 +183,15 @@ class Report(Viewed):
         """Peak, time and changes under a smaller budget."""
         slower = step.seconds / self.seconds if self.seconds else 1.0
         changes = named([f"{site} {strategy}" for site, strategy in step.changes])
-        return f"{step.bytes_added / MEGABYTE:+.2f} MB", f"{slower:.2f}x the ms", changes
+        return f"{megabytes(step.bytes_added, is_signed=True)} MB", f"{slower:.2f}x the ms", changes
+
+    @property
+    def untried(self) -> str:
+        """Why there are no smaller budgets."""
+        return (
+            f"Smaller memory budgets were not tried for more than {CHOICES} decisions: "
+            "`perexfx.transform(..., memory_budget=...)` tries one."
+        )
 
     def explain(self, site: str) -> str:
         """Every strategy for every operand of a site: chosen, rejected by how much, or refused why.
@@ -199,7 +211,7 @@ class Report(Viewed):
                     option.strategy,
                     option.status,
                     "" if option.seconds is None else f"{option.seconds * 1e3:.3f} ms",
-                    "" if option.bytes_held is None else f"{option.bytes_held / MEGABYTE:.2f} MB",
+                    "" if option.bytes_held is None else f"{megabytes(option.bytes_held)} MB",
                     option.why,
                 )
                 for option in choice.options

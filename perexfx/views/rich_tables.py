@@ -39,7 +39,9 @@ def report_table(report: Report) -> Group:
         for ranges, sites in report.flips_together.items():
             flips.add_row(Text(named(sites)), Text(ranges))
         parts.append(flips)
-    if report.budgets:
+    if report.budgets is None:
+        parts.append(Text(report.untried))
+    elif report.budgets:
         budgets = Table(title="Smaller memory budgets", title_justify="left", box=SIMPLE)
         for heading in ("peak", "time", "changes"):
             budgets.add_column(heading)

@@ -15,7 +15,7 @@ from perexfx.plan import Key, Plan
 from perexfx.state import PerExample
 from perexfx.views.decisions import decided, plans_for
 from perexfx.views.pages import Viewed
-from perexfx.views.words import MEGABYTE, aligned
+from perexfx.views.words import aligned, megabytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -101,7 +101,7 @@ class Sweep(Viewed):
             line("ms", [f"{c.seconds * 1e3:.3f}" for c in self.columns]),
             line("ms, ordinary", [f"{c.ordinary_seconds * 1e3:.3f}" for c in self.columns]),
             line("us per example", [f"{c.seconds / max(1, c.batch_size) * 1e6:.1f}" for c in self.columns]),
-            line("MB more", [f"{c.bytes_added / MEGABYTE:+.2f}" for c in self.columns]),
+            line("MB more", [megabytes(c.bytes_added, is_signed=True) for c in self.columns]),
         ]
 
     @property

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 from perexfx.state import Settings
 
-MEGABYTE = 1e6
+
+def megabytes(count: float, *, is_signed: bool = False) -> str:
+    """Bytes in MB: two decimals, three for little, and what would read zero by its sign alone."""
+    size = count / 1e6
+    if size and abs(size) < 5e-4:
+        return f"{'-' if size < 0 else '+' if is_signed else ''}<0.001"
+    return f"{size:{'+' if is_signed else ''}.{2 if abs(size) >= 0.1 or not size else 3}f}"
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[str] = (), *, is_headed: bool = False) -> list[str]:

@@ -156,7 +156,7 @@ const plain = (boxes) => boxes.map(({ name, nodes, subgraphs, graphAttributes })
 
 const titleOf = (path) => data.boxes[path] ? `${path} (${data.boxes[path]})` : path;
 const ms = (seconds) => (seconds * 1e3).toFixed(seconds < 1e-3 ? 3 : 2);
-const mb = (bytes) => (bytes / 1e6).toFixed(2);
+const mb = (bytes) => bytes && bytes < 500 ? "<0.001" : (bytes / 1e6).toFixed(bytes && bytes < 1e5 ? 3 : 2);
 
 function attributesOf(side, name, inside) {
   const id = `${side}|${name}`;
