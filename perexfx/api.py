@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import keyword
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -208,6 +209,18 @@ COST_MODELS = ("profile", "measured")
 _RESERVED = (set(dir(fx.GraphModule)) - set(dir(nn.Module))) | {"perexfx", "_graph", "_code", "meta"}
 
 
+def _names(model: nn.Module) -> list[str]:
+    """Paths of everything that is registered in a module."""
+    modules = [name for name, _ in model.named_modules() if name]
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return [*modules, *(name for name, _ in tensors)]
+
+
+def _cannot_be_written(name: str) -> bool:
+    """Whether torch.fx writes code that is not valid for an attribute of this name."""
+    return keyword.iskeyword(name) or not name.isprintable() or '"' in name or "\\" in name
+
+
 def _check_arguments(model: nn.Module, settings: Settings) -> None:
     """Raises: ArgumentError, naming the first argument that is not what it should be."""
     if not isinstance(model, nn.Module):
@@ -224,6 +237,11 @@ def _check_arguments(model: nn.Module, settings: Settings) -> None:
         raise ArgumentError(
             f"`{type(model).__name__}` has an attribute `{taken[0]}`, a name that GraphModules need for themselves. "
             "Rename it."
+        )
+    if unwritable := [name for name in _names(model) if _cannot_be_written(name.rpartition(".")[2])]:
+        raise ArgumentError(
+            f"The name {unwritable[0]!r} cannot stand in the code of a graph: its last part is a keyword of Python, or "
+            "has quotes, backslashes or line breaks. Rename it."
         )
     C = settings.clip_norm
     if C is not None and (isinstance(C, bool) or not isinstance(C, int | float) or not C > 0):

@@ -561,6 +561,14 @@ def test_lazy_modules_need_their_shapes() -> None:
     perexfx.transform(model)(torch.randn(2, 4)).sum().backward()
 
 
+@pytest.mark.parametrize("name", ["class", "None", 'a"b', "a\\b", "a\nb"])
+def test_names_that_no_code_can_have(name: str) -> None:
+    model = nn.Sequential(nn.ModuleDict({"fine": nn.Linear(3, 2)}))
+    model[0].add_module(name, nn.Linear(3, 2))
+    with pytest.raises(perexfx.ArgumentError, match=r"^The name '0\..*' cannot stand in the code of a graph"):
+        perexfx.transform(model)
+
+
 def test_names_that_graph_modules_need() -> None:
     model = nn.Linear(3, 3)
     model.graph = torch.ones(1)
