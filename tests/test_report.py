@@ -164,6 +164,7 @@ def test_budgets_of_too_many_decisions_are_not_tried(monkeypatch: pytest.MonkeyP
 def test_megabytes(count: int, words: str, signed: str) -> None:
     assert megabytes(count) == words
     assert megabytes(count, is_signed=True) == signed
+    assert re.fullmatch(r"-?(\d+\.\d{3}|<0\.001)", megabytes(count, in_column=True))
 
 
 def test_a_size_that_no_plan_fits() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -39,7 +39,8 @@ def _environment() -> Environment:
     )
     environment.filters["ms"] = lambda seconds: f"{seconds * 1e3:.3f}"
     environment.filters["mb"] = megabytes
-    environment.filters["signed_mb"] = lambda count: megabytes(count, is_signed=True)
+    environment.filters["mb_in_column"] = partial(megabytes, in_column=True)
+    environment.filters["signed_mb"] = partial(megabytes, is_signed=True)
     environment.filters["color"] = color_of
     return environment
 

@@ -128,9 +128,9 @@ class Report(Viewed):
             "shapes": row.shapes,
             "strategy": row.strategy,
             "ms": f"{row.seconds * 1e3:.3f}",
-            "MB": megabytes(row.bytes_held),
+            "MB": megabytes(row.bytes_held, in_column=True),
             "ms measured": "" if row.measured_seconds is None else f"{row.measured_seconds * 1e3:.3f}",
-            "MB measured": "" if row.measured_bytes is None else megabytes(row.measured_bytes),
+            "MB measured": "" if row.measured_bytes is None else megabytes(row.measured_bytes, in_column=True),
             "next best": row.next_best,
             "why not": row.why_not,
         }
@@ -211,7 +211,7 @@ class Report(Viewed):
                     option.strategy,
                     option.status,
                     "" if option.seconds is None else f"{option.seconds * 1e3:.3f} ms",
-                    "" if option.bytes_held is None else f"{megabytes(option.bytes_held)} MB",
+                    "" if option.bytes_held is None else f"{megabytes(option.bytes_held, in_column=True)} MB",
                     option.why,
                 )
                 for option in choice.options

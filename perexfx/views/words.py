@@ -7,12 +7,19 @@ from collections.abc import Sequence
 from perexfx.state import Settings
 
 
-def megabytes(count: float, *, is_signed: bool = False) -> str:
-    """Bytes in MB: two decimals, three for little, and what would read zero by its sign alone."""
+def megabytes(count: float, *, is_signed: bool = False, in_column: bool = False) -> str:
+    """Bytes in MB, of which little does not read zero.
+
+    Args:
+        count: Bytes.
+        is_signed: Begin with a sign.
+        in_column: Always three decimals; else two, or three for less than 0.1 MB.
+    """
     size = count / 1e6
     if size and abs(size) < 5e-4:
         return f"{'-' if size < 0 else '+' if is_signed else ''}<0.001"
-    return f"{size:{'+' if is_signed else ''}.{2 if abs(size) >= 0.1 or not size else 3}f}"
+    decimals = 3 if in_column or 0 < abs(size) < 0.1 else 2
+    return f"{size:{'+' if is_signed else ''}.{decimals}f}"
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[str] = (), *, is_headed: bool = False) -> list[str]:
