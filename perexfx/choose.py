@@ -8,6 +8,7 @@ fits is made. A budget that nothing fits raises, and names the least that would.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 
 from perexfx.ir.alternative import Alternative
@@ -137,16 +138,33 @@ def _knapsack(rows: Rows, budget: int, bound: float) -> list[Alternative] | None
     for at in reversed(range(len(rows))):
         held_after[at] = held_after[at + 1] + min(a.bytes_held for a in rows[at])
         seconds_after[at] = seconds_after[at + 1] + min(a.seconds for a in rows[at])
-    front: list[tuple[int, float, tuple[Alternative, ...]]] = [(0, 0.0, ())]
+    front: list[_Partial] = [(0, 0.0, None)]
     for at, row in enumerate(rows):
-        extended = sorted(
-            ((held + a.bytes_held, seconds + a.seconds, (*taken, a)) for held, seconds, taken in front for a in row),
-            key=lambda choice: choice[:2],
-        )
+        fits_held, fits_seconds = budget - held_after[at + 1], bound - seconds_after[at + 1]
+        extended = [
+            (held, seconds, (partial, a))
+            for partial in front
+            for a in row
+            if (held := partial[0] + a.bytes_held) <= fits_held and (seconds := partial[1] + a.seconds) < fits_seconds
+        ]
+        extended.sort(key=operator.itemgetter(0, 1))
         front, fastest = [], math.inf
-        for held, seconds, taken in extended:
-            fits = held + held_after[at + 1] <= budget and seconds + seconds_after[at + 1] < bound
-            if fits and seconds < fastest:
-                front.append((held, seconds, taken))
-                fastest = seconds
-    return list(front[-1][2]) if front else None
+        for partial in extended:
+            if partial[1] < fastest:
+                front.append(partial)
+                fastest = partial[1]
+    return _taken(front[-1]) if front else None
+
+
+_Partial = tuple[int, float, "tuple[_Partial, Alternative] | None"]
+"""Bytes held and seconds of a choice for the first rows, and the choice for one row less with the last alternative."""
+
+
+def _taken(choice: _Partial) -> list[Alternative]:
+    """The alternatives, in the order of the rows."""
+    found, (_, _, last) = [], choice
+    while last is not None:
+        (_, _, before), alternative = last
+        found.append(alternative)
+        last = before
+    return found[::-1]
