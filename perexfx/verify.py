@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
 
 import networkx as nx
 from torch import nn
 
-from perexfx.dataflow import Dataflow, dataflow
+from perexfx.dataflow import Dataflow, Operation, dataflow
 from perexfx.ir.errors import ArgumentError, ProofError
+from perexfx.linear_operations import ADDED, MOVES, ZEROS, is_linear, is_product
 from perexfx.plan import Key
 from perexfx.rewrite import Transformed
 from perexfx.state import PerExample, Settings, planned
@@ -148,84 +148,6 @@ def prove(flow: Dataflow, own: Mapping[str, Sequence[Key]], *, batch_size: int, 
     )
 
 
-_BILINEAR = {
-    "mul": "self other",
-    "mul_": "self other",
-    "mm": "self mat2",
-    "bmm": "self mat2",
-    "mv": "self vec",
-    "dot": "self tensor",
-    "addmm": "mat1 mat2",
-    "addmv": "mat vec",
-    "addmv_": "mat vec",
-    "baddbmm": "batch1 batch2",
-    "addcmul": "tensor1 tensor2",
-    "addcmul_": "tensor1 tensor2",
-    "convolution": "input weight",
-    "convolution_backward": "grad_output input",
-    "mkldnn::_linear_pointwise": "X W",
-}
-"""Products: the names of their two sides. Each is linear in either."""
-
-_LINEAR = {
-    "div": "self other",
-    "div_": "self other",
-    "embedding_dense_backward": "grad_output indices",
-    "gather": "self index",
-    "index": "self indices",
-    "index_add": "self source index",
-    "index_put": "self values indices",
-    "index_select": "self index",
-    "masked_fill": "self mask",
-    "scatter_add": "self src index",
-}
-"""Operations that are linear in some arguments, while others, which are fixed, choose among them or divide."""
-
-_FIXED = frozenset(("other", "index", "indices", "mask"))
-
-_MOVES = frozenset("clone copy_ _to_copy squeeze_ unsqueeze_ stack cat".split())
-"""Operations that leave every entry as it is. (Views are none: they share memory.)"""
-
-_SUMS = frozenset("add add_ sub sub_ neg sum mean cumsum flip roll tril triu diag_embed constant_pad_nd".split())
-"""Further operations that are linear in all of their tensors together, where all are what factors are in."""
-
-
-def _is_product(name: str, numbers: Mapping[str, Any], clipped: Set[str], data: Set[str]) -> bool:
-    """Whether an operation is linear in clipped arguments that the data of the others is multiplied with.
-
-    Further arguments, which a product is added to, may be clipped too.
-    """
-    if not _fills_in_zeros(name, numbers):
-        return False  # what is filled in is not multiplied
-    if name == "convolution_backward" and numbers["output_mask"][2]:
-        return False  # nor is the gradient of a bias
-    if name in _BILINEAR:
-        first, second = _BILINEAR[name].split()
-        return any(data == {one} and other in clipped and one not in clipped for one, other in _both(first, second))
-    return name in _LINEAR and _is_linear(name, clipped) and data <= _FIXED
-
-
-def _fills_in_zeros(name: str, numbers: Mapping[str, Any]) -> bool:
-    return name not in ("masked_fill", "constant_pad_nd") or not numbers.get("value")
-
-
-def _is_linear(name: str, clipped: Set[str]) -> bool:
-    """Whether an operation is linear in its clipped arguments, while the others are constants."""
-    if name in _MOVES | _SUMS or (name.endswith(_BACKWARDS) and all(word.startswith("grad") for word in clipped)):
-        return True
-    if name in _BILINEAR:
-        return len(clipped & set(_BILINEAR[name].split())) == 1
-    return name in _LINEAR and clipped <= set(_LINEAR[name].split()) - _FIXED
-
-
-_BACKWARDS = ("_backward", "_backward_data")
-"""End the names of backwards, which are linear in the gradients that they begin with."""
-
-
-def _both(first: str, second: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    return (first, second), (second, first)
-
-
 def _passes_the_factors(flow: Dataflow) -> list[int]:
     """The products in which examples' data meet the clip factors, on every path to a gradient.
 
@@ -247,22 +169,32 @@ def _passes_the_factors(flow: Dataflow) -> list[int]:
         factors = {name for name, nodes in found.given if nodes & clipped}
         data = {name for name, nodes in found.given if nodes & raw}
         read = {before for _, nodes in found.given for before in nodes & clipped}
-        if data and not _is_product(found.name, found.numbers, factors, data):
+        is_pure = _adds_nothing(flow, found, clipped)
+        if data and not (is_pure and is_product(found.name, found.numbers, factors, data)):
             raise ProofError(
                 f"{found} joins what belongs to examples with the clip factors, and is not known to be a product of "
                 f"the two. {_path(flow, unclipped, flow.inputs, *_given_by(flow, node, raw))}"
             )
         if data:
             meeting.append(node)
-        elif read <= moved and found.name in _MOVES:
+        elif read <= moved and found.name in MOVES:
             moved.add(node)
         elif read & moved:
             path = _path(flow, flow.graph, flow.factors, node)
             raise ProofError(f"{found} changes the clip factors before they are multiplied with anything. {path}")
-        elif not (_is_linear(found.name, factors) and _fills_in_zeros(found.name, found.numbers)):
+        elif not (is_pure and is_linear(found.name, factors)):
             path = _path(flow, flow.graph, flow.factors, node)
             raise ProofError(f"{found} changes clipped values, and is not known to be linear in them. {path}")
     return meeting
+
+
+def _adds_nothing(flow: Dataflow, found: Operation, clipped: Set[int]) -> bool:
+    """Whether an operation adds, joins or fills in nothing but zeros and what is clipped."""
+    added = ADDED.get(found.name, "").split()
+    if found.numbers.get("value") or ("other" in added and found.numbers.get("other")):
+        return False
+    others = [nodes for name, nodes in found.given if name in added and not nodes & clipped]
+    return all(nodes and {flow.operations[node].name for node in nodes} <= ZEROS for nodes in others)
 
 
 def _made_of(flow: Dataflow, factor: int) -> set[int]:
@@ -315,10 +247,11 @@ def _passes_own_sites(flow: Dataflow, own: Mapping[str, Sequence[Key]], *, follo
         for node, (site, operand) in handed.items():
             if not behind.intersection(flow.graph.succ[node]):
                 continue
-            path = _path(flow, flow.graph, [node], gradient)
             if node not in counted:
+                path = _path(flow, flow.graph, [node], gradient)
                 raise ProofError(f"What site `{site}` hands over for `{operand}` is not in the norms. {path}")
             if any(node not in made_of[factor] for factor in made_of.keys() & with_factors):
+                path = _path(flow, flow.graph, [node], gradient)
                 raise ProofError(
                     f"The gradient of `{name}` is multiplied with clip factors that do not follow from what site "
                     f"`{site}` hands over for `{operand}`. {path}"

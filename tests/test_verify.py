@@ -129,9 +129,19 @@ def pads_with_ones(self: Product, weights: Tensor) -> Tensor:
     return nn.functional.pad(honest(self, weights)[1:], (0, 0, 1, 0), value=1.0)
 
 
+def adds_a_number(self: Product, weights: Tensor) -> Tensor:
+    return honest(self, weights) + 1.0
+
+
+def adds_a_constant(self: Product, weights: Tensor) -> Tensor:
+    return honest(self, weights) + torch.ones(self.shape)
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
+        (adds_a_number, r"^add changes clipped values, and is not known to be linear"),
+        (adds_a_constant, r"^add changes clipped values, and is not known to be linear"),
         (undoes_the_factors, r"^mean changes the clip factors before they are multiplied.* The path: masked_fill -> "),
         (squares_the_factors, r"^mul changes the clip factors before they are multiplied"),
         (scales_the_factors, r"^mul changes the clip factors before they are multiplied"),
