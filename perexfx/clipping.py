@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from perexfx.ir.errors import ArgumentError
 from perexfx.tape import Tape
@@ -59,5 +60,10 @@ def _checked(factors: Any, norms: Tensor) -> Tensor:
         raise ArgumentError(
             f"`clipping` must return one factor per example, shape {list(norms.shape)}. Found {found}. "
             "It is called with the norms of the examples."
+        )
+    if isinstance(factors, FakeTensor) and not isinstance(norms, FakeTensor):
+        raise ArgumentError(
+            "`clipping` returned a tensor without numbers: it has kept one from when its step was made a graph. Give "
+            "`step_graph`, `compile_step` and `export_onnx` a function of the norms alone."
         )
     return factors.detach()

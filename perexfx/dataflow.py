@@ -100,7 +100,7 @@ def dataflow(gm: Transformed, plan: Plan, inputs: Inputs) -> Dataflow:
     state = gm.perexfx
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = _Recorder()
-    with TRACING, same_einsums(), state.set_aside(), warnings.catch_warnings(), torch.inference_mode(False):
+    with TRACING, same_einsums(), state.rehearsed(), warnings.catch_warnings(), torch.inference_mode(False):
         warnings.simplefilter("ignore")  # the real run gives them too
         given = fake_inputs(fake, inputs, state.settings.batch_dim, plan.batch_size)
         state.plans[inputs, plan.batch_size] = _watched(plan, recorder)
@@ -121,9 +121,7 @@ def dataflow(gm: Transformed, plan: Plan, inputs: Inputs) -> Dataflow:
                     recorder.where, recorder.site = "", ""
                     found = _gradients(differentiable, list(parameters.values()), seeds)
         except (RuntimeError, NotImplementedError) as error:
-            raise CaptureError(
-                f"The step cannot be followed. {without_numbers(error, 'a `clipping` function')}"
-            ) from error
+            raise CaptureError(f"The step cannot be followed. {without_numbers(error, 'a rule')}") from error
         return Dataflow(
             graph=recorder.graph,
             operations=recorder.operations,
@@ -196,11 +194,14 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         read = [] if _name(func) in _READ_SIZES_ALONE else _named(func, args, kwargs)
+        if _name(func) in _OVERWRITE and _is_whole(args[0]):
+            read = read[1:]
         given = [(name, self.made(tensor)) for name, value in read for tensor in leaves_of(value)]
         own = {_storage(tensor) for tensor in leaves_of((args, kwargs))}
         written = [t for name, value in _named(func, args, kwargs) if _writes(func, name) for t in leaves_of(value)]
         result = func(*args, **kwargs)
-        new = [tensor for tensor in leaves_of(result) if _storage(tensor) not in own]
+        is_reread = _name(func) == "view" and func._overloadname == "dtype"  # other numbers in the same memory
+        new = [tensor for tensor in leaves_of(result) if is_reread or _storage(tensor) not in own]
         if new or written:
             made = (*new, *written)
             passes = self.carries_gradient and any(t.is_floating_point() or t.is_complex() for t in made)
@@ -265,6 +266,15 @@ _READ_SIZES_ALONE = frozenset(
     "empty_like zeros_like ones_like full_like rand_like randn_like".split()
 )
 """Operations that take nothing from a tensor but its size and dtype."""
+
+
+_OVERWRITE = frozenset("zero_ fill_ copy_".split())
+"""Operations after which nothing is left of the tensor that they are given first."""
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor is all that there is in its memory."""
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 
 def _named(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -54,7 +54,10 @@ ADDED = {
     **dict.fromkeys(("add", "add_", "sub", "sub_"), "self other"),
     **dict.fromkeys(("cat", "stack"), "tensors"),
     **dict.fromkeys(("addmm", "addmv", "addmv_", "baddbmm", "addcmul", "addcmul_"), "self"),
-    **dict.fromkeys(("index_add", "index_put", "scatter_add"), "self"),
+    "index_add": "self source",
+    "index_put": "self values",
+    "scatter_add": "self src",
+    "masked_fill": "value",
     "mkldnn::_linear_pointwise": "B",
 }
 """Operations that add or join: the arguments that come in as they are."""
@@ -64,6 +67,22 @@ ZEROS = frozenset("zeros new_zeros zeros_like zero_".split())
 
 _BACKWARDS = ("_backward", "_backward_data")
 """End the names of backwards, which are linear in the gradients that they begin with."""
+
+
+def keeps_fractions(numbers: Mapping[str, Any]) -> bool:
+    """Whether an operation's further arguments leave it linear: no rounding, no other activation.
+
+    Args:
+        numbers: Its arguments that are no tensors.
+    """
+    dtype = numbers.get("dtype")
+    rounds = numbers.get("rounding_mode") is not None or numbers.get("attr", "none") != "none"
+    return not rounds and (dtype is None or dtype.is_floating_point)
+
+
+def is_multiplied(name: str, clipped: Set[str]) -> bool:
+    """Whether a product takes its clipped arguments as factors, and does not choose among them."""
+    return name == "masked_fill" or (name in _BILINEAR and bool(clipped & set(_BILINEAR[name].split())))
 
 
 def is_product(name: str, numbers: Mapping[str, Any], clipped: Set[str], data: Set[str]) -> bool:
@@ -96,4 +115,4 @@ def _both(first: str, second: str) -> tuple[tuple[str, str], tuple[str, str]]:
     return (first, second), (second, first)
 
 
-__all__ = ["ADDED", "MOVES", "ZEROS", "is_linear", "is_product"]
+__all__ = ["ADDED", "MOVES", "ZEROS", "is_linear", "is_multiplied", "is_product", "keeps_fractions"]

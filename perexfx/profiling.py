@@ -1,8 +1,8 @@
 """Measuring a transformed module's own steps: what each site's strategy takes, beside what was predicted.
 
 Promises: `.grad`, buffers, random number generators and what `gm.perexfx` says of the last backward are left as they
-are; hooks run, as they do in any step. Whole steps, ordinary and clipped, are timed in turn and undisturbed; sites are
-timed in steps of their own.
+are; hooks and a `clipping` function run, as they do in any step. Whole steps, ordinary and clipped, are timed in turn
+and undisturbed; sites are timed in steps of their own.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ def rehearse(gm: fx.GraphModule, state: PerExample, plan: Plan, inputs: Inputs) 
         inputs: The kind of input.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with TRACING, same_einsums(), state.set_aside(), warnings.catch_warnings():
+    with TRACING, same_einsums(), state.rehearsed(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the real run gives them too
         given = fake_inputs(fake, inputs, state.settings.batch_dim, plan.batch_size)
         ordinary = _Recorder()

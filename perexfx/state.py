@@ -10,7 +10,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -169,6 +169,16 @@ class PerExample(nn.Module):
         finally:
             self.__dict__.clear()
             self.__dict__.update(before)
+
+    @contextmanager
+    def rehearsed(self) -> Iterator[None]:
+        """The same, for runs without numbers: a clipping function of the user's might keep what it is given, so flat
+        clipping takes its place.
+        """
+        with self.set_aside():
+            if callable(self.settings.clipping):
+                self.settings = replace(self.settings, clipping="flat", clip_norm=1.0)
+            yield
 
     def prepare(self, kind: Inputs, n: int) -> Plan:
         """Makes the plan for one kind of input and batch size, and remembers it."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from perexfx.dataflow import Dataflow, Operation, dataflow
 from perexfx.ir.errors import ArgumentError, ProofError
-from perexfx.linear_operations import ADDED, MOVES, ZEROS, is_linear, is_product
+from perexfx.linear_operations import ADDED, MOVES, ZEROS, is_linear, is_multiplied, is_product, keeps_fractions
 from perexfx.plan import Key
 from perexfx.rewrite import Transformed
 from perexfx.state import PerExample, Settings, planned
@@ -79,11 +79,11 @@ def verify(gm: nn.Module) -> Proof:
 
     Guarantees:
         What is proved is that nothing goes around: that no value of an example reaches a gradient but multiplied with
-        clip factors, which nothing undoes, and that none is missing from the norms that they are made of. Not proved,
-        but tried by `perexfx.check` and the tests: the arithmetic of norms and factors themselves, that a factor is
-        not another example's, kernels that replace operations while nobody watches, and that no operation mixes
-        examples. Hooks and what an optimizer does come after. It takes for granted that the loss joins examples by a
-        sum or mean.
+        the clip factors, and that the norms, which factors are made of, depend on all that is multiplied. Not proved,
+        but tried by `perexfx.check` and the tests: the arithmetic of norms and factors themselves, what else products
+        multiply with, that a factor is not another example's, kernels that replace operations while nobody watches,
+        and that no operation mixes examples. Hooks and what an optimizer does come after. It takes for granted that
+        the loss joins examples by a sum or mean.
 
     Raises:
         ProofError: Something does not hold; the message has the path.
@@ -115,7 +115,7 @@ def _own_sites(state: PerExample) -> dict[str, list[Key]]:
 
 def _said_of_factors(settings: Settings) -> str:
     if callable(settings.clipping):
-        return "The factors are what a function of the user's makes of the norms, which is not examined."
+        return "What a function of the user's makes of the norms to get them is not examined."
     return "" if settings.clip_norm is not None else "With clip_norm=None the factors are ones: nothing is bounded."
 
 
@@ -148,12 +148,19 @@ def prove(flow: Dataflow, own: Mapping[str, Sequence[Key]], *, batch_size: int, 
     )
 
 
+_LAST_OF_FACTORS = "masked_fill"
+"""The operation by which `perexfx.clipping` ends: it drops examples that are not finite."""
+
+
 def _passes_the_factors(flow: Dataflow) -> list[int]:
     """The products in which examples' data meet the clip factors, on every path to a gradient.
 
     Raises: ProofError, where a path has none, where factors are changed before they get there, or where what comes
     out is changed in a way that is not known to be linear.
     """
+    for factor in sorted(flow.factors):
+        if flow.operations[factor].name != _LAST_OF_FACTORS:
+            raise ProofError(f"{flow.operations[factor]} changes the clip factors in place, after they were made.")
     clipped = _from(flow.graph, flow.factors)
     unclipped = flow.graph.subgraph(set(flow.graph) - clipped)
     raw = _from(unclipped, flow.inputs)
@@ -169,15 +176,16 @@ def _passes_the_factors(flow: Dataflow) -> list[int]:
         factors = {name for name, nodes in found.given if nodes & clipped}
         data = {name for name, nodes in found.given if nodes & raw}
         read = {before for _, nodes in found.given for before in nodes & clipped}
-        is_pure = _adds_nothing(flow, found, clipped)
+        is_pure = keeps_fractions(found.numbers) and _adds_nothing(flow, found, clipped)
+        is_changed = data and read & moved and not (read <= moved and is_multiplied(found.name, factors))
         if data and not (is_pure and is_product(found.name, found.numbers, factors, data)):
             raise ProofError(
                 f"{found} joins what belongs to examples with the clip factors, and is not known to be a product of "
                 f"the two. {_path(flow, unclipped, flow.inputs, *_given_by(flow, node, raw))}"
             )
-        if data:
+        if data and not is_changed:
             meeting.append(node)
-        elif read <= moved and found.name in MOVES:
+        elif not data and read <= moved and is_pure and _moves(found, moved):
             moved.add(node)
         elif read & moved:
             path = _path(flow, flow.graph, flow.factors, node)
@@ -195,6 +203,12 @@ def _adds_nothing(flow: Dataflow, found: Operation, clipped: Set[int]) -> bool:
         return False
     others = [nodes for name, nodes in found.given if name in added and not nodes & clipped]
     return all(nodes and {flow.operations[node].name for node in nodes} <= ZEROS for nodes in others)
+
+
+def _moves(found: Operation, moved: Set[int]) -> bool:
+    """Whether an operation leaves clip factors as they are, and takes nothing else in."""
+    given = [nodes for name, nodes in found.given if found.name != "copy_" or name != "self"]
+    return found.name in MOVES and all(nodes and nodes <= moved for nodes in given)
 
 
 def _made_of(flow: Dataflow, factor: int) -> set[int]:

@@ -431,3 +431,39 @@ def test_a_linear_layer_without_inputs() -> None:
     gm(x).sum(1).mean().backward()
     assert gm.perexfx.norms is not None
     torch.testing.assert_close(gm.perexfx.norms, torch.full((4,), 3**0.5))
+
+
+class Median:
+    """Clipping that follows the median of the norms: a state of its own."""
+
+    def __init__(self) -> None:
+        self.bound, self.calls = torch.tensor(1.0), 0
+
+    def __call__(self, norms: Tensor) -> Tensor:
+        self.calls += 1
+        self.bound = 0.9 * self.bound + 0.1 * norms.median()
+        return (self.bound / norms).clamp(max=1)
+
+
+def test_only_steps_call_a_clipping_function(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    clipping, model = Median(), nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    gm = perexfx.transform(model, torch.randn(4, 6), clipping=clipping, memory_budget=10**6)
+    perexfx.verify(gm)
+    str(perexfx.report(gm))
+    perexfx.report(gm, batch_sizes=[1, 8])
+    perexfx.visualize(gm, tmp_path / "graph.html")
+    assert clipping.calls == 0
+    for n in (4, 5, 9):
+        gm(torch.randn(n, 6)).square().sum().backward()
+    assert clipping.calls == 3
+    assert type(clipping.bound) is Tensor
+    assert all(type(p.grad) is Tensor for p in model.parameters())
+
+
+def test_a_clipping_function_that_kept_a_tensor_of_a_graph() -> None:
+    clipping, x = Median(), torch.randn(4, 6)
+    gm = perexfx.transform(nn.Linear(6, 3), clipping=clipping)
+    perexfx.step_graph(gm, lambda output, _: output.sum(), x, None)
+    with pytest.raises(perexfx.ArgumentError, match="`clipping` returned a tensor without numbers"):
+        gm(x).sum().backward()
