@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from perexfx.failed import without_numbers
 from perexfx.inputs import GivenInputs, bind_inputs, by_name, named_leaves
-from perexfx.ir.errors import ArgumentError, CaptureError
+from perexfx.ir.errors import ArgumentError, CaptureError, PerexError
 from perexfx.rewrite import Transformed
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -120,7 +120,9 @@ def traced(
                 record_stack_traces=keeps_stacks,
             )
             return trace(*given)
-        except (RuntimeError, NotImplementedError) as error:
+        except PerexError:
+            raise
+        except Exception as error:  # a loss may fail in any way
             raise CaptureError(f"The step cannot be one graph. {without_numbers(error, 'the loss')}") from error
 
 

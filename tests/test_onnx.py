@@ -578,6 +578,101 @@ def test_losses_and_models_with_constants(tmp_path: Path) -> None:
     check_step(model, gm, loss, x.flip(0), y.flip(0))
 
 
+def pooled_to_a_pixel() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+
+def test_a_step_whose_images_would_lie_with_their_channels_last(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    gm, x, y = perexfx.transform(pooled_to_a_pixel()), torch.randn(16, 3, 8, 8), torch.arange(16) % 5
+    loss = F.cross_entropy
+    for given in (x, x.to(memory_format=torch.channels_last)):
+        model = Model(perexfx.export_onnx(gm, tmp_path / "step.onnx", given, graph="step", loss_fn=loss, targets=y))
+        gm.zero_grad()
+        check_step(model, gm, loss, x.flip(0), y.flip(0))
+
+
+def test_files_are_compared_where_the_example_inputs_show_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    module = pooled_to_a_pixel()
+    nn.init.zeros_(module[4].weight)
+    gm, x, y = perexfx.transform(module), torch.zeros(4, 3, 8, 8), torch.arange(4)
+    monkeypatch.setitem(
+        DECOMPOSITIONS,
+        torch.ops.aten.convolution_backward.default,
+        lambda *args: (None, args[2] * 0, args[0].sum((0, 2, 3))),
+    )
+    with pytest.raises(perexfx.ExportError, match=r"Output `grad.0.weight` of the ONNX file differs"):
+        perexfx.export_onnx(gm, tmp_path / "step.onnx", x, graph="step", loss_fn=F.cross_entropy, targets=y)
+
+
+def test_gradients_that_are_zero_but_for_rounding(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    gm = perexfx.transform(nn.Sequential(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.CELU()))
+
+    def loss(output: Tensor, _: Any) -> Tensor:
+        return output.flatten(1).square().sum(1).mean()
+
+    perexfx.export_onnx(gm, tmp_path / "step.onnx", torch.randn(3, 2, 8, 8), graph="step", loss_fn=loss)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_heads_that_share_keys(heads: int, tmp_path: Path) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 2 * heads), nn.Linear(8, 2 * heads)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (layer(x).unflatten(-1, (-1, 2)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).flatten(1)
+
+    torch.manual_seed(0)
+    gm, x, y = perexfx.transform(Shared()), torch.randn(3, 5, 8), torch.randn(3, 40)
+    model = Model(perexfx.export_onnx(gm, tmp_path / "step.onnx", x, graph="step", loss_fn=F.mse_loss, targets=y))
+    check_step(model, gm, F.mse_loss, x.flip(0), y.flip(0))
+
+
+def test_sigmoids_that_are_nearly_zero_or_one(tmp_path: Path) -> None:
+    class Logarithm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.logsigmoid(self.layer(x))
+
+    gm, x = perexfx.transform(Logarithm()), torch.tensor([[-80.0], [-20.0], [8.0], [12.0], [16.0], [30.0]])
+    with torch.no_grad():
+        gm.layer.weight.fill_(1.0)
+        gm.layer.bias.zero_()
+    found = Model(perexfx.export_onnx(gm, tmp_path / "model.onnx", torch.randn(3, 1)))(x)["output"]
+    torch.testing.assert_close(found, gm(x).detach(), rtol=1e-5, atol=0)
+    gm, x, y = perexfx.transform(mlp((6, 8, 5))), torch.randn(3, 6), torch.rand(3, 5)
+    loss = F.binary_cross_entropy_with_logits
+    model = Model(perexfx.export_onnx(gm, tmp_path / "step.onnx", x, graph="step", loss_fn=loss, targets=y))
+    check_step(model, gm, loss, 1000 * x, y)
+
+
+@pytest.mark.parametrize("is_wrong_for", ["one", "more than four"])
+def test_batches_that_the_graph_does_not_hold_for(is_wrong_for: str, tmp_path: Path, caplog: Any) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            is_other = x.shape[0] == 1 if is_wrong_for == "one" else x.shape[0] > 4
+            return self.layer(x) * 2 if is_other else self.layer(x)
+
+    gm = perexfx.transform(Branches(), torch.randn(3, 4))
+    model = Model(perexfx.export_onnx(gm, tmp_path / "model.onnx", torch.randn(3, 4)))
+    assert list(model.inputs.values()) == [[3, 4]]
+    assert "holds for batches of 3 examples alone" in caplog.text
+
+
 def test_steps_whose_norms_are_the_same_for_all_inputs(tmp_path: Path) -> None:
     class Shift(nn.Module):
         def __init__(self) -> None:
@@ -778,6 +873,10 @@ def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused("`path` should be a str or a Path. Found int", gm, 3, x)
     refused("folder that exists", gm, tmp_path / "missing" / "model.onnx", x)
     refused("`path` should be a file, or none yet. Found '.*', which is a folder", gm, tmp_path, x)
+    refused("The forward fails on `example_inputs`: RuntimeError: mat1 and mat2", gm, path, x.double())
+    rest = {"graph": "step", "loss_fn": F.cross_entropy}
+    refused("The step fails on `example_inputs` and `targets`", gm, path, x, **rest, targets=torch.zeros(3).long())
+    refused("The step fails on `example_inputs` and `targets`", gm, path, x, **rest, targets=torch.zeros(4).int())
     refused("`path` should be a file that can be written. Found 'xxx.*File name too long", gm, "x" * 9999, x)
     refused("`path` should be a file that can be written. Found .* null byte", gm, "a\0.onnx", x)
     refused("`example_inputs` should have one example at least", gm, path, x[:0], graph="step", loss_fn=F.mse_loss)

@@ -27,7 +27,9 @@ def writing(path: str | Path) -> Iterator[None]:
     """Raises ArgumentError for what goes wrong with a path in its body: no folder, no right, no such name."""
     try:
         yield
-    except (OSError, ValueError) as error:  # a ValueError: a name with a null character
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and "null" not in str(error):  # in the name
+            raise
         shown = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}..."
         reason = getattr(error, "strerror", None) or error
         raise ArgumentError(f"`path` should be a file that can be written. Found {shown!r}: {reason}.") from None

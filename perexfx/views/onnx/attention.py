@@ -26,6 +26,7 @@ def attention(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention, and the logarithm of what its weights are divided by."""
+    key, value = (_of_every_head(each, query) for each in (key, value))
     scores = _scores(query, key, is_causal, attn_mask, scale)
     found = (_weights(scores) @ value).transpose(1, 2).contiguous().transpose(1, 2)  # as torch's kernel lays it out
     return found, scores.logsumexp(-1)
@@ -44,7 +45,7 @@ def any_attention(
 ) -> Tensor:
     """`F.scaled_dot_product_attention` without dropout."""
     if enable_gqa:
-        key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], -3) for each in (key, value))
+        key, value = (_of_every_head(each, query) for each in (key, value))
     return _weights(_scores(query, key, is_causal, attn_mask, scale)) @ value
 
 
@@ -62,12 +63,23 @@ def attention_backward(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = (_of_every_head(each, query) for each in (key, value))
     weights = _weights(_scores(query, key, is_causal, attn_mask, scale))
     of_weights = grad_out @ value.transpose(-2, -1)
     of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
     of_scores = of_scores * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    found = (of_scores @ key, of_scores.transpose(-2, -1) @ query, weights.transpose(-2, -1) @ grad_out)
+    of_keys, of_values = of_scores.transpose(-2, -1) @ query, weights.transpose(-2, -1) @ grad_out
+    if shared > 1:
+        of_keys, of_values = (each.unflatten(1, (-1, shared)).sum(2) for each in (of_keys, of_values))
+    found = (of_scores @ key, of_keys, of_values)
     return tuple(g.transpose(1, 2).contiguous().transpose(1, 2) for g in found)  # pyright: ignore[reportReturnType]
+
+
+def _of_every_head(value: Tensor, query: Tensor) -> Tensor:
+    """Keys or values with those that several heads of the queries share repeated: `[..., heads, rows, columns]`."""
+    shared = query.shape[-3] // value.shape[-3] if query.dim() > 3 else 1
+    return value if shared == 1 else value.repeat_interleave(shared, -3)
 
 
 def _weights(scores: Tensor) -> Tensor:

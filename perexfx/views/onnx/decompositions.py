@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._decomp import decomposition_table, get_decompositions
 from torch._prims_common import suggest_memory_format
@@ -190,6 +191,16 @@ def shrink_backward(grad_out: Tensor, input: Tensor, lambd: float) -> Tensor:
     return torch.where(input.abs() <= lambd, 0.0, grad_out)
 
 
+def log_sigmoid(input: Tensor) -> Tensor:
+    """Without a sigmoid, which is rounded to one, or to zero: so torch's exporter has it."""
+    return -F.softplus(-input)
+
+
+def log_sigmoid_forward(input: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and what its backward does not read."""
+    return log_sigmoid(input), input.new_empty(0)
+
+
 def layer_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,7 +216,8 @@ def _torchs_own() -> dict[Any, Callable[..., Any]]:
     Its losses have no total weight, which their backward divides by.
     """
     known = [op for op in decomposition_table if str(op).endswith("_backward.default")]
-    return get_decompositions([*known, _aten.nll_loss_forward.default, _aten.nll_loss2d_forward.default])
+    others = (_aten.nll_loss_forward, _aten.nll_loss2d_forward, _aten.binary_cross_entropy_with_logits)
+    return get_decompositions([*known, *(op.default for op in others)])
 
 
 DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
@@ -218,6 +230,7 @@ DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
     _aten.as_strided.default: as_strided,
     _aten.convolution_backward.default: convolution_backward,
     _aten.diagonal_backward.default: diagonal_backward,
+    _aten.log_sigmoid_forward.default: log_sigmoid_forward,
     _aten.hardshrink_backward.default: shrink_backward,
     _aten.native_layer_norm.default: layer_norm,
     _aten.softshrink_backward.default: shrink_backward,
@@ -225,4 +238,4 @@ DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
 }
 
 
-__all__ = ["DECOMPOSITIONS"]
+__all__ = ["DECOMPOSITIONS", "log_sigmoid"]

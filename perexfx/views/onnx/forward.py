@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
-from perexfx.ir.errors import ExportError
+from perexfx.inputs import named_leaves
+from perexfx.ir.errors import ArgumentError, ExportError
 from perexfx.ir.node import info_of, place_of
 from perexfx.ir.refusal import Place, Refusal
 from perexfx.plan import Plan
@@ -53,15 +54,41 @@ def forward_model(gm: Transformed, arguments: Mapping[str, Any], carriers: tuple
     """
     plain = Plain(gm, arguments)
     places = {node.name: place_of(node) for node in gm.graph.nodes}
-    try:
-        model = _exported(plain, gm, carriers, plan.batch_size, places, is_dynamic=True)
-    except ExportError as error:
+    model, reason = None, _holds_not_for(gm, arguments, carriers)
+    if not reason:
+        try:
+            model = _exported(plain, gm, carriers, plan.batch_size, places, is_dynamic=True)
+        except ExportError as error:
+            reason = str(error)
+    if model is None:
         model = _exported(plain, gm, carriers, plan.batch_size, places, is_dynamic=False)
-        _logger.warning("The ONNX file holds for batches of %d examples alone: %s", plan.batch_size, error)
+        _logger.warning("The ONNX file holds for batches of %d examples alone: %s", plan.batch_size, reason)
     with quiet():
         _add_perexfx(model, gm, carriers, plan)
         fold(model)
     return model
+
+
+def _holds_not_for(gm: Transformed, arguments: Mapping[str, Any], carriers: tuple[bool, ...]) -> str:
+    """Why the captured graph does not hold for batches of some sizes; "" where it holds for all that are tried."""
+    batch_dim, leaves = gm.perexfx.settings.batch_dim, named_leaves(arguments)
+    carrying = iter(carriers)
+    carries = {name for name, leaf in leaves.items() if isinstance(leaf, Tensor) and next(carrying)}
+
+    def of(n: int, value: Tensor) -> Tensor:
+        size = (*value.shape[:batch_dim], n, *value.shape[batch_dim + 1 :])
+        return torch.empty(size, dtype=value.dtype, device="meta")
+
+    for n in _SIZES_TRIED:
+        try:
+            gm.perexfx.captured.conditions.check({k: of(n, v) if k in carries else v for k, v in leaves.items()})
+        except ArgumentError as error:
+            return str(error)
+    return ""
+
+
+_SIZES_TRIED = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 17, 32, 33, 64, 100, 128, 1000, 4096)
+"""Batch sizes that a file of any batch size should hold for."""
 
 
 def _exported(

@@ -14,6 +14,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from perexfx.views.onnx.attention import any_attention
+from perexfx.views.onnx.decompositions import log_sigmoid
 from perexfx.views.onnx.pooling import BY_SCALE, average
 
 _aten = torch.ops.aten
@@ -21,6 +22,7 @@ _aten = torch.ops.aten
 _OWN: Mapping[Any, Callable[..., Any]] = {
     _aten.avg_pool2d.default: partial(average, rank=2),
     _aten.avg_pool3d.default: partial(average, rank=3),
+    _aten.log_sigmoid.default: log_sigmoid,
     _aten.scaled_dot_product_attention.default: any_attention,
     **BY_SCALE,
 }
@@ -36,6 +38,8 @@ def _goes_wrong(node: fx.Node) -> bool:
     """Whether torch's exporter has a call wrong."""
     if node.target not in _OWN:
         return False
+    if node.target is _aten.log_sigmoid.default:
+        return True
     schema: Any = getattr(node.target, "_schema")  # noqa: B009 (node.target has a type without it)
     names = [argument.name for argument in schema.arguments]
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs

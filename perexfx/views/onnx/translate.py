@@ -88,6 +88,12 @@ def _problems_of(node: fx.Node) -> Iterator[tuple[str, str]]:
             f"draws random numbers (`{node.target}`), which a file cannot repeat.",
             "Call `gm.eval()` first, if that is dropout; else pass the random numbers with the inputs or targets.",
         )
+    if node.target in (torch.ops.aten.as_strided_.default, torch.ops.aten.as_strided_scatter.default):
+        yield (
+            "lays memory out anew with `as_strided_` (as pooling to one pixel does with channels last): ONNX knows "
+            "values alone.",
+            "Give it inputs in the default memory format, or write the mean over the last axes.",
+        )
     if node.target is torch.ops.aten.as_strided.default:
         read: Any = node.args[0]
         if not read.meta["val"].is_contiguous():

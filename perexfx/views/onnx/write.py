@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,13 @@ from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
 from perexfx.inputs import GivenInputs, bind_inputs, by_name, named_leaves
-from perexfx.ir.errors import ArgumentError, ExportError
+from perexfx.ir.errors import ArgumentError, ExportError, PerexError
 from perexfx.ir.refusal import Refusal
 from perexfx.quiet import quiet
 from perexfx.rewrite import Transformed
 from perexfx.step import LossFunction, call, functional_step
 from perexfx.views.files import writing
-from perexfx.views.onnx.compare import compare
+from perexfx.views.onnx.compare import Trial, compare
 from perexfx.views.onnx.forward import forward_model
 from perexfx.views.onnx.metadata import of_model
 from perexfx.views.onnx.plain import named_outputs
@@ -28,6 +29,8 @@ from perexfx.views.onnx.translate import require_extra
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+_logger = logging.getLogger("perexfx")
 
 GRAPHS = ("forward", "step")
 """What can be exported."""
@@ -47,11 +50,10 @@ def export_onnx(
 ) -> Path:
     """Path of the ONNX file that it writes: the transformed module's forward, or its whole step.
 
-    Before the file is written it is checked, and run by onnxruntime on the example inputs: loss, norms, gradients or
-    outputs that are not torch's are refused. (Where onnxruntime lacks an operation for a dtype, the log says that this
-    was not done.)
-    Parameters and buffers are in it under their own names;
-    those of more than 1.9 GB are in a second file beside it, `<name>.data`.
+    Before the file is written it is checked, and run by onnxruntime, on the example inputs and on others of their
+    shapes: loss, norms, gradients or outputs that are not torch's are refused. (Where onnxruntime lacks an operation
+    for a dtype, the log says that this was not done.) Parameters and buffers are in it under their own names; those of
+    more than 1.9 GB are in a second file beside it, `<name>.data`.
 
     `graph="forward"`: what `gm(x)` computes, in the mode that `gm` is in. Clip node, norm nodes and sites are nodes of
     the domain `perexfx`, each a function with a body of ordinary operations; a site's metadata has its strategy and
@@ -76,7 +78,8 @@ def export_onnx(
         targets: Passed to `loss_fn`: a tensor, or any pytree of tensors.
 
     Raises:
-        ArgumentError: An argument is not what it should be, or the extra `perexfx[onnx]` is not installed.
+        ArgumentError: An argument is not what it should be, the model or loss fails on the inputs, or the extra
+            `perexfx[onnx]` is not installed.
         ExportError: Operations have no translation to ONNX, or draw random numbers; all are named.
         CaptureError: The step cannot be one graph: the model or the loss reads the value of a tensor.
     """
@@ -86,35 +89,83 @@ def export_onnx(
     state = gm.perexfx
     plans = dict(state.plans)
     with state.set_aside(), torch.enable_grad():
-        state.plans = plans
-        plan = state(tuple(arguments), *arguments.values()).plan
-        if graph == "step" and not plan.batch_size:
-            raise ArgumentError("`example_inputs` should have one example at least for a step. Found none.")
-        kind, _ = state.kind_of(named_leaves(arguments))
         if loss_fn is None:
+            state.plans = plans
+        else:
+            state.regions = ()  # a file knows no memory formats, and what only changes them has no translation
+            example_inputs = pytree.tree_map_only(Tensor, Tensor.contiguous, example_inputs)
+        given = _tried(gm, loss_fn, example_inputs, targets)
+        plan = state(tuple(arguments), *arguments.values()).plan
+        if loss_fn is None:
+            kind, _ = state.kind_of(named_leaves(arguments))
             model = forward_model(gm, arguments, kind.carriers, plan)
-            given, expected = arguments, _forward_of(gm, example_inputs)
+        elif not plan.batch_size:
+            raise ArgumentError("`example_inputs` should have one example at least for a step. Found none.")
         else:
             model = step_model(gm, loss_fn, example_inputs, arguments, targets)
-            given, expected = [arguments, targets], _step_of(gm, loss_fn, example_inputs, targets)
-    model.metadata_props.update(of_model(graph, state.settings, plan))
-    model.producer_name, model.producer_version = "perexfx", model.metadata_props["perexfx.version"]
-    model.graph.name = graph
-    _write(model, file, [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)], expected)
+        model.metadata_props.update(of_model(graph, state.settings, plan))
+        model.producer_name, model.producer_version = "perexfx", model.metadata_props["perexfx.version"]
+        model.graph.name = graph
+        _write(model, file, [given, *_others(gm, loss_fn, example_inputs, targets)])
     return Path(path)
 
 
-def _forward_of(gm: Transformed, x: GivenInputs) -> dict[str, Tensor]:
-    """The forward's outputs by name."""
-    buffers = {name: buffer.clone() for name, buffer in gm.named_buffers()}
-    with stateless._reparametrize_module(gm, buffers), torch.no_grad():
-        return named_outputs(call(gm, x))
+def _tried(gm: Transformed, loss_fn: LossFunction | None, x: GivenInputs, targets: Any) -> Trial:
+    """What torch finds on the example inputs. Raises: ArgumentError, where it fails on them."""
+    try:
+        return _trial(gm, loss_fn, dict(gm.named_parameters()), x, targets)
+    except PerexError:
+        raise
+    except Exception as error:  # a model or loss may fail in any way
+        what, given = ("step", "`example_inputs` and `targets`") if loss_fn else ("forward", "`example_inputs`")
+        raise ArgumentError(
+            f"The {what} fails on {given}: {type(error).__name__}: {str(error).rstrip('.')}."
+        ) from error
 
 
-def _step_of(gm: Transformed, loss_fn: LossFunction, x: GivenInputs, targets: Any) -> dict[str, Tensor]:
-    """What an eager step finds, by name."""
+def _others(gm: Transformed, loss_fn: LossFunction | None, x: GivenInputs, targets: Any) -> Iterator[Trial]:
+    """What else a file is run on: other inputs of the same shapes, for a step with other parameters too."""
+    parameters = dict(gm.named_parameters())
+    generator = torch.Generator().manual_seed(0)
+
+    def other(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+        width = value.detach().nan_to_num(0, 0, 0).std(correction=0) if value.numel() else 0
+        return torch.where(value.isfinite(), value, 0).detach() + noise * (width or 1.0)
+
+    changed = pytree.tree_map(other, x)
+    if loss_fn is not None:
+        parameters = {name: other(value) for name, value in parameters.items()}
+    try:
+        yield _trial(gm, loss_fn, parameters, changed, targets, gives_parameters=True)
+    except Exception as error:  # the model may not take such inputs
+        _logger.info("The ONNX file was compared with torch on the example inputs alone: %s", error)
+
+
+def _trial(
+    gm: Transformed,
+    loss_fn: LossFunction | None,
+    parameters: Mapping[str, Tensor],
+    x: GivenInputs,
+    targets: Any,
+    *,
+    gives_parameters: bool = False,
+) -> Trial:
+    """Values of a file's last inputs, and what torch finds for them."""
     buffers = {name: buffer.clone() for name, buffer in gm.named_buffers()}
-    return named_step(*functional_step(gm, loss_fn)(dict(gm.named_parameters()), buffers, x, targets))
+    arguments = by_name(bind_inputs(gm, x, "example_inputs"))
+    if loss_fn is None:
+        with stateless._reparametrize_module(gm, buffers), torch.no_grad():
+            return _tensors(arguments), named_outputs(call(gm, x))
+    found = named_step(*functional_step(gm, loss_fn)(parameters, dict(buffers), x, targets))
+    held = [parameters, dict(gm.named_buffers())] if gives_parameters else []
+    return _tensors([*held, arguments, targets]), found
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _checked(gm: Any, path: Any, graph: Any, loss_fn: Any, targets: Any) -> Path:
@@ -148,21 +199,21 @@ def _checked(gm: Any, path: Any, graph: Any, loss_fn: Any, targets: Any) -> Path
     return found
 
 
-def _write(model: ir.Model, path: Path, given: Sequence[Tensor], expected: Mapping[str, Tensor]) -> None:
+def _write(model: ir.Model, path: Path, trials: Sequence[Trial]) -> None:
     """Checks a model and writes it; a file that was there stays as it was where the model is not valid or not right."""
     import onnx  # noqa: PLC0415 (an extra)
     import onnx_ir as ir  # noqa: PLC0415 (an extra)
 
     held = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
     data = f"{path.name}.data" if sum(tensor.nbytes for tensor in held) > LARGEST else None
-    with quiet(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".perexfx-onnx-") as folder:
+    with writing(path), quiet(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".perexfx-onnx-") as folder:
         written = Path(folder) / path.name
         ir.save(model, written, external_data=data)
         try:
             onnx.checker.check_model(str(written), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ExportError([_not_valid(error)]) from error
-        compare(written, given, expected)
+        compare(written, [value.name or "" for value in model.graph.inputs], trials)
         for file in sorted(Path(folder).iterdir()):
             file.replace(path.parent / file.name)
 
