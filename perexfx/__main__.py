@@ -2,6 +2,6 @@
 
 import sys
 
-from perexfx.cli import main
+from perexfx.cli import run
 
-sys.exit(main())
+sys.exit(run())

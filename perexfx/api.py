@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from perexfx.analyze import Analysis, analyze
@@ -225,6 +226,8 @@ def _check_arguments(model: nn.Module, settings: Settings) -> None:
     """Raises: ArgumentError, naming the first argument that is not what it should be."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"`model` should be a torch.nn.Module. Found {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentError("`model` is a scripted module, whose code cannot be traced. Transform the original model.")
     if any(isinstance(module, PerExample) for module in model.modules()):
         raise ArgumentError("`model` was transformed already. Transform the original model instead.")
     if lazy := [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]:

@@ -52,6 +52,8 @@ class Proof:
                 f"In a step of {self.batch_size} no parameter gets a gradient, whatever the loss: nothing is to clip."
             )
         products = ", ".join(f"{count} {name}" for name, count in self.products.items())
+        counted = "1 tensor" if self.handed_over == 1 else f"{self.handed_over} tensors"
+        sites = "1 site" if self.sites == 1 else f"{self.sites} sites"
         bound = f" {self.factors}" if self.factors else ""
         enters = "" if self.factors else " that its factors are made of"
         return (
@@ -59,8 +61,8 @@ class Proof:
             f"edges), for every input and every loss of the examples' own outputs:\n"
             f"1. Every path from an input to the gradient of any of {self.gradients} parameters passes the clip "
             f"factors, in a product ({products}). They enter it unchanged, and all that follows is linear.{bound}\n"
-            f"2. Every such path passes the norms, or what the parameter's own sites hand over ({self.handed_over} "
-            f"tensors of {self.sites} sites), and all of that enters the norms{enters}.\n"
+            f"2. Every such path passes the norms, or what the parameter's own sites hand over ({counted} "
+            f"of {sites}), and all of that enters the norms{enters}.\n"
             f"3. Every path from a parameter to an output passes an operation of one of its sites, or is detached."
         )
 

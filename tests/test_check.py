@@ -560,3 +560,23 @@ def test_modules_and_inputs_that_do_not_fit() -> None:
 class Argmax(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.argmax(1)
+
+
+class ByKeyword(nn.Module):
+    """A model with arguments that have no place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.layer = nn.Embedding(10, 4), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor, scale: float = 1.0, *, mask: Tensor | None = None) -> Tensor:
+        rows = self.rows(ids) * scale
+        return self.layer(rows if mask is None else rows * mask[..., None]).mean(1)
+
+
+def test_models_with_arguments_by_keyword_alone() -> None:
+    torch.manual_seed(0)
+    model, ids = ByKeyword(), torch.randint(0, 10, (4, 5))
+    x = {"ids": ids, "mask": torch.rand(4, 5) < 0.5}
+    assert perexfx.check(perexfx.transform(model, x), x, model=model)
+    assert perexfx.check(perexfx.transform(model), ids, model=model)

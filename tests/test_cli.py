@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -181,6 +182,10 @@ STEP = ("export", "some_nets.py:cnn", "m.onnx", *IMAGES, "--graph", "step", "--l
         (("report", "some_nets.py:cnn", *IMAGES, "--memory-budget", "lots"), "A memory budget is written as 500000"),
         (("report", "some_nets.py:cnn", *IMAGES, "--strategy", "best"), "There is no strategy 'best'."),
         (("report", "some_nets.py:cnn", *IMAGES, "--strategy", "gram", "--strategy", "0=gram"), "`--strategy` is one"),
+        (("report", "some_nets.py:cnn", *IMAGES, "--strategy", "=gram"), "`--strategy` is one name, or site=name"),
+        (("report", "some_nets.py:cnn", "--input", "9999999999x4x9"), "has no room in memory. Give a smaller one."),
+        (("report", "some_nets.py:cnn", "--input", "99999999999999999999x4"), "has no room in memory"),
+        (("bench", "mlp", "--out", "some_nets.py"), "`path` should be a file that can be written"),
         (("report", "some_nets.py:cnn", *IMAGES, "--batch-sizes", "few"), "`--batch-sizes` should be numbers"),
         (("report", "some_nets.py:cnn", *IMAGES, "--batch-sizes", "1", "--explain", "0"), "Leave out `--batch-sizes`"),
         (("report", "some_nets.py:cnn", *IMAGES, "--batch-sizes", "1", "--verify"), "are for one batch size"),
@@ -215,6 +220,27 @@ def test_without_a_traceback(nets: str) -> None:
 
     assert found.stderr.endswith("could not be made: RuntimeError: no weights at some_nets.py:23.\n")
     assert len(found.stderr.splitlines()) == 1
+
+
+def test_output_that_nobody_reads_or_that_has_no_room(nets: str) -> None:
+    command = f"{sys.executable} -m perexfx report {nets}:cnn {' '.join(IMAGES)}"
+    found = subprocess.run(f"{command} | true", shell=True, capture_output=True, text=True, check=False)
+    assert found.stderr == ""
+    if Path("/dev/full").exists():
+        found = subprocess.run(f"{command} > /dev/full", shell=True, capture_output=True, text=True, check=False)
+        assert (found.returncode, found.stderr) == (
+            2,
+            "perexfx: the output cannot be written: No space left on device.\n",
+        )
+
+
+def test_interrupted(nets: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(perexfx, "transform", interrupted)
+    code, _, err = run(capsys, "report", f"{nets}:cnn", *IMAGES)
+    assert (code, err) == (130, "perexfx: interrupted\n")
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -569,6 +569,14 @@ def test_names_that_no_code_can_have(name: str) -> None:
         perexfx.transform(model)
 
 
+def test_scripted_modules() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls scripting outdated
+        model = torch.jit.script(nn.Linear(3, 2))
+    with pytest.raises(perexfx.ArgumentError, match="`model` is a scripted module"):
+        perexfx.transform(model)
+
+
 def test_names_that_graph_modules_need() -> None:
     model = nn.Linear(3, 3)
     model.graph = torch.ones(1)

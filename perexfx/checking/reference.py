@@ -88,7 +88,16 @@ class Stateless:
     def __call__(self, call: Call) -> Any:
         """The module's output."""
         tensors = {**self.tensors, **{name: value.detach().clone() for name, value in self.buffers.items()}}
-        return functional_call(self.module, tensors, call.bound.args, call.bound.kwargs)
+        return functional_call(self.module, tensors, *self._arguments(call.bound))
+
+    def _arguments(self, bound: inspect.BoundArguments) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of the transformed module as this one takes them, which may want some of them by keyword."""
+        own = inspect.signature(self.module.forward).parameters
+        names = [name for name, p in bound.signature.parameters.items() if p.kind is not p.KEYWORD_ONLY]
+        given = list(zip(names, bound.args, strict=False))
+        by_keyword = {n: v for n, v in given if n in own and own[n].kind is inspect.Parameter.KEYWORD_ONLY}
+        by_place = [value for name, value in given if name not in by_keyword]
+        return (*by_place, *bound.args[len(given) :]), {**bound.kwargs, **by_keyword}
 
 
 def output_tensors(output: Any) -> dict[str, Tensor]:

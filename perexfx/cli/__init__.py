@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from perexfx.ir.errors import PerexError
 
 MISTAKE = 2
 """Exit code of whatever the user can mend: what was asked for, the model, or a missing package."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 _EXIT_CODES = "Exit codes: 0 fine, 1 a check or proof failed, 2 a mistake in what was asked for, or a refused model."
 
@@ -25,6 +29,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PerexError as error:
         print(f"perexfx: {error}", file=sys.stderr)
         return MISTAKE
+    except KeyboardInterrupt:
+        print("perexfx: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run() -> int:
+    """The program: one command, and what becomes of its output."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"perexfx: the output cannot be written: {error.strerror}.", file=sys.stderr)
+        return MISTAKE
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

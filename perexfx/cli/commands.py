@@ -16,6 +16,7 @@ from perexfx.bench.workloads import WORKLOADS
 from perexfx.cli.subject import bytes_of, inputs_of, model_named, running
 from perexfx.ir.errors import ArgumentError, PerexError, RefusedError
 from perexfx.rewrite import Transformed
+from perexfx.views.files import writing
 
 DISAGREES = 1
 """Exit code of a check or proof that fails."""
@@ -129,6 +130,9 @@ def bench(options: argparse.Namespace) -> int:
         from perexfx.bench import layers, peers, scale, suite  # noqa: PLC0415 (their dependencies are an extra)
     except ModuleNotFoundError as error:
         raise _missing(error, "bench") from None
+    if options.out is not None:
+        with writing(options.out):  # before anything is measured
+            options.out.mkdir(parents=True, exist_ok=True)
     given = (options.rounds, torch.device(options.device), options.out)
     workloads = [WORKLOADS[name] for name in names or WORKLOADS]
     match table:
@@ -212,7 +216,7 @@ def _strategy(given: list[str]) -> str | dict[str, str]:
         return "auto"
     if len(given) == 1 and "=" not in given[0]:
         return given[0]
-    if any("=" not in one for one in given):
+    if any(one.find("=") < 1 for one in given):
         raise ArgumentError(f"`--strategy` is one name, or site=name for each site. Found {' '.join(given)}.")
     return dict(one.rsplit("=", 1) for one in given)
 

@@ -149,6 +149,13 @@ class Given:
 
     def draw(self, random: torch.Generator) -> Tensor:
         """Random numbers of that shape."""
+        try:
+            return self._drawn(random)
+        except (RuntimeError, TypeError):  # torch has no error of its own for either
+            shape = "x".join(map(str, self.shape))
+            raise ArgumentError(f"An input of shape {shape} has no room in memory. Give a smaller one.") from None
+
+    def _drawn(self, random: torch.Generator) -> Tensor:
         if self.dtype is torch.bool:
             return torch.rand(self.shape, generator=random) < 0.5
         if not self.dtype.is_floating_point:

@@ -44,7 +44,7 @@ def visualize(subject: nn.Module | RefusedError, path: str | Path, *, depth: int
     """
     target = Path(path) if isinstance(path, str | Path) else Path()
     if target.suffix not in SUFFIXES:
-        raise ArgumentError(f"`path` should end in one of {', '.join(SUFFIXES)}. Found {path!r}.")
+        raise ArgumentError(f"`path` should end in one of {', '.join(SUFFIXES)}. Found {str(path)!r}.")
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
         raise ArgumentError(f"`depth` should be a number of levels, or None. Found {depth!r}.")
     drawing = drawing_of(subject)

@@ -94,13 +94,13 @@ def export_onnx(
         else:
             state.regions = ()  # a file knows no memory formats, and what only changes them has no translation
             example_inputs = pytree.tree_map_only(Tensor, Tensor.contiguous, example_inputs)
+        kind, n = state.kind_of(named_leaves(arguments))
+        if graph == "step" and n == 0:
+            raise ArgumentError("`example_inputs` should have one example at least for a step. Found none.")
         given = _tried(gm, loss_fn, example_inputs, targets)
         plan = state(tuple(arguments), *arguments.values()).plan
         if loss_fn is None:
-            kind, _ = state.kind_of(named_leaves(arguments))
             model = forward_model(gm, arguments, kind.carriers, plan)
-        elif not plan.batch_size:
-            raise ArgumentError("`example_inputs` should have one example at least for a step. Found none.")
         else:
             model = step_model(gm, loss_fn, example_inputs, arguments, targets)
         model.metadata_props.update(of_model(graph, state.settings, plan))
