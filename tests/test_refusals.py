@@ -424,7 +424,7 @@ def test_example_inputs_that_do_not_fit() -> None:
     [
         ("grouped", "'grouped' does not apply to site `0` at `linear` in module `0`.*it is not a convolution"),
         ({"0": "loop"}, "'loop' does not apply to site `0`.*The site is linear, 3 -> 4, 5 positions. Applicable are"),
-        ({"0": "outer"}, "a sum over 5 positions and 1 groups, not one outer product"),
+        ({"0": "outer"}, "a sum over 5 positions, not one outer product"),
     ],
 )
 def test_impossible_strategies_say_why(strategy: str | dict[str, str], message: str) -> None:

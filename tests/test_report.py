@@ -259,6 +259,20 @@ def test_names_are_escaped() -> None:
     assert "layers.&lt;script&gt;" in page
 
 
+@pytest.mark.parametrize("width", [30, 40, 80, 100, 200])
+def test_what_has_no_room_in_a_terminal(width: int) -> None:
+    report = perexfx.report(perexfx.transform(small_cnn(), torch.zeros(16, 1, 28, 28)))
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(report)
+    text = console.export_text()
+    headings = next(line.split() for line in text.splitlines() if line.startswith("  site "))
+    assert ("no room for" in text) == ("why" not in headings)
+    for row in report.rows:  # nothing is cut
+        cells = dict(report.labelled(row))
+        assert any(line.split()[:1] == [row.site] and f" {row.strategy} " in line for line in text.splitlines())
+        assert f" {cells['ms']} " in text
+
+
 def test_in_a_terminal() -> None:
     gm = perexfx.transform(small_cnn(), torch.zeros(16, 1, 28, 28))
     perexfx.verify(gm)

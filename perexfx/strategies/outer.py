@@ -25,7 +25,8 @@ class Outer:
         if not isinstance(signature, ProductSignature):
             return "its gradient is not a matrix product"
         if signature.t != 1 or signature.g != 1:
-            return f"its gradient is a sum over {signature.t} positions and {signature.g} groups, not one outer product"
+            groups = f" and {signature.g} groups" if signature.g != 1 else ""
+            return f"its gradient is a sum over {signature.t} positions{groups}, not one outer product"
         return None
 
     def cost(self, signature: Signature, itemsize: int) -> Cost:

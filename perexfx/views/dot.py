@@ -136,7 +136,7 @@ def _clusters(
     for box in dict.fromkeys(deeper):
         lines.append(f"{pad}subgraph {_quoted(f'cluster_{name}/{box[-1]}')} {{")
         lines.append(
-            f'{pad}  label={_quoted(_box_label(box[-1], boxes))}; labeljust=l; fontsize=11; fontcolor="{SOFT}"; '
+            f'{pad}  label={_labelled(_box_label(box[-1], boxes))}; labeljust=l; fontsize=11; fontcolor="{SOFT}"; '
             f'style="rounded,filled"; fillcolor="{BOX}"; color="{FRAME}";'
         )
         lines += _clusters(box, inside, folded, name, rows, boxes)
@@ -148,7 +148,7 @@ def _node(side: str, node: Node, rows: Mapping[str, Row]) -> str:
     style = style_of(node, rows.get(node.site))
     label = "\n".join(style.lines)
     return (
-        f"{_quoted(f'{side}/{node.id}')} [label={_quoted(label)}, shape={style.shape}, "
+        f"{_quoted(f'{side}/{node.id}')} [label={_labelled(label)}, shape={style.shape}, "
         f'fillcolor="{style.fill}", color="{style.border}", fontcolor="{style.ink}"];'
     )
 
@@ -172,12 +172,17 @@ def _folded(side: str, own: str, members: Sequence[Node], rows: Mapping[str, Row
             else f'fillcolor="{color_of(next(iter(seconds)))}"'
         )
         label += f"\n{sum(n.role == 'site' for n in members)} sites, {total * 1e3:.2f} ms"
-    return f'{_quoted(f"{side}/{own}")} [label={_quoted(label)}, {fill}, color="{SOFT}", penwidth=1.4];'
+    return f'{_quoted(f"{side}/{own}")} [label={_labelled(label)}, {fill}, color="{SOFT}", penwidth=1.4];'
 
 
 def _box_label(path: str, boxes: Mapping[str, str]) -> str:
     """A module's own name and its class."""
     return f"{path} ({boxes[path]})" if boxes.get(path) else path
+
+
+def _labelled(text: str) -> str:
+    """A label, in which Graphviz would read `&amp;` as one letter."""
+    return _quoted(text.replace("&", "&amp;"))
 
 
 def _quoted(text: str) -> str:

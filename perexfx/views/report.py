@@ -6,7 +6,7 @@ cost or the reason why it was not taken. Nothing is measured here; what `perexfx
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, overload
 
@@ -32,7 +32,7 @@ from perexfx.views.sweep import Sweep, sweep_of
 from perexfx.views.words import aligned, clipping_in_words, counted, indented, megabytes, named
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Console, ConsoleOptions, Group
 
 _PREDICTED = ("site", "kind", "shapes", "strategy", "ms", "MB")
 _MEASURED = ("ms measured", "MB measured")
@@ -230,10 +230,10 @@ class Report(Viewed):
                 return row
         raise ArgumentError(f"There is no site {site!r}. The sites are {', '.join(row.site for row in self.rows)}.")
 
-    def __rich__(self) -> Group:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Group]:
         from perexfx.views.rich_tables import report_table  # noqa: PLC0415 (rich itself is what calls this)
 
-        return report_table(self)
+        yield report_table(self, options.max_width)
 
 
 @overload

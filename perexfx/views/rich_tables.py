@@ -17,17 +17,38 @@ if TYPE_CHECKING:
     from perexfx.views.sweep import Sweep
 
 
-def report_table(report: Report) -> Group:
-    """A strategy report, with strategies in their colours."""
-    table = Table(
-        title=report.title, title_justify="left", caption="\n".join(report.totals), caption_justify="left", box=SIMPLE
-    )
+FIRST = ("site", "strategy", "ms", "MB", "ms measured", "MB measured", "kind", "next best", "shapes", "why not")
+"""Columns, those first that a narrow terminal keeps."""
+
+SENTENCE = 28
+"""The least width of a column of sentences, which wrap."""
+
+
+def report_table(report: Report, width: int) -> Group:
+    """A strategy report, with strategies in their colours; what has no room in a terminal is left out, and said."""
+    widths = {
+        heading: max(len(heading), *(len(report.cells(row)[at]) for row in report.rows))
+        for at, heading in enumerate(report.headings)
+    }
+    widths["why not"] = min(widths["why not"], SENTENCE)
+    shown, room = [], width - 2
+    for heading in sorted(report.headings, key=FIRST.index):
+        room -= widths[heading] + 2
+        if room < 0 and shown:
+            break
+        shown.append(heading)
+    left_out = [heading for heading in report.headings if heading not in shown]
+    notes = [f"no room for: {', '.join(left_out)}"] if left_out else []
+    caption = "\n".join([*notes, *report.totals])
+    table = Table(title=report.title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE)
     for heading in report.headings:
-        is_number = heading in report.numbers
-        whole = is_number or heading in ("site", "kind", "strategy", "next best")
-        table.add_column(heading, justify="right" if is_number else "left", no_wrap=whole, overflow="fold")
+        if heading in shown:
+            is_number = heading in report.numbers
+            table.add_column(
+                heading, justify="right" if is_number else "left", no_wrap=heading != "why not", overflow="fold"
+            )
     for row in report.rows:
-        cells = report.labelled(row)
+        cells = [(heading, cell) for heading, cell in report.labelled(row) if heading in shown]
         table.add_row(
             *(_strategy(cell) if heading in ("strategy", "next best") else Text(cell) for heading, cell in cells)
         )

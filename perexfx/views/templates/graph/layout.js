@@ -107,7 +107,7 @@ function graphOf(side) {
       const box = {
         name: `cluster_${path}`, nodes: [], subgraphs: [], boxes: new Map(),
         graphAttributes: {
-          id: `${side}|/${path}`, label: `  ▾ ${titleOf(path)}  `, labeljust: "l", fontsize: fontSize, fontcolor: data.parts.soft,
+          id: `${side}|/${path}`, label: escaped(`  ▾ ${titleOf(path)}  `), labeljust: "l", fontsize: fontSize, fontcolor: data.parts.soft,
           style: "rounded,filled", fillcolor: data.parts.box, color: data.parts.frame,
         },
       };
@@ -155,6 +155,7 @@ const plain = (boxes) => boxes.map(({ name, nodes, subgraphs, graphAttributes })
   ({ name, nodes, subgraphs: plain(subgraphs), graphAttributes: { fontname: "Arial", ...graphAttributes } }));
 
 const titleOf = (path) => data.boxes[path] ? `${path} (${data.boxes[path]})` : path;
+const escaped = (text) => text.replaceAll("&", "&amp;"); // Graphviz reads entities
 const ms = (seconds) => (seconds * 1e3).toFixed(seconds < 1e-3 ? 3 : 2);
 const mb = (bytes) => bytes && bytes < 500 ? "<0.001" : (bytes / 1e6).toFixed(bytes && bytes < 1e5 ? 3 : 2);
 
@@ -166,12 +167,12 @@ function attributesOf(side, name, inside) {
     const sites = `${rows.length} ${rows.length === 1 ? "site" : "sites"}`;
     const culprit = inside.some((node) => node.role === "culprit");
     return {
-      id, label: ` ▸ ${titleOf(name.slice(1))}${rows.length ? `\n${sites}, ${ms(sum)} ms` : ""}`, penwidth: 1.6,
+      id, label: escaped(` ▸ ${titleOf(name.slice(1))}${rows.length ? `\n${sites}, ${ms(sum)} ms` : ""}`), penwidth: 1.6,
       fillcolor: culprit ? data.parts.clip : data.parts.folded, fontcolor: culprit ? "#ffffff" : data.parts.ink, color: data.parts.soft, ...colorsOf(rows),
     };
   }
   const [node] = inside;
   const { shape, fill, border, ink, lines } = node.style;
   const row = ofSite(node);
-  return { id, label: lines.join("\n"), shape, fillcolor: fill, color: border, fontcolor: ink, ...(row ? colorsOf([row]) : {}) };
+  return { id, label: escaped(lines.join("\n")), shape, fillcolor: fill, color: border, fontcolor: ink, ...(row ? colorsOf([row]) : {}) };
 }
