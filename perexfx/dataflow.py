@@ -7,7 +7,6 @@ and need not be: the step begins its backward with any gradient of the outputs.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -28,6 +27,7 @@ from perexfx.ir.factors import Factors, Product
 from perexfx.ir.node import place_of
 from perexfx.ir.rule import Arguments, Backward, Fitted, Geometry, Wrapped
 from perexfx.plan import Key, Plan
+from perexfx.quiet import quiet
 from perexfx.record import FakeInterpreter, fake_inputs, leaves_of
 from perexfx.rewrite import Transformed
 from perexfx.tracer import TRACING, same_einsums
@@ -100,8 +100,7 @@ def dataflow(gm: Transformed, plan: Plan, inputs: Inputs) -> Dataflow:
     state = gm.perexfx
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = _Recorder()
-    with TRACING, same_einsums(), state.rehearsed(), warnings.catch_warnings(), torch.inference_mode(False):
-        warnings.simplefilter("ignore")  # the real run gives them too
+    with TRACING, same_einsums(), state.rehearsed(), quiet(), torch.inference_mode(False):
         given = fake_inputs(fake, inputs, state.settings.batch_dim, plan.batch_size)
         state.plans[inputs, plan.batch_size] = _watched(plan, recorder)
         state.norms = state.clip_factors = None
@@ -121,7 +120,7 @@ def dataflow(gm: Transformed, plan: Plan, inputs: Inputs) -> Dataflow:
                     recorder.where, recorder.site = "", ""
                     found = _gradients(differentiable, list(parameters.values()), seeds)
         except (RuntimeError, NotImplementedError) as error:
-            raise CaptureError(f"The step cannot be followed. {without_numbers(error, 'a rule')}") from error
+            raise CaptureError(f"The step cannot be followed. {without_numbers(error, 'a layer rule')}") from error
         return Dataflow(
             graph=recorder.graph,
             operations=recorder.operations,

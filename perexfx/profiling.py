@@ -107,7 +107,7 @@ def profile(gm: Transformed, loss_fn: LossFunction, x: GivenInputs, y: Any, *, s
         plan = planned or state.prepare(kind, n)
         state.plans[kind, n] = plan
         ordinary, clipped = _in_turn(
-            [lambda: _step(gm, plain, loss_fn, x, y), lambda: _step(gm, gm, loss_fn, x, y)], steps, clock
+            [lambda: _step(gm, plain.forward, loss_fn, x, y), lambda: _step(gm, gm, loss_fn, x, y)], steps, clock
         )
         state.plans[kind, n] = _timed(plan, state, clock)
         for at in range(WARM_UP + steps):
@@ -133,7 +133,7 @@ WARM_UP = 3
 """Steps that are not counted."""
 
 
-def _step(gm: Transformed, module: torch.nn.Module, loss_fn: LossFunction, x: GivenInputs, y: Any) -> None:
+def _step(gm: Transformed, module: Callable[..., Any], loss_fn: LossFunction, x: GivenInputs, y: Any) -> None:
     loss = checked_loss(loss_fn(forward_of(module, x), y))
     torch.autograd.grad(loss, [p for p in gm.parameters() if p.requires_grad], allow_unused=True)
 

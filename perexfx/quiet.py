@@ -1,24 +1,28 @@
-"""Silence: what torch's exporters tell their developers is not for ours."""
+"""Silence: what torch tells its own developers while it traces and exports is not for users."""
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
-LOGGERS = ("torch.export", "torch.fx", "torch._export", "torch._dynamo", "torch.onnx", "onnxscript", "onnx_ir")
+LOGGERS = (
+    *("torch.export", "torch.fx", "torch._export", "torch._dynamo", "torch._subclasses", "torch.onnx"),
+    *("onnxscript", "onnx_ir"),
+)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what torch's exporters log and warn about themselves."""
+    """Without what torch logs, prints and warns about itself; a run with real tensors gives users' own warnings."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

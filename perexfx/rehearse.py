@@ -8,7 +8,6 @@ and when the clip node has summed them. The loss is not known; it is taken for a
 from __future__ import annotations
 
 import logging
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from perexfx.ir.cost import Cost
 from perexfx.ir.factors import Factors, Signature
 from perexfx.kernels import hidden_bytes, workspace_bytes
 from perexfx.plan import Key, Plan
+from perexfx.quiet import quiet
 from perexfx.record import FakeInterpreter, fake_inputs, leaves_of
 from perexfx.state import PerExample
 from perexfx.timeline import Span, Timeline
@@ -158,8 +158,7 @@ def rehearse(gm: fx.GraphModule, state: PerExample, plan: Plan, inputs: Inputs) 
         inputs: The kind of input.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with TRACING, same_einsums(), state.rehearsed(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the real run gives them too
+    with TRACING, same_einsums(), state.rehearsed(), quiet():
         given = fake_inputs(fake, inputs, state.settings.batch_dim, plan.batch_size)
         ordinary = _Recorder()
         _step(gm, state.captured.graph, fake, given, ordinary)

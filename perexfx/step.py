@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from perexfx.failed import without_numbers
 from perexfx.inputs import GivenInputs, bind_inputs, by_name, named_leaves
 from perexfx.ir.errors import ArgumentError, CaptureError, PerexError
+from perexfx.quiet import quiet
 from perexfx.rewrite import Transformed
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -109,7 +110,7 @@ def traced(
     """
     arguments = named_leaves(by_name(bind_inputs(gm, x, "x")))
     given = dict(gm.named_parameters()), dict(gm.named_buffers()), x, y
-    with gm.perexfx.set_aside():
+    with gm.perexfx.set_aside(), quiet():
         gm.perexfx.prepare(*gm.perexfx.kind_of(arguments))
         try:
             trace = make_fx(
@@ -126,8 +127,8 @@ def traced(
             raise CaptureError(f"The step cannot be one graph. {without_numbers(error, 'the loss')}") from error
 
 
-def call(gm: nn.Module, x: Any) -> Any:
-    """The module on a tensor, a tuple of positional inputs, or a dict of keyword inputs."""
+def call(gm: Callable[..., Any], x: Any) -> Any:
+    """The module, or its forward, on a tensor, a tuple of positional inputs, or a dict of keyword inputs."""
     if isinstance(x, Mapping):
         return gm(**x)
     return gm(*x) if isinstance(x, tuple) else gm(x)
