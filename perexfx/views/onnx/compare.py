@@ -1,9 +1,8 @@
 """The comparison that every exported file passes before it is written: onnxruntime's numbers against torch's.
 
 Promises: a file whose numbers are not those of the module, on the example inputs or on others of their shapes, is not
-written. Translations of
-single operations have been wrong without a word (a pool's divisor, an interpolation's scale), and no list of them is
-complete.
+written. Translations of single operations have been wrong without a word (a pool's divisor, an interpolation's scale),
+and no list of them is complete.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ SMALL = 1e-3
 TINY = 1e-6
 """Outputs of less are compared as if they had this norm."""
 
-
 Trial = tuple[Sequence[Tensor], Mapping[str, Tensor]]
 """Values of a file's last inputs, in order, those before having defaults; and its outputs by name, in order."""
 
@@ -52,11 +50,12 @@ def compare(file: Path, inputs: Sequence[str], trials: Iterable[Trial]) -> None:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    session = None
     for given, expected in trials:
         names = inputs[-len(given) :] if given else []
         values = {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, given, strict=True)}
         try:
-            session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+            session = session or onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
             found = session.run(None, values)
         except Exception as error:  # onnxruntime has not every operation in every dtype
             _logger.warning("The ONNX file was not compared with torch: onnxruntime cannot run it: %s", error)
@@ -108,4 +107,4 @@ def _differs(name: str, error: float) -> Refusal:
     )
 
 
-__all__ = ["compare"]
+__all__ = ["Trial", "compare"]

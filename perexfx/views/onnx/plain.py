@@ -22,6 +22,7 @@ from perexfx.ir.recurrent import lstm_layer
 from perexfx.rewrite import Transformed
 from perexfx.runtime import clip
 from perexfx.views.onnx.recurrent import lstm_in_torch_or_steps
+from perexfx.views.onnx.translate import free_name
 
 _OWNER, _NODES = "gm", "nodes"
 _NODE = "node_"
@@ -96,11 +97,9 @@ def _with_tensors(name: str, value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def named_outputs(result: Any, others: Iterable[Tensor] = ()) -> dict[str, Tensor]:
     """A forward's tensors by the names that they have in a file; those among `others`, and second ones, are copies."""
-    taken, found = {id(value) for value in others}, dict[str, Tensor]()
+    taken, names, found = {id(value) for value in others}, set[str](), dict[str, Tensor]()
     for path, value in _outputs(result):
-        name = path
-        while name in found:  # two paths may read alike: {"a": {"b": x}, "a.b": y}
-            name += "_"
+        name = free_name(path, names)  # two paths may read alike: {"a": {"b": x}, "a.b": y}
         found[name] = value.clone() if id(value) in taken else value
         taken.add(id(value))
     return found
