@@ -1,4 +1,4 @@
-"""A training step by the fastest way there is: eager, with kernels, as one static graph, or that graph compiled.
+"""A training step by the fastest way there is: eager, as one static graph, or that graph compiled.
 
 Promises: every call leaves loss, norms, factors and `.grad` as an eager step does, to rounding. For each kind of batch
 the ways are tried on the first batch: one that fails, or whose norms or gradients differ from the eager step's, is
@@ -11,7 +11,6 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import CaptureError
-from perexfx.ir.native import using_kernels
 from perexfx.rewrite import Transformed
 from perexfx.step import LossFunction, Step, call, functional_step, traced
 
@@ -30,15 +28,13 @@ COMPILED_NODES = 800
 KINDS = 8
 """Kinds of batches that ways are tried for; others run eagerly: Poisson sampling makes a size for every batch."""
 TRIES = 7
-EAGER = ("eager", "kernels")
-"""Ways that go through autograd."""
 
 
 class CompiledStep:
     """`step(x, y) -> loss`: forward, loss, backward, clipping, and the optimizer's step where there is one.
 
     Attributes:
-        ways: Kind of batch -> "eager", "kernels" (eager, with kernels of `perexfx.ir.native`), "graph" or "compiled".
+        ways: Kind of batch -> "eager", "graph" or "compiled".
     """
 
     def __init__(self, gm: Transformed, loss_fn: LossFunction, optimizer: torch.optim.Optimizer | None) -> None:
@@ -62,11 +58,12 @@ class CompiledStep:
         if kind not in self._runs:
             ways = self._ways(x, y) if len(self._runs) < KINDS else {"eager": self._step}
             self.ways[kind] = self._fastest(ways, x, y)
-            self._runs[kind] = None if self.ways[kind] in EAGER else ways[self.ways[kind]]
+            self._runs[kind] = None if self.ways[kind] == "eager" else ways[self.ways[kind]]
         run = self._runs[kind]
         if run is None:
-            with using_kernels() if self.ways[kind] == "kernels" else nullcontext():
-                loss = self._eager(x, y)
+            loss = self.loss_fn(call(self.gm, x), y)
+            loss.backward()
+            loss = loss.detach()
         else:
             with torch.no_grad():
                 given = {name: parameter.detach() for name, parameter in params.items()}
@@ -76,11 +73,6 @@ class CompiledStep:
         if self.optimizer is not None:
             self.optimizer.step()
         return loss
-
-    def _eager(self, x: Any, y: Any) -> Tensor:
-        loss = self.loss_fn(call(self.gm, x), y)
-        loss.backward()
-        return loss.detach()
 
     def _kind(self, params: Mapping[str, Tensor], x: Any, y: Any) -> Any:
         """All that a graph holds for."""
@@ -106,25 +98,16 @@ class CompiledStep:
 
     def _candidates(self, x: Any, y: Any) -> dict[str, Step]:
         """The ways beside the eager one that there are for a batch, by name."""
-        candidates: dict[str, Step] = {}
-        with using_kernels() as ran:
-            found = self._attempt("kernels", self._step, x, y)
-        if ran and found is not None:
-            candidates["kernels"] = self._step_with_kernels
         try:
             graph = traced(self.gm, self._step, x, y)
         except CaptureError as error:
             _logger.info("The step stays eager: %s", error)
-            return candidates
-        candidates["graph"] = graph
+            return {}
+        candidates: dict[str, Step] = {"graph": graph}
         if len(graph.graph.nodes) <= COMPILED_NODES:
             options: dict[str, str | int | bool | Callable[..., Any]] = {"fallback_random": True}
             candidates["compiled"] = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
         return candidates
-
-    def _step_with_kernels(self, *arguments: Any) -> Any:
-        with using_kernels():
-            return self._step(*arguments)
 
     def _fastest(self, ways: Mapping[str, Step], x: Any, y: Any) -> str:
         """The name of the way that takes least."""
@@ -201,8 +184,7 @@ def compile_step(
 
     Without an optimizer it adds to `.grad`, as `loss_fn(gm(x), y).backward()` does; with one it also forgets the
     gradients first and steps at the end. `gm.perexfx` has norms and factors as ever. The first batch of each kind
-    (shapes, modes, what is trainable) takes longer: kernels are compiled for what the model has, the step is made a
-    graph and compiled where that may pay (a C++ compiler is needed on a CPU), each is compared with the eager step,
+    (shapes, modes, what is trainable) takes longer: the step is made a graph and compiled where that may pay (a C++ compiler is needed on a CPU), each is compared with the eager step,
     and timed; see `step.ways` for what was taken. Hooks on parameters or modules, and DistributedDataParallel, need
     eager steps.
 

@@ -7,6 +7,7 @@ one that has no per-example gradient at all is refused by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from perexfx.analyze import Analysis
+from perexfx.ir import native
+from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.errors import CoverageError
+from perexfx.ir.factors import Signature
 from perexfx.ir.refusal import Refusal
 from perexfx.ir.rule import Fitted, Geometry, Output, Rule
 from perexfx.ir.site import Site
@@ -57,6 +61,22 @@ def fit(
     if refusals:
         raise CoverageError(refusals)
     return fitted
+
+
+def with_kernels(fitted: Mapping[str, Fitted], dtype: torch.dtype, device: torch.device) -> dict[str, Fitted]:
+    """Sites that know whether there are kernels in C++ for them."""
+    if device.type != "cpu" or dtype not in native.DTYPES or not native.are_built():
+        return dict(fitted)
+    return {
+        name: replace(found, signatures={key: _with_kernels(value) for key, value in found.signatures.items()})
+        for name, found in fitted.items()
+    }
+
+
+def _with_kernels(signature: Signature) -> Signature:
+    if not isinstance(signature, ConvolutionSignature) or len(signature.kernel) > 2:
+        return signature
+    return replace(signature, has_kernels=True)
 
 
 def operand_dtype(sites: Sequence[Site], graph: fx.Graph, analysis: Analysis) -> torch.dtype:

@@ -106,6 +106,7 @@ BUILT_IN = Machine(
         "convolution_weight_grouped": Rate(3.55e11, 1.35e10, 2.8e-04),
         "convolution_weight_single": Rate(3.74e11, 6.02e09, 1.1e-04),
         "convolution_weight_thin": Rate(8.30e10, 1.06e10, 2.8e-04),
+        "direct": Rate(4.30e11, 4.00e09, 2.0e-05),
         "gemm": Rate(4.17e11, 1.25e11, 2.0e-06),
         "group_norm": Rate(math.inf, 3.27e10, 6.5e-06),
         "group_norm_last": Rate(math.inf, 1.40e10, 2.0e-06),
@@ -115,6 +116,7 @@ BUILT_IN = Machine(
         "max_pool_last": Rate(math.inf, 3.37e10, 2.2e-06),
         "memory": Rate(math.inf, 2.00e10, 2.0e-06),
         "reduce": Rate(math.inf, math.inf, 1.3e-05),
+        "shifted_squares": Rate(4.00e11, 3.0e10, 2.0e-05),
         "unfold": Rate(math.inf, 4.74e10, 2.0e-06),
     },
 )

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perexfx.ir import native
 from perexfx.ir.factors import Factors, Gradient, GradientSignature, Signature
 from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, sum_positions
 
@@ -45,6 +46,9 @@ class _ChannelNorm(Rule):
         x, eps = arguments["input"], arguments["eps"]
         weight, bias = (value if value is None else value.contiguous() for value in map(arguments.get, self.operands))
         rows, channels, *size = x.shape
+        if _has_channels_last(x) and (found := native.group_norm(x, weight, bias, self._groups(arguments), eps)):
+            output, mean, rstd = found
+            return output, (mean, rstd)
         output, mean, rstd = torch.native_group_norm(  # takes every argument to be contiguous, without a look
             x if _has_channels_last(x) else _by_channel(x),
             weight,
@@ -135,6 +139,9 @@ def _channels_last_backward(
     positions, groups = height * width, mean.shape[1]
     in_group = channels // groups
     grad_output = grad_output.contiguous(memory_format=torch.channels_last)
+    scale = weight if weight is None else weight.contiguous()
+    if (by_kernel := native.group_norm_back(grad_output, x, scale, mean, rstd)) is not None:
+        return by_kernel[0], {"weight": by_kernel[1], "bias": by_kernel[2]}
     grad_input = torch.empty_like(x)
     pixels, grads, into = (v.permute(0, 2, 3, 1).view(rows, positions, channels) for v in (x, grad_output, grad_input))
     step = max(1, CHUNK_ELEMENTS // (positions * channels))

@@ -4,6 +4,7 @@ Adding one is one file here, one entry in `STRATEGIES`, and nothing else: every 
 """
 
 from perexfx.ir.strategy import Strategy
+from perexfx.strategies.direct import Direct
 from perexfx.strategies.gram import Gram
 from perexfx.strategies.gram_shift import GramShift
 from perexfx.strategies.grouped import Grouped
@@ -16,6 +17,7 @@ STRATEGIES: tuple[Strategy, ...] = (
     Materialize(keep=True),
     Materialize(keep=False),
     Gram(),
+    Direct(),
     Grouped(),
     Loop(keep=True),
     Loop(keep=False),
@@ -23,4 +25,4 @@ STRATEGIES: tuple[Strategy, ...] = (
 )
 """In the order in which ties between equal costs are decided."""
 
-__all__ = ["STRATEGIES", "Gram", "GramShift", "Grouped", "Loop", "Materialize", "Outer"]
+__all__ = ["STRATEGIES", "Direct", "Gram", "GramShift", "Grouped", "Loop", "Materialize", "Outer"]

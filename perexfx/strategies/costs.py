@@ -20,6 +20,8 @@ def finish_product(signature: Signature, itemsize: int) -> tuple[Work, ...]:
     """The clipped sum from held factors: scale one of them, then one ordinary parameter gradient."""
     if isinstance(signature, ConvolutionSignature):
         scaled = min(signature.input_elements, signature.output_elements)
+        if signature.is_sum_by_kernel:
+            return (Work("direct", signature.weight_gradient_flops, 3 * itemsize * parameter_elements(signature)),)
         if signature.is_sum_by_product:
             unfolded = itemsize * signature.unfolded_elements
             return (
@@ -60,6 +62,8 @@ def kept_gradients(signature: Signature, itemsize: int, work: tuple[Work, ...], 
 def _summing_elements(signature: Signature) -> int:
     """Elements of the scaled factor, and of the unfolded input where there is one."""
     if isinstance(signature, ConvolutionSignature):
+        if signature.is_sum_by_kernel:
+            return parameter_elements(signature)
         if signature.is_sum_by_product:
             return signature.unfolded_elements + 2 * signature.output_elements
         scaled = min(signature.input_elements, signature.output_elements)

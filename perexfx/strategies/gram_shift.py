@@ -9,6 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from perexfx.ir import native
 from perexfx.ir.convolution import Convolution, ConvolutionGeometry, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Signature
@@ -80,6 +81,13 @@ class GramShift:
         grams = signature.n * geometry.groups
         t = signature.positions
         channels = signature.in_channels // geometry.groups
+        if signature.has_kernels and _fits_kernel(geometry, signature.in_size, signature.out_size):
+            outputs = signature.out_channels // geometry.groups
+            phases = [math.ceil(math.prod(signature.in_size) / math.prod(geometry.stride))] * _phases_read(signature)
+            flops = t * t * outputs + sum(pixels * pixels * channels for pixels in phases)
+            read = t * t * math.prod(signature.kernel)
+            work = Work("shifted_squares", grams * flops, itemsize * grams * read)
+            return held_factors(signature, itemsize, (work,))
         flops = 2 * t * t * (signature.out_channels // geometry.groups)
         moved = 4 * t * t
         largest, together, calls = t * t, 2 * t * t, 2
@@ -110,6 +118,12 @@ class GramShift:
         """Exact; neither the unfolded input nor a gradient is formed."""
         assert isinstance(factors, Convolution)
         geometry = factors.geometry
+        if _fits_kernel(geometry, tuple(factors.layer_input.shape[3:]), tuple(factors.grad_output.shape[3:])):
+            how = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+            squared = native.shifted_squares(factors.layer_input, factors.grad_output, factors.shape, *how)
+            if squared is not None:
+                dtype = torch.promote_types(factors.layer_input.dtype, torch.float32)
+                return squared.clamp_(min=0).to(dtype), factors
         padded = factors.padded_input().squeeze(1)
         n, channels, *size = padded.shape
         if n == 0:
@@ -129,6 +143,20 @@ class GramShift:
             for x, g in zip(pixels.split(step), right.split(step), strict=True)
         ]
         return torch.cat(sums).reshape(n, geometry.groups).sum(1), factors
+
+
+IN_CACHE = 640
+"""Positions of an image, at most, whose Gram matrix is made by the kernel: two of them fill a core's cache."""
+
+
+def _fits_kernel(geometry: ConvolutionGeometry, in_size: tuple[int, ...], out_size: tuple[int, ...]) -> bool:
+    pixels = math.prod(-(-size // stride) for size, stride in zip(in_size, geometry.stride, strict=True))
+    return len(in_size) < 3 and max(pixels, math.prod(out_size)) <= IN_CACHE
+
+
+def _phases_read(signature: ConvolutionSignature) -> int:
+    """How many phases of the stride the taps read."""
+    return math.prod(map(len, _phases(signature.geometry, signature.kernel, signature.out_size)))
 
 
 def _unfolded_gram(

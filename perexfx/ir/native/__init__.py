@@ -1,19 +1,20 @@
 """Kernels in C++, for what takes torch many small operations or twice the work.
 
-Promises: a kernel finds what the Python code in its place finds, up to rounding. Nothing is compiled unless someone
-asks (`using_kernels`, which steps of `perexfx.compile_step` enter), and then by the compiler and with the flags that
-`torch.compile` takes. Where that fails, the log says why, and the Python code runs.
+Promises: a kernel finds what the Python code in its place finds, up to rounding. They are built with the package, where
+there is a compiler for them; without them, for tensors that they are not made for, and under whoever traces, that Python
+code runs. `PEREXFX_KERNELS=0` leaves them out.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from ctypes import CDLL, c_int, c_int64, c_void_p
+import math
+import os
+from ctypes import CDLL, POINTER, Structure, byref, c_double, c_int, c_int64, c_void_p
 from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,24 +22,36 @@ from torch import Tensor
 from perexfx.ir.tracing import is_watched
 
 _logger = logging.getLogger("perexfx")
-_used: ContextVar[set[str] | None] = ContextVar("the kernels that ran", default=None)
 
 LANES = 16
-"""Hidden sizes must be a multiple: as many float32 as the widest registers hold."""
+"""Hidden sizes of an LSTM must be a multiple: as many float32 as the widest registers hold."""
 
 IN_CACHE = 1 << 18
-"""Elements of one example's rows, at most, that a Gram matrix is made of: 1 MB."""
+"""Elements of one example's rows, at most, that a Gram matrix is made of: 1 MB in float32."""
 
 
-@contextmanager
-def using_kernels() -> Iterator[set[str]]:
-    """Kernels run inside; the first time they are compiled, for some seconds. Yields: the names of those that ran."""
-    ran: set[str] = set()
-    token = _used.set(ran)
-    try:
-        yield ran
-    finally:
-        _used.reset(token)
+class _Strides(Structure):
+    """Of images `[n, frames, channels, height, width]`."""
+
+    _fields_ = [(name, c_int64) for name in ("by_example", "by_frame", "by_channel", "by_row", "by_column")]
+
+
+class _Slide(Structure):
+    """`Slide` of convolution.h."""
+
+    _fields_ = [
+        (name, c_int64)
+        for name in (
+            *("n", "frames", "groups", "in_channels", "height", "width", "out_channels", "out_height", "out_width"),
+            *("kernel_height", "kernel_width", "stride_height", "stride_width", "padding_height", "padding_width"),
+            *("dilation_height", "dilation_width"),
+        )
+    ]
+
+
+def are_built() -> bool:
+    """Whether there are kernels, and they are wanted."""
+    return _library() is not None
 
 
 def lstm_steps_back(
@@ -52,9 +65,7 @@ def lstm_steps_back(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """Gradients of the gates before their activations, `[T, B, 4 H]`, their sums over all times, `[B, 4 H]`, and the
-    gradients of both initial states, `[B, H]` each.
-
-    None where there is no kernel: not asked for, not compiled, or not for these tensors.
+    gradients of both initial states, `[B, H]` each; None where there is no kernel for these tensors.
 
     Args:
         gates: After their activations. Shape `[T, B, 4 H]`, rows contiguous.
@@ -68,11 +79,11 @@ def lstm_steps_back(
     """
     steps, examples, hidden = grad_output.shape
     is_one_stride = gates.stride(2) == 1 and gates.stride(0) == examples * gates.stride(1)
-    if hidden % LANES or not is_one_stride:
+    if hidden % LANES or not is_one_stride or gates.dtype != torch.float32:
         return None
     first_cell = gates.new_zeros(examples, hidden) if c0 is None else c0
     read = (output, first_cell, grad_output, weight_hh)
-    if (library := _library_for("lstm", gates, *read, grad_h_n, grad_c_n)) is None:
+    if (library := _library_for(gates, *read, grad_h_n, grad_c_n)) is None:
         return None
     grad_gates, sums = gates.new_empty(steps, examples, 4 * hidden), gates.new_zeros(examples, 4 * hidden)
     grad_hidden, grad_cell = (value.clone(memory_format=torch.contiguous_format) for value in (grad_h_n, grad_c_n))
@@ -83,60 +94,246 @@ def lstm_steps_back(
 
 
 def gram(rows: Tensor) -> Tensor | None:
-    """`rows[n] @ rows[n].t()` for every n: shape `[n, t, t]`; None where there is no kernel.
+    """`rows[n] @ rows[n].t()` for every n: shape `[n, t, t]`; None where there is no kernel for it.
 
     Args:
         rows: Shape `[n, t, i]`.
     """
     n, t, size = rows.shape
-    if rows.stride(2) != 1 or t * size > IN_CACHE or (library := _library_for("gram", rows)) is None:
+    if rows.stride(2) != 1 or t * size > IN_CACHE or (library := _library_for(rows)) is None:
         return None
     found = rows.new_empty(n, t, t)
-    threads = torch.get_num_threads()
-    library.gram(rows.data_ptr(), rows.stride(0), rows.stride(1), found.data_ptr(), n, t, size, threads)
+    make = _typed(library, "gram", rows.dtype)
+    make(rows.data_ptr(), rows.stride(0), rows.stride(1), found.data_ptr(), n, t, size, torch.get_num_threads())
     return found
 
 
-def _library_for(name: str, *tensors: Tensor) -> CDLL | None:
-    """The kernels of one file; None where they are not asked for, or not for these tensors."""
-    used = _used.get()
-    if used is None or is_watched():
+def kernel_gradients(
+    layer_input: Tensor,
+    grad_output: Tensor,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> tuple[Tensor, Tensor] | None:
+    """Every example's gradient of a convolution's kernel, `[n, *kernel, C / groups, O]`, and its square, `[n]`, in
+    float64; None where there is no kernel for these tensors.
+
+    Args:
+        layer_input: Shape `[n, frames, C, *size]`, one or two spatial axes, any strides.
+        grad_output: Shape `[n, frames, O, *out size]`.
+        shape: Shape of the kernel, `[O, C / groups, *kernel]`.
+        stride: One number per spatial axis, here and below.
+        padding: At either end.
+        dilation: Of the kernel.
+        groups: Of channels.
+    """
+    return _sums(layer_input, grad_output, None, shape, stride, padding, dilation, groups)
+
+
+def kernel_sum(
+    layer_input: Tensor,
+    grad_output: Tensor,
+    weights: Tensor,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor | None:
+    """The weighted sum of every example's gradient of a convolution's kernel, of its shape; None where there is no
+    kernel for these tensors. Arguments as `kernel_gradients`; the weights are of shape `[n]`.
+    """
+    n, frames = layer_input.shape[:2]
+    images = (value.reshape(1, n * frames, *value.shape[2:]) for value in (layer_input, grad_output))
+    each = weights.to(layer_input.dtype).repeat_interleave(frames) if frames > 1 else weights.to(layer_input.dtype)
+    if (found := _sums(*images, each.contiguous(), shape, stride, padding, dilation, groups)) is None:
         return None
-    if any(
-        type(v) is not Tensor or v.dtype != torch.float32 or v.device.type != "cpu" or not v.numel() for v in tensors
+    sums, kernel = found[0], layer_input.new_empty(shape)
+    library, taps = _library(), math.prod(shape[2:])
+    assert library is not None
+    move = _typed(library, "as_kernel", kernel.dtype)
+    move(sums.data_ptr(), kernel.data_ptr(), taps, shape[1], shape[0], torch.get_num_threads())
+    return kernel
+
+
+def _sums(
+    layer_input: Tensor,
+    grad_output: Tensor,
+    weights: Tensor | None,
+    shape: tuple[int, ...],
+    *slides: Any,
+) -> tuple[Tensor, Tensor] | None:
+    if (library := _library_for(layer_input, grad_output)) is None or not math.prod(shape):
+        return None
+    slide = _slide(layer_input, grad_output, shape, *slides)
+    n, threads = layer_input.shape[0], torch.get_num_threads()
+    pieces = library.kernel_gradient_pieces(byref(slide), layer_input.element_size(), threads)
+    found = layer_input.new_empty(n, *shape[2:], shape[1], shape[0])
+    squares = layer_input.new_empty(n, pieces, dtype=torch.float64)
+    images = *_image(layer_input), *_image(grad_output)
+    make = _typed(library, "kernel_gradients", found.dtype)
+    make(*images, _pointer(weights), found.data_ptr(), squares.data_ptr(), byref(slide), threads)
+    return found, squares.sum(1)
+
+
+def shifted_squares(
+    layer_input: Tensor,
+    grad_output: Tensor,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor | None:
+    """The square of every example's gradient of a convolution's kernel, `[n]`, in float64, from Gram matrices of pixels;
+    None where there is no kernel for these tensors. Arguments as `kernel_gradients`; one frame.
+    """
+    if (library := _library_for(layer_input, grad_output)) is None or not math.prod(shape):
+        return None
+    slide = _slide(layer_input, grad_output, shape, stride, padding, dilation, groups)
+    squares = layer_input.new_empty(slide.n, groups, dtype=torch.float64)
+    images = *_image(layer_input), *_image(grad_output)
+    make = _typed(library, "shifted_squares", layer_input.dtype)
+    make(*images, squares.data_ptr(), byref(slide), torch.get_num_threads())
+    return squares.sum(1)
+
+
+def group_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Group normalisation of images with their channels last: the result, and mean and inverse deviation of each
+    example's groups; None where there is no kernel for these tensors.
+
+    Args:
+        x: Shape `[n, C, H, W]`, channels last.
+        weight: Shape `[C]`, contiguous, or None.
+        bias: The same.
+        groups: Of channels.
+        eps: Added to the variance.
+    """
+    n, channels, height, width = x.shape
+    if (library := _library_for(*(v for v in (x, weight, bias) if v is not None))) is None:
+        return None
+    found, mean, rstd = torch.empty_like(x), x.new_empty(n, groups), x.new_empty(n, groups)
+    memories = (_pointer(value) for value in (x, weight, bias, found, mean, rstd))
+    run = _typed(library, "group_norm", x.dtype)
+    run(*memories, n, height * width, channels, groups, eps, torch.get_num_threads())
+    return found, mean, rstd
+
+
+def group_norm_back(
+    grad_output: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Gradients of the input of `group_norm`, and of its weight and bias for each example, `[n, C]`; None where there
+    is no kernel for these tensors.
+
+    Args:
+        grad_output: Shape `[n, C, H, W]`, channels last.
+        x: The same.
+        weight: Shape `[C]`, contiguous, or None.
+        mean: Shape `[n, groups]`, contiguous.
+        rstd: The same.
+    """
+    n, channels, height, width = x.shape
+    given = (grad_output, x, weight, mean, rstd)
+    if (library := _library_for(*(v for v in given if v is not None))) is None:
+        return None
+    found = torch.empty_like(x), x.new_empty(n, channels), x.new_empty(n, channels)
+    memories = (_pointer(value) for value in (*given, *found))
+    run = _typed(library, "group_norm_back", x.dtype)
+    run(*memories, n, height * width, channels, mean.shape[1], torch.get_num_threads())
+    return found
+
+
+def _pointer(value: Tensor | None) -> int | None:
+    return None if value is None else value.data_ptr()
+
+
+def _slide(
+    layer_input: Tensor,
+    grad_output: Tensor,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> _Slide:
+    n, frames = layer_input.shape[:2]
+
+    def two(sizes: tuple[int, ...], missing: int) -> tuple[int, ...]:
+        return sizes if len(sizes) == 2 else (missing, *sizes)
+
+    of_input, of_output = two(layer_input.shape[3:], 1), two(grad_output.shape[3:], 1)
+    sizes = (n, frames, groups, shape[1], *of_input, shape[0] // groups, *of_output, *two(shape[2:], 1))
+    return _Slide(*sizes, *two(stride, 1), *two(padding, 0), *two(dilation, 1))
+
+
+def _image(value: Tensor) -> tuple[int, object]:
+    strides = value.stride()
+    return value.data_ptr(), byref(_Strides(*strides[:3], *(strides[3:] if len(strides) == 5 else (0, *strides[3:]))))
+
+
+DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+"""What kernels are made for."""
+
+
+def _library_for(*tensors: Tensor) -> CDLL | None:
+    """The kernels; None where there are none for these tensors."""
+    if is_watched() or any(
+        type(v) is not Tensor or v.dtype not in DTYPES or v.device.type != "cpu" or not v.numel() for v in tensors
     ):
         return None
-    library = _library(name)
-    if library is not None:
-        used.add(name)
-    return library
+    return _library()
+
+
+def _typed(library: CDLL, name: str, dtype: torch.dtype) -> Any:
+    return getattr(library, f"{name}_{DTYPES[dtype]}")
 
 
 _POINTER, _SIZE, _INT = c_void_p, c_int64, c_int
+_IMAGE = (_POINTER, POINTER(_Strides))
 _SIGNATURES = {
-    "lstm": {
-        "lstm_steps_back": (_POINTER, _SIZE, *[_POINTER] * 8, *[_SIZE] * 3, _INT, _INT),
-    },
-    "gram": {"gram": (_POINTER, _SIZE, _SIZE, _POINTER, *[_SIZE] * 3, _INT)},
+    "lstm_steps_back": (None, (_POINTER, _SIZE, *[_POINTER] * 8, *[_SIZE] * 3, _INT, _INT)),
+    "group_norm": (None, (*[_POINTER] * 6, *[_SIZE] * 4, c_double, _INT)),
+    "group_norm_back": (None, (*[_POINTER] * 8, *[_SIZE] * 4, _INT)),
+    "gram": (None, (_POINTER, _SIZE, _SIZE, _POINTER, *[_SIZE] * 3, _INT)),
+    "kernel_gradients": (None, (*_IMAGE, *_IMAGE, _POINTER, _POINTER, _POINTER, POINTER(_Slide), _INT)),
+    "as_kernel": (None, (_POINTER, _POINTER, *[_SIZE] * 3, _INT)),
+    "kernel_gradient_pieces": (_SIZE, (POINTER(_Slide), _SIZE, _INT)),
+    "shifted_squares": (None, (*_IMAGE, *_IMAGE, _POINTER, POINTER(_Slide), _INT)),
 }
-"""File -> its functions -> their arguments."""
+"""Functions, without their dtype -> what they return, and their arguments."""
 
 
 @cache
-def _library(name: str) -> CDLL | None:
-    """One file, compiled; None where that fails."""
-    try:
-        from torch._inductor.codecache import CppCodeCache  # noqa: PLC0415 (imports a compiler's worth of modules)
+def _library() -> CDLL | None:
+    """The kernels for the best vectors that this processor has; None where they were not built, or are not wanted."""
+    if os.environ.get("PEREXFX_KERNELS") == "0":
+        return None
+    levels = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(torch.backends.cpu.get_cpu_capability(), ())
+    for level in (*levels, "default"):
+        for suffix in EXTENSION_SUFFIXES:
+            path = Path(__file__).parent / f"_kernels_{level}{suffix}"
+            if path.exists():
+                return _loaded(path)
+    _logger.info("The kernels in C++ were not built: torch's own operations run in their place.")
+    return None
 
-        source = "".join((Path(__file__).parent / file).read_text() for file in ("products.h", f"{name}.cpp"))
-        library = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
-        for function, arguments in _SIGNATURES[name].items():
-            getattr(library, function).argtypes = arguments
-            getattr(library, function).restype = None
-    except Exception as error:  # a compiler may fail in any way
-        _logger.warning("The kernels of `%s.cpp` cannot be compiled, and are not used: %s", name, error)
+
+def _loaded(path: Path) -> CDLL | None:
+    try:
+        library = CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            for function in (name, *(f"{name}_{dtype}" for dtype in DTYPES.values())):
+                if hasattr(library, function):
+                    getattr(library, function).argtypes = arguments
+                    getattr(library, function).restype = result
+    except OSError as error:  # a library of another system, or without what it is linked to
+        _logger.warning("The kernels in %s cannot be loaded, and are not used: %s", path.name, error)
         return None
     return library
 
 
-__all__ = ["gram", "lstm_steps_back", "using_kernels"]
+__all__ = ["are_built", "gram", "group_norm", "group_norm_back", "kernel_gradients", "kernel_sum", "lstm_steps_back", "shifted_squares"]

@@ -4,6 +4,8 @@
 // needs of the next is still in the cache. Matrices are row-major and contiguous unless a stride is given; gates lie in
 // torch's order (input, forget, cell, output), after their activations.
 
+#include "products.h"
+
 namespace {
 
 // Output gates below count as this in a quotient of two values that are both next to nothing.
@@ -61,9 +63,9 @@ extern "C" void lstm_steps_back(const float* gates, int64_t stride, const float*
         }
       }
       const float* rows = grad_gates + at * B * 4 * H;
-      int64_t b = first;
-      for (; b + 8 <= last; b += 8) add_rows<8>(rows + b * 4 * H, 4 * H, weight, H, grad_hidden + b * H, H, 4 * H, H);
-      for (; b < last; ++b) add_rows<1>(rows + b * 4 * H, 4 * H, weight, H, grad_hidden + b * H, H, 4 * H, H);
+      for (int64_t b = first; b < last; b += ROWS)
+        add_rows<float, ROWS>(std::min<int64_t>(ROWS, last - b), rows + b * 4 * H, 4 * H, weight, H,
+                              grad_hidden + b * H, H, 4 * H, H);
     }
   }
 }

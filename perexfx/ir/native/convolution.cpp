@@ -1,0 +1,256 @@
+// Every example's gradient of a convolution's kernel, and its square, in one pass; nothing is unfolded.
+//
+// One tap of the kernel over one example is a product of two matrices: the pixels that the tap reads, and the gradients
+// at the positions where it is put. A thread takes one example and a block of output channels, and goes over positions
+// in chunks, whose gradients it copies to where they stay in its cache while all taps read them.
+
+#include "convolution.h"
+
+#include <cstring>
+
+#include "products.h"
+
+namespace {
+
+// Positions whose gradients are copied at a time.
+constexpr int64_t CHUNK = 128;
+
+template <typename T>
+inline Vector<T> load_some(const T* from, int64_t count) {
+  Vector<T> value{};
+  std::memcpy(&value, from, count * sizeof(T));
+  return value;
+}
+
+// A rectangle of output positions of some frames, seen by one tap.
+template <typename T>
+struct Seen {
+  const T* pixels;  // those that the tap reads, channels last
+  int64_t by_frame, by_row, by_column;
+  const T* grads;  // copied: a row per position
+  int64_t grads_by_frame, grads_by_row;
+  int64_t frames, rows, columns;
+};
+
+// Where sums of products go: `stride` from one input channel to the next; of the last vector, `some` lanes exist.
+template <typename T>
+struct Target {
+  T* sums;
+  int64_t stride, some;
+  bool is_first;       // nothing has been added yet
+  Vector<T>* squares;  // of the finished sums, one vector per vector; or null
+};
+
+// target[R, V vectors] += pixels[positions, R]^T grads[positions, V vectors], from input channel `c` on.
+template <typename T, int R, int V>
+inline void add_positions(const Seen<T>& seen, const Target<T>& target, int64_t c) {
+  constexpr int64_t LANES = Lanes<T>::COUNT;
+  T* out = target.sums + c * target.stride;
+  Vector<T> sums[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) {
+      const T* from = out + r * target.stride + v * LANES;
+      if (target.is_first)
+        sums[r][v] = Vector<T>{};
+      else
+        sums[r][v] = v + 1 < V || target.some == LANES ? load(from) : load_some(from, target.some);
+    }
+  for (int64_t f = 0; f < seen.frames; ++f)
+    for (int64_t i = 0; i < seen.rows; ++i) {
+      const T* pixel = seen.pixels + f * seen.by_frame + i * seen.by_row + c;
+      const T* grad = seen.grads + f * seen.grads_by_frame + i * seen.grads_by_row;
+      for (int64_t j = 0; j < seen.columns; ++j, pixel += seen.by_column, grad += V * LANES) {
+        Vector<T> g[V];
+        for (int v = 0; v < V; ++v) g[v] = load(grad + v * LANES);
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < V; ++v) sums[r][v] += pixel[r] * g[v];
+      }
+    }
+  if (target.squares)
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) target.squares[v] += sums[r][v] * sums[r][v];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) {
+      T* into = out + r * target.stride + v * LANES;
+      if (v + 1 < V || target.some == LANES)
+        store(into, sums[r][v]);
+      else
+        std::memcpy(into, &sums[r][v], target.some * sizeof(T));
+    }
+}
+
+template <typename T, int R, int V>
+inline void add_last_channels(const Seen<T>& seen, const Target<T>& target, int64_t c, int64_t left) {
+  if constexpr (R > 0) {
+    if (left == R)
+      add_positions<T, R, V>(seen, target, c);
+    else
+      add_last_channels<T, R - 1, V>(seen, target, c, left);
+  }
+}
+
+template <typename T, int V>
+void add_channels(const Seen<T>& seen, const Target<T>& target, int64_t channels) {
+  int64_t c = 0;
+  for (; c + ROWS <= channels; c += ROWS) add_positions<T, ROWS, V>(seen, target, c);
+  add_last_channels<T, ROWS - 1, V>(seen, target, c, channels - c);
+}
+
+// The same for `vectors` <= V, known at run time.
+template <typename T, int V>
+void add_tap(const Seen<T>& seen, const Target<T>& target, int64_t channels, int64_t vectors) {
+  if constexpr (V > 0) {
+    if (vectors == V)
+      add_channels<T, V>(seen, target, channels);
+    else
+      add_tap<T, V - 1>(seen, target, channels, vectors);
+  }
+}
+
+// Output positions [first, last) along one axis at which a tap reads a pixel, of those in [from, to).
+inline void clip_positions(int64_t from, int64_t to, int64_t offset, int64_t stride, int64_t size, int64_t& first,
+                           int64_t& last) {
+  first = std::max(from, offset < 0 ? (-offset + stride - 1) / stride : 0);
+  last = size - 1 < offset ? 0 : std::min(to, (size - 1 - offset) / stride + 1);
+  last = std::max(first, last);
+}
+
+template <typename T>
+void copy_channels_last(const T* image, const Strides& of, int64_t channels, int64_t height, int64_t width, T* into) {
+  constexpr int64_t LANES = Lanes<T>::COUNT;
+  for (int64_t c0 = 0; c0 < channels; c0 += LANES)
+    for (int64_t h = 0; h < height; ++h)
+      for (int64_t w = 0; w < width; ++w)
+        for (int64_t c = c0; c < std::min(channels, c0 + LANES); ++c)
+          into[(h * width + w) * channels + c] = image[c * of.by_channel + h * of.by_row + w * of.by_column];
+}
+
+// One example, group, block of output channels, and some taps of the kernel; frames count by their weights, if any.
+template <typename T>
+double gradients_of(const Slide& s, const T* x, Strides of_x, const T* g, const Strides& of_g, const T* weights, T* out,
+                    int64_t group, int64_t first_out, int64_t first_tap, int64_t last_tap, std::vector<T>& memory) {
+  constexpr int64_t LANES = Lanes<T>::COUNT;
+  const int64_t channels = s.in_channels, outs = std::min(s.out_channels - first_out, VECTORS * LANES);
+  const int64_t vectors = (outs + LANES - 1) / LANES, padded = vectors * LANES, all_outs = s.groups * s.out_channels;
+  const int64_t columns_at_once = std::min(s.out_width, CHUNK);
+  const int64_t rows_at_once = std::clamp<int64_t>(CHUNK / s.out_width, 1, s.out_height);
+  const bool has_whole_frames = rows_at_once == s.out_height && columns_at_once == s.out_width;
+  const int64_t frames_at_once = has_whole_frames ? std::clamp<int64_t>(CHUNK / (s.out_height * s.out_width), 1, s.frames) : 1;
+  const int64_t pixels = s.height * s.width * channels, positions = frames_at_once * rows_at_once * columns_at_once;
+  const bool is_copied = of_x.by_channel != 1;
+  memory.resize(positions * padded + (is_copied ? frames_at_once * pixels : 0));
+  T *grads = memory.data(), *copied = grads + positions * padded;
+  std::fill(grads, copied, T(0));
+  x += group * channels * of_x.by_channel, g += (group * s.out_channels + first_out) * of_g.by_channel;
+  double squared = 0;
+  for (int64_t f0 = 0; f0 < s.frames; f0 += frames_at_once) {
+    const int64_t frames = std::min(frames_at_once, s.frames - f0);
+    const T* images = x + f0 * of_x.by_frame;
+    Strides of = of_x;
+    if (is_copied) {
+      for (int64_t f = 0; f < frames; ++f)
+        copy_channels_last(images + f * of_x.by_frame, of_x, channels, s.height, s.width, copied + f * pixels);
+      images = copied, of = Strides{0, pixels, 1, s.width * channels, channels};
+    }
+    for (int64_t h0 = 0; h0 < s.out_height; h0 += rows_at_once)
+      for (int64_t w0 = 0; w0 < s.out_width; w0 += columns_at_once) {
+        const int64_t h1 = std::min(s.out_height, h0 + rows_at_once), w1 = std::min(s.out_width, w0 + columns_at_once);
+        const bool is_last = f0 + frames == s.frames && h1 == s.out_height && w1 == s.out_width;
+        const int64_t by_row = (w1 - w0) * padded, by_frame = (h1 - h0) * by_row;
+        for (int64_t f = 0; f < frames; ++f)
+          for (int64_t h = h0; h < h1; ++h)
+            for (int64_t w = w0; w < w1; ++w) {
+              const T* from = g + (f0 + f) * of_g.by_frame + h * of_g.by_row + w * of_g.by_column;
+              T* into = grads + f * by_frame + (h - h0) * by_row + (w - w0) * padded;
+              const T weight = weights ? weights[f0 + f] : T(1);
+              if (of_g.by_channel == 1)
+                for (int64_t o = 0; o < outs; ++o) into[o] = weight * from[o];
+              else
+                for (int64_t o = 0; o < outs; ++o) into[o] = weight * from[o * of_g.by_channel];
+            }
+        for (int64_t tap = first_tap; tap < last_tap; ++tap) {
+          const int64_t down = tap / s.kernel_width * s.dilation_height - s.padding_height;
+          const int64_t right = tap % s.kernel_width * s.dilation_width - s.padding_width;
+          int64_t top, bottom, left, end;
+          clip_positions(h0, h1, down, s.stride_height, s.height, top, bottom);
+          clip_positions(w0, w1, right, s.stride_width, s.width, left, end);
+          Vector<T> squares[VECTORS] = {};
+          const T* first = images + (top * s.stride_height + down) * of.by_row + (left * s.stride_width + right) * of.by_column;
+          const Seen<T> seen{first, of.by_frame, s.stride_height * of.by_row, s.stride_width * of.by_column,
+                             grads + (top - h0) * by_row + (left - w0) * padded, by_frame, by_row,
+                             frames, bottom - top, end - left};
+          const Target<T> target{out + tap * channels * all_outs + group * s.out_channels + first_out, all_outs,
+                                 outs - (vectors - 1) * LANES, f0 + h0 + w0 == 0, is_last ? squares : nullptr};
+          add_tap<T, VECTORS>(seen, target, channels, vectors);
+          if (is_last)
+            for (int64_t v = 0; v < vectors; ++v) squared += total<T>(squares[v]);
+        }
+      }
+  }
+  return squared;
+}
+
+// Into how many pieces an example's gradient is cut: groups, blocks of output channels, and, where there are few
+// examples for the threads, taps of the kernel.
+struct Pieces {
+  int64_t blocks, taps, all;
+
+  Pieces(const Slide& s, int64_t lanes, int threads) {
+    blocks = (s.out_channels + VECTORS * lanes - 1) / (VECTORS * lanes);
+    taps = s.n * s.groups * blocks < 4 * threads ? s.kernel_height * s.kernel_width : 1;
+    all = s.groups * blocks * taps;
+  }
+};
+
+template <typename T>
+void kernel_gradients(const T* x, const Strides& of_x, const T* g, const Strides& of_g, const T* weights, T* out,
+                      double* squares, const Slide& s, int threads) {
+  const int64_t lanes = Lanes<T>::COUNT, taps = s.kernel_height * s.kernel_width;
+  const int64_t size = taps * s.in_channels * s.groups * s.out_channels;
+  const Pieces pieces(s, lanes, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<T> memory;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < s.n * pieces.all; ++item) {
+      const int64_t example = item / pieces.all, tap = item % pieces.taps, each = taps / pieces.taps;
+      const int64_t block = item / pieces.taps % pieces.blocks, group = item % pieces.all / pieces.taps / pieces.blocks;
+      squares[item] = gradients_of(s, x + example * of_x.by_example, of_x, g + example * of_g.by_example, of_g, weights,
+                                   out + example * size, group, block * VECTORS * lanes, tap * each, (tap + 1) * each,
+                                   memory);
+    }
+  }
+}
+
+// kernel[out channels, in channels, taps] from sums[taps, in channels, out channels]: every line of either is touched
+// once.
+template <typename T>
+void as_kernel(const T* sums, T* kernel, int64_t taps, int64_t channels, int64_t outs, int threads) {
+  constexpr int64_t LANES = Lanes<T>::COUNT;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t o0 = 0; o0 < outs; o0 += LANES)
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t tap = 0; tap < taps; ++tap)
+        for (int64_t o = o0; o < std::min(outs, o0 + LANES); ++o)
+          kernel[(o * channels + c) * taps + tap] = sums[(tap * channels + c) * outs + o];
+}
+
+}  // namespace
+
+// Into how many pieces `kernel_gradients_*` cut each example's gradient.
+extern "C" int64_t kernel_gradient_pieces(const Slide* slide, int64_t itemsize, int threads) {
+  return Pieces(*slide, REGISTER / itemsize, threads).all;
+}
+
+// out[n, kernel height, kernel width, in channels, groups * out channels] from images x and gradients g of the output,
+// whose frames count by weights[frames], or all alike; squares[n, pieces] add up to the square of each gradient.
+#define DEFINE(T, NAME, AS_KERNEL)                                                                                    \
+  extern "C" void NAME(const T* x, const Strides* of_x, const T* g, const Strides* of_g, const T* weights,       \
+                       T* out, double* squares, const Slide* slide, int threads) {                               \
+    kernel_gradients<T>(x, *of_x, g, *of_g, weights, out, squares, *slide, threads);                             \
+  }                                                                                                              \
+  extern "C" void AS_KERNEL(const T* sums, T* kernel, int64_t taps, int64_t channels, int64_t outs, int threads) { \
+    as_kernel<T>(sums, kernel, taps, channels, outs, threads);                                                   \
+  }
+DEFINE(float, kernel_gradients_float32, as_kernel_float32)
+DEFINE(double, kernel_gradients_float64, as_kernel_float64)

@@ -1,0 +1,50 @@
+// Vectors as wide as the registers that this file is compiled for.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t REGISTER = 64;  // bytes
+constexpr int ROWS = 6, VECTORS = 4;  // of a block of sums: with its factors, it fits the registers
+#elif defined(__AVX__)
+constexpr int64_t REGISTER = 32;
+constexpr int ROWS = 5, VECTORS = 2;
+#else
+constexpr int64_t REGISTER = 16;
+constexpr int ROWS = 5, VECTORS = 2;
+#endif
+
+template <typename T>
+struct Lanes {
+  static constexpr int64_t COUNT = REGISTER / sizeof(T);
+  typedef T Vector __attribute__((vector_size(REGISTER), aligned(sizeof(T)), may_alias));
+};
+
+template <typename T>
+using Vector = typename Lanes<T>::Vector;
+
+template <typename T>
+inline Vector<T> load(const T* from) {
+  return *reinterpret_cast<const Vector<T>*>(from);
+}
+
+template <typename T>
+inline void store(T* into, Vector<T> value) {
+  *reinterpret_cast<Vector<T>*>(into) = value;
+}
+
+template <typename T>
+inline double total(Vector<T> value) {
+  double sum = 0;
+  for (int64_t lane = 0; lane < Lanes<T>::COUNT; ++lane) sum += value[lane];
+  return sum;
+}
+
+inline int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+}  // namespace

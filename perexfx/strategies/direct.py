@@ -1,0 +1,77 @@
+"""Per-example kernel gradients and their norms in one pass, by a kernel of our own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perexfx.ir import native
+from perexfx.ir.convolution import Convolution, ConvolutionSignature
+from perexfx.ir.cost import Cost, Work
+from perexfx.ir.factors import Factors, Signature
+from perexfx.ir.kept import PIECE_BYTES, Kept
+from perexfx.ir.ordinary import parameter_elements
+from perexfx.strategies.costs import kept_gradients
+from perexfx.strategies.grouped import Grouped
+
+
+@dataclass(frozen=True)
+class Direct:
+    """Per-example kernel gradients from one C++ kernel: one product per tap, which also adds up the squares.
+
+    As many flops as the ordinary kernel gradient, and as fast; nothing is unfolded, copied or read again for its norm.
+    Whoever traces sees the grouped convolution's gradient in its place.
+    """
+
+    name: str = "direct"
+
+    def refuses(self, signature: Signature) -> str | None:
+        """All that the kernel is not made for."""
+        if not isinstance(signature, ConvolutionSignature):
+            return "it is not a convolution"
+        return None if signature.has_kernels else "there is no kernel in C++ for it here"
+
+    def cost(self, signature: Signature, itemsize: int) -> Cost:
+        """The flops of the ordinary kernel gradient, in whole vectors; n gradients are written, and kept."""
+        assert isinstance(signature, ConvolutionSignature)
+        kept = signature.n * parameter_elements(signature) * itemsize
+        outputs = signature.out_channels // signature.geometry.groups
+        lanes = native.LANES * 4 // itemsize
+        flops = signature.weight_gradient_flops * (-(-outputs // lanes) * lanes) // max(1, outputs)
+        work = [Work("direct", flops, kept, calls=_pieces(signature.n, kept))]
+        if not signature.channels_last:
+            work.append(Work("memory", bytes=2 * itemsize * signature.held_elements))
+        return kept_gradients(signature, itemsize, tuple(work))
+
+    def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
+        """Norms of the formed gradients, which are kept."""
+        assert isinstance(factors, Convolution)
+        n = factors.layer_input.shape[0]
+        slide = factors.geometry
+        kept = n * parameter_elements(factors.signature) * factors.layer_input.element_size()
+        pieces, norms = [], []
+        for part in factors.split(-(-n // _pieces(n, kept)) or 1):
+            found = native.kernel_gradients(
+                part.layer_input,
+                part.grad_output,
+                part.shape,
+                slide.stride,
+                slide.padding,
+                slide.dilation,
+                slide.groups,
+            )
+            if found is None:
+                return Grouped().squared_norms(factors)
+            pieces.append(found[0])
+            norms.append(found[1])
+        squared = norms[0] if len(norms) == 1 else torch.cat(norms)
+        axes = (*range(2, len(factors.shape)), 1, 0)
+        dtype = torch.promote_types(factors.layer_input.dtype, torch.float32)
+        return squared.to(dtype), Kept(tuple(pieces), factors.shape, axes)
+
+
+def _pieces(n: int, kept: int) -> int:
+    """How many pieces the gradients of n examples, of so many bytes, are kept in."""
+    return max(1, min(n, -(-kept // PIECE_BYTES)))
