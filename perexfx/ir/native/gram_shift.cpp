@@ -11,102 +11,138 @@ namespace {
 
 // The taps along one axis that read the same phase of the stride.
 struct Phase {
-  int64_t start, size;           // the first pixel, and how many, a stride apart
-  std::vector<int64_t> offsets;  // of each tap, counted in strides from `start`
+  int64_t start, size;         // the first pixel, and how many, a stride apart
+  int64_t first, span;         // the least position that a tap reads, counted in strides; how many they read together
+  std::vector<int64_t> shifts;  // of each tap, from the first
 };
 
-std::vector<Phase> phases_of(int64_t size, int64_t taps, int64_t stride, int64_t padding, int64_t dilation) {
+std::vector<Phase> phases_of(int64_t size, int64_t out_size, int64_t taps, int64_t stride, int64_t padding,
+                             int64_t dilation) {
   std::vector<Phase> found;
   for (int64_t start = 0; start < std::min(stride, size); ++start) {
-    Phase phase{start, (size - start + stride - 1) / stride, {}};
+    Phase phase{start, (size - start + stride - 1) / stride, 0, 0, {}};
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int64_t offset = tap * dilation - padding - start;
-      if (offset % stride == 0) phase.offsets.push_back(offset / stride);
+      if (offset % stride != 0) continue;
+      if (phase.shifts.empty()) phase.first = offset / stride;
+      phase.shifts.push_back(offset / stride - phase.first);
     }
-    if (!phase.offsets.empty()) found.push_back(phase);
+    if (phase.shifts.empty()) continue;
+    phase.span = phase.shifts.back() + out_size;
+    found.push_back(phase);
   }
   return found;
 }
 
-// sum_s row[s] other[s] over `rows` of `columns` neighbours each.
+// The lower half of a Gram matrix of pixels on a grid, with zeros where the grid has none and above the diagonal.
 template <typename T>
-inline void add_products(const T* row, int64_t by_row, const T* other, int64_t other_by_row, int64_t rows,
-                         int64_t columns, Vector<T>& sums, T& rest) {
+struct Grid {
+  int64_t height, width, stride;
+  std::vector<T> values;
+
+  Grid(int64_t height, int64_t width)
+      : height(height), width(width), stride(rounded_up(height * width, Lanes<T>::COUNT)),
+        values(height * width * stride + stride + Lanes<T>::COUNT) {}
+};
+
+// What one thread works with.
+template <typename T>
+struct Memory {
+  std::vector<T> gram, pixels, columns;
+};
+
+// Fills a grid, whose first row and column are at `top` and `left` of an image of `rows` times `columns` pixels.
+template <typename T>
+void fill(Grid<T>& grid, const T* image, const Strides& of, int64_t rows, int64_t columns, int64_t channels, int64_t top,
+          int64_t left, Memory<T>& memory) {
+  const int64_t h0 = std::max<int64_t>(0, top), h1 = std::min(rows, top + grid.height);
+  const int64_t w0 = std::max<int64_t>(0, left), w1 = std::min(columns, left + grid.width);
+  if (h1 <= h0 || w1 <= w0) return;
+  const int64_t wide = w1 - w0, t = (h1 - h0) * wide, stride = rounded_up(t, Lanes<T>::COUNT);
+  const T* pixels = image + h0 * of.by_row + w0 * of.by_column;
+  int64_t by_pixel = of.by_column;
+  if (of.by_channel != 1 || of.by_row != wide * of.by_column) {
+    memory.pixels.resize(t * channels);
+    for (int64_t h = 0; h < h1 - h0; ++h)
+      if (of.by_channel == 1)
+        for (int64_t w = 0; w < wide; ++w) {
+          const T* from = pixels + h * of.by_row + w * of.by_column;
+          std::copy(from, from + channels, memory.pixels.data() + (h * wide + w) * channels);
+        }
+      else if (of.by_column == 1)
+        transpose(pixels + h * of.by_row, of.by_channel, memory.pixels.data() + h * wide * channels, channels, channels,
+                  wide);
+      else
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t w = 0; w < wide; ++w)
+            memory.pixels[(h * wide + w) * channels + c] = pixels[h * of.by_row + w * of.by_column + c * of.by_channel];
+    pixels = memory.pixels.data(), by_pixel = channels;
+  }
+  memory.gram.resize(t * stride);
+  lower_gram(pixels, by_pixel, t, channels, memory.gram.data(), memory.columns);
+  for (int64_t r = 0; r < t; ++r) {
+    const T* from = memory.gram.data() + r * stride;
+    T* into = grid.values.data() + ((h0 - top + r / wide) * grid.width + w0 - left + r % wide) * grid.stride;
+    for (int64_t s = 0; s <= r; s += wide)
+      std::copy(from + s, from + std::min(s + wide, r + 1), into + (h0 - top + s / wide) * grid.width + w0 - left);
+  }
+}
+
+// sum over pairs of output positions and taps: grads[t, s] times pixels[t + tap, s + tap]; both grids are equally wide.
+template <typename T>
+double shifted_product(const Grid<T>& grads, const Grid<T>& pixels, int64_t out_width, const std::vector<int64_t>& shifts) {
   constexpr int64_t LANES = Lanes<T>::COUNT;
-  for (int64_t i = 0; i < rows; ++i, row += by_row, other += other_by_row) {
-    int64_t j = 0;
-    for (; j + LANES <= columns; j += LANES) sums += load(row + j) * load(other + j);
-    for (; j < columns; ++j) rest += row[j] * other[j];
-  }
-}
-
-// sum over pairs of positions of one tap: grams[t, s] of gradients times pixels[t + tap, s + tap].
-template <typename T>
-double shifted_product(const T* grams, int64_t width, const T* pixels, int64_t pixels_width, const Slide& s,
-                       const Phase& vertical, const Phase& horizontal, int64_t down, int64_t right) {
-  const int64_t top = std::max<int64_t>(0, -down), bottom = std::min(s.out_height, vertical.size - down);
-  const int64_t left = std::max<int64_t>(0, -right), end = std::min(s.out_width, horizontal.size - right);
   double found = 0;
-  for (int64_t h = top; h < bottom; ++h)
-    for (int64_t w = left; w < end; ++w) {
-      const T* of_grads = grams + (h * s.out_width + w) * width;
-      const T* of_pixels = pixels + ((h + down) * horizontal.size + w + right) * pixels_width;
-      const T* own = of_grads + top * s.out_width + left;
-      const T* other = of_pixels + (top + down) * horizontal.size + left + right;
+  for (int64_t h = 0; h < grads.height; ++h)
+    for (int64_t w = 0; w < out_width; ++w) {
+      const int64_t t = h * grads.width + w;
+      const T* row = grads.values.data() + t * grads.stride;
       Vector<T> sums{};
-      T rest = 0;
-      add_products(own, s.out_width, other, horizontal.size, h - top, end - left, sums, rest);
-      own += (h - top) * s.out_width, other += (h - top) * horizontal.size;
-      add_products(own, 0, other, 0, 1, w - left, sums, rest);
-      found += 2 * (total<T>(sums) + rest) + own[w - left] * other[w - left];
+      double diagonal = 0;
+      for (int64_t shift : shifts) {
+        const T* other = pixels.values.data() + (t + shift) * pixels.stride + shift;
+        for (int64_t s = 0; s <= t; s += LANES) sums += load(row + s) * load(other + s);
+        diagonal += double(row[t]) * other[t];
+      }
+      found += 2 * total<T>(sums) - diagonal;
     }
   return found;
-}
-
-// The lower half of the Gram matrix of an image's pixels, [height * width] of `channels` each.
-template <typename T>
-void gram_of_pixels(const T* image, const Strides& of, int64_t height, int64_t width, int64_t channels,
-                    std::vector<T>& found, std::vector<T>& copied, std::vector<T>& columns) {
-  const int64_t t = height * width;
-  found.resize(t * rounded_up(t, Lanes<T>::COUNT));
-  if (of.by_channel == 1 && of.by_row == width * of.by_column) {
-    lower_gram(image, of.by_column, t, channels, found.data(), columns);
-    return;
-  }
-  copied.resize(t * channels);
-  for (int64_t h = 0; h < height; ++h)
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t w = 0; w < width; ++w)
-        copied[(h * width + w) * channels + c] = image[h * of.by_row + c * of.by_channel + w * of.by_column];
-  lower_gram(copied.data(), channels, t, channels, found.data(), columns);
 }
 
 template <typename T>
 void squared_norms(const T* x, const Strides& of_x, const T* g, const Strides& of_g, double* squares, const Slide& s,
                    int threads) {
-  const int64_t width = rounded_up(s.out_height * s.out_width, Lanes<T>::COUNT);
-  const auto vertical = phases_of(s.height, s.kernel_height, s.stride_height, s.padding_height, s.dilation_height);
-  const auto horizontal = phases_of(s.width, s.kernel_width, s.stride_width, s.padding_width, s.dilation_width);
+  const auto vertical = phases_of(s.height, s.out_height, s.kernel_height, s.stride_height, s.padding_height,
+                                  s.dilation_height);
+  const auto horizontal = phases_of(s.width, s.out_width, s.kernel_width, s.stride_width, s.padding_width,
+                                    s.dilation_width);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<T> columns, grams, pixels, copied;
-#pragma omp for
+    Memory<T> memory;
+    int64_t width = s.out_width;  // of all grids
+    for (const Phase& h : horizontal) width = std::max(width, h.span);
+    Grid<T> grads(s.out_height, width);
+    std::vector<Grid<T>> pixels;  // per pair of phases
+    for (const Phase& v : vertical) pixels.insert(pixels.end(), horizontal.size(), Grid<T>(v.span, width));
+#pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < s.n * s.groups; ++item) {
       const int64_t example = item / s.groups, group = item % s.groups;
       const T* grad = g + example * of_g.by_example + group * s.out_channels * of_g.by_channel;
       const T* image = x + example * of_x.by_example + group * s.in_channels * of_x.by_channel;
-      gram_of_pixels(grad, of_g, s.out_height, s.out_width, s.out_channels, grams, copied, columns);
+      fill(grads, grad, of_g, s.out_height, s.out_width, s.out_channels, 0, 0, memory);
       double found = 0;
+      size_t at = 0;
       for (const Phase& v : vertical)
         for (const Phase& h : horizontal) {
-          Strides of_phase = of_x;
-          of_phase.by_row *= s.stride_height, of_phase.by_column *= s.stride_width;
+          Strides of = of_x;
+          of.by_row *= s.stride_height, of.by_column *= s.stride_width;
           const T* first = image + v.start * of_x.by_row + h.start * of_x.by_column;
-          gram_of_pixels(first, of_phase, v.size, h.size, s.in_channels, pixels, copied, columns);
-          const int64_t pixels_width = rounded_up(v.size * h.size, Lanes<T>::COUNT);
-          for (int64_t down : v.offsets)
-            for (int64_t right : h.offsets)
-              found += shifted_product(grams.data(), width, pixels.data(), pixels_width, s, v, h, down, right);
+          Grid<T>& grid = pixels[at++];
+          fill(grid, first, of, v.size, h.size, s.in_channels, v.first, h.first, memory);
+          std::vector<int64_t> shifts;
+          for (int64_t down : v.shifts)
+            for (int64_t right : h.shifts) shifts.push_back(down * width + right);
+          found += shifted_product(grads, grid, s.out_width, shifts);
         }
       squares[item] = found;
     }
