@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP = $(VENV)/.installed-$(1)
+BUILT_FROM = pyproject.toml setup.py constraints.txt $(wildcard perexfx/ir/native/*.cpp perexfx/ir/native/*.h)
 
 .PHONY: demo test lint bench clean
 
@@ -23,17 +24,17 @@ bench: $(call STAMP,bench)
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed-demo: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/.installed-demo: $(VENV)/bin/python $(BUILT_FROM)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/.installed-dev: $(VENV)/bin/python $(BUILT_FROM)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,bench,onnx,dev]'
 	touch $@
 
-$(VENV)/.installed-bench: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/.installed-bench: $(VENV)/bin/python $(BUILT_FROM)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-output .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build perexfx/ir/native/*.so demo-output .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from scipy.optimize import nnls
 
 from perexfx.formats import in_format
-from perexfx.ir.convolution import ConvolutionGeometry, ConvolutionSignature
+from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost
 from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature, Signature
+from perexfx.ir.geometry import ConvolutionGeometry
 from perexfx.ir.machine import BUILT_IN, Machine, Rate
 from perexfx.ir.strategy import Strategy
 from perexfx.measured import HOPELESS, measure, medians

@@ -184,8 +184,9 @@ def compile_step(
 
     Without an optimizer it adds to `.grad`, as `loss_fn(gm(x), y).backward()` does; with one it also forgets the
     gradients first and steps at the end. `gm.perexfx` has norms and factors as ever. The first batch of each kind
-    (shapes, modes, what is trainable) takes longer: the step is made a graph and compiled where that may pay (a C++ compiler is needed on a CPU), each is compared with the eager step,
-    and timed; see `step.ways` for what was taken. Hooks on parameters or modules, and DistributedDataParallel, need
+    (shapes, modes, what is trainable) takes longer: the step is made a graph and compiled where that may pay (a C++
+    compiler is needed on a CPU), each is compared with the eager step, and timed; see `step.ways` for what was taken.
+    Hooks on parameters or modules, and DistributedDataParallel, need
     eager steps.
 
     Args:

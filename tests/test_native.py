@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
+import random
+import shutil
 from collections.abc import Iterator
+from ctypes import CDLL
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +17,64 @@ from oracle import Batch, assert_close, norms_of, one_at_a_time, train_step, wei
 from torch import Tensor, nn
 
 import perexfx
+from perexfx.formats import in_format
 from perexfx.ir import native
+from perexfx.ir.convolution import Convolution
 from perexfx.ir.factors import Product, SharedGram
-from perexfx.ir.native import using_kernels
+from perexfx.ir.geometry import ConvolutionGeometry
+from perexfx.strategies.direct import Direct
 from perexfx.strategies.gram import Gram
+from perexfx.strategies.gram_shift import IN_CACHE, GramShift
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own
+FOLDER = Path(native.__file__).parent
+LEVELS = {"avx512": ("AVX512",), "avx2": ("AVX512", "AVX2"), "default": ("AVX512", "AVX2", "DEFAULT", "NO AVX")}
+"""Library -> the capabilities of a processor, as torch names them, that can run it."""
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="kernels are built where there is a compiler")
+
+
+@needs_compiler
+def test_they_are_built_and_the_best_is_taken() -> None:
+    assert native.are_built()
+    capability = torch.backends.cpu.get_cpu_capability()
+    best = {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "default")
+    library = native._library()
+    assert library is not None
+    assert f"_kernels_{best}." in library._name
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CDLL:
+    """Every library that this processor can run, in turn."""
+    found = list(FOLDER.glob(f"_kernels_{request.param}.*"))
+    if not found:
+        pytest.skip("kernels are built where there is a compiler")
+    if torch.backends.cpu.get_cpu_capability() not in LEVELS[request.param]:
+        pytest.skip("this processor has no such vectors")
+    library = native._loaded(found[0])
+    assert library is not None
+    monkeypatch.setattr(native, "_library", lambda: library)
+    return library
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that ran."""
+    ran: list[str] = []
+    for name in native.__all__:
+        if name == "are_built":
+            continue
+        original = getattr(native, name)
+
+        def run(*args: object, original=original, name=name) -> object:
+            found = original(*args)
+            if found is not None:
+                ran.append(name)
+            return found
+
+        monkeypatch.setattr(native, name, run)
+    monkeypatch.setattr("perexfx.layers.lstm.lstm_steps_back", native.lstm_steps_back)
+    return ran
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -29,23 +86,142 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 1), (3, 5, 7), (2, 8, 16), (4, 17, 33), (3, 31, 130), (5, 64, 300), (1, 40, 257)]
+    "sizes", [(1, 1, 1), (3, 5, 7), (2, 8, 16), (4, 17, 33), (3, 31, 130), (5, 64, 300), (1, 40, 257), (2, 100, 20)]
 )
-def test_gram_matrices(sizes: tuple[int, int, int], threads: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gram_matrices(sizes: tuple[int, int, int], dtype: torch.dtype, threads: int, level: CDLL) -> None:
     torch.manual_seed(0)
     n, t, size = sizes
     for rows in (
-        torch.randn(n, t, size),
-        torch.randn(t, n, size).transpose(0, 1),
-        torch.randn(n, t, size + 3)[..., 1:-2],
+        torch.randn(n, t, size, dtype=dtype),
+        torch.randn(t, n, size, dtype=dtype).transpose(0, 1),
+        torch.randn(n, t, size + 3, dtype=dtype)[..., 1:-2],
     ):
-        with using_kernels() as ran:
-            found = native.gram(rows)
+        found = native.gram(rows)
         assert found is not None
-        assert ran == {"gram"}
         exact = rows.double() @ rows.double().transpose(1, 2)
-        torch.testing.assert_close(found.double(), exact, rtol=0.0, atol=1e-6 * float(exact.abs().max()))
+        tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+        torch.testing.assert_close(found.double(), exact, rtol=0.0, atol=tolerance * float(exact.abs().max()))
         assert torch.equal(found, found.transpose(1, 2))
+
+
+def a_convolution(seed: int) -> Convolution:
+    """Of random sizes, one or two spatial axes, in any memory format; taps may read nothing but padding."""
+    drawn = random.Random(seed)
+    torch.manual_seed(seed)
+    while True:
+        n, frames, groups, rank = (drawn.choice(v) for v in ([1, 2, 5], [1, 1, 3], [1, 1, 2, 3], [1, 2, 2]))
+        channels, outputs = groups * drawn.choice([1, 2, 5, 8, 17]), groups * drawn.choice([1, 2, 5, 16, 20, 64, 70])
+        kernel, stride, padding, dilation = (
+            tuple(drawn.choice(options) for _ in range(rank))
+            for options in ([1, 2, 3, 5], [1, 2, 3], [0, 1, 3], [1, 2])
+        )
+        size = tuple(drawn.choice([1, 4, 7, 16, 21, 150 if rank == 1 else 26]) for _ in range(rank))
+        windows = zip(size, padding, dilation, kernel, stride, strict=True)
+        out_size = [(s + 2 * p - d * (k - 1) - 1) // step + 1 for s, p, d, k, step in windows]
+        if min(out_size) > 0:
+            break
+    dtype = drawn.choice([torch.float32, torch.float64])
+
+    def images(channels: int, *size: int) -> Tensor:
+        found = torch.randn(n * frames, channels, *size, dtype=dtype)
+        if rank == 2 and drawn.random() < 0.5:
+            found = in_format(found, torch.channels_last)
+        found = found.unflatten(0, (n, frames))
+        return found.transpose(0, 1).contiguous().transpose(0, 1) if drawn.random() < 0.2 else found
+
+    x, g = images(channels, *size), images(outputs, *out_size)
+    return Convolution(
+        x, g, (outputs, channels // groups, *kernel), ConvolutionGeometry(stride, padding, dilation, groups)
+    )
+
+
+def in_float64(factors: Convolution) -> Tensor:
+    """Per-example gradients by torch's own convolution."""
+    exact = Convolution(factors.layer_input.double(), factors.grad_output.double(), factors.shape, factors.geometry)
+    return exact.gradients()
+
+
+def assert_all_close(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    tolerance = 3e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(found.double(), exact, rtol=0.0, atol=tolerance * max(1e-30, float(exact.abs().max())))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_convolutions(seed: int, level: CDLL, calls: list[str]) -> None:
+    factors = a_convolution(seed)
+    dtype = factors.layer_input.dtype
+    exact = in_float64(factors)
+    norms = exact.flatten(1).square().sum(1)
+    squared, kept = Direct().squared_norms(factors)
+    assert calls == ["kernel_gradients"]
+    assert_all_close(kept.gradients(), exact, dtype)
+    assert_all_close(squared, norms, dtype)
+    weights = torch.rand(len(norms), dtype=dtype)
+    expected = torch.einsum("n,n...->...", weights.double(), exact)
+    assert_all_close(kept.weighted_sum(weights), expected, dtype)
+    found = native.kernel_sum(factors.layer_input, factors.grad_output, weights, factors.shape, factors.geometry)
+    assert found is not None
+    assert found.is_contiguous()
+    assert_all_close(found, expected, dtype)
+    if factors.layer_input.shape[1] == 1:
+        squared, _ = GramShift().squared_norms(factors)
+        assert_all_close(squared, norms, dtype)
+        assert ("shifted_squares" in calls) is (math.prod(factors.layer_input.shape[3:]) <= IN_CACHE)
+
+
+def test_convolutions_on_threads(threads: int) -> None:
+    for seed in range(8):
+        factors = a_convolution(seed)
+        squared, kept = Direct().squared_norms(factors)
+        exact = in_float64(factors)
+        assert_all_close(kept.gradients(), exact, factors.layer_input.dtype)
+        assert_all_close(squared, exact.flatten(1).square().sum(1), factors.layer_input.dtype)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_convolution_of_an_example_that_is_not_finite(bad: float, threads: int) -> None:
+    """It must not reach the others, whatever memory they share."""
+    torch.manual_seed(0)
+    x, g = torch.randn(9, 1, 5, 8, 8), torch.randn(9, 1, 20, 8, 8)
+    factors = Convolution(x, g, (20, 5, 3, 3), ConvolutionGeometry((1, 1), (1, 1), (1, 1), 1))
+    exact = in_float64(factors)
+    for lost, value in ((2, x), (6, g)):
+        value[lost, 0, 1, 2, 3] = bad
+    others = [0, 1, 3, 4, 5, 7, 8]
+    for strategy in (Direct(), GramShift()):
+        squared, _ = strategy.squared_norms(factors)
+        assert not torch.isfinite(squared[[2, 6]]).any()
+        assert_all_close(squared[others], exact[others].flatten(1).square().sum(1), torch.float32)
+    _, kept = Direct().squared_norms(factors)
+    assert_all_close(kept.gradients()[others], exact[others], torch.float32)
+
+
+@pytest.mark.parametrize("sizes", [(3, 64, 9, 32), (2, 6, 3, 1), (1, 17, 20, 17), (5, 12, 1, 3), (2, 40, 33, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("is_affine", [True, False])
+def test_group_norms(
+    sizes: tuple[int, int, int, int], dtype: torch.dtype, is_affine: bool, threads: int, level: CDLL
+) -> None:
+    torch.manual_seed(0)
+    n, channels, size, groups = sizes
+    x = in_format(3 * torch.randn(n, channels, size, size, dtype=dtype) + 5, torch.channels_last)
+    g = in_format(torch.randn(n, channels, size, size, dtype=dtype), torch.channels_last)
+    weight, bias = torch.randn(2, channels, dtype=dtype) if is_affine else (None, None)
+    forward = native.group_norm(x, weight, bias, groups, 1e-5)
+    assert forward is not None
+    backward = native.group_norm_back(g, x, weight, *forward[1:])
+    assert backward is not None
+    exact = x.double().contiguous().requires_grad_()
+    scale = torch.ones(n, channels, dtype=torch.float64) if weight is None else weight.double().repeat(n, 1)
+    shift = torch.zeros(n, channels, dtype=torch.float64) if bias is None else bias.double().repeat(n, 1)
+    scale.requires_grad_(), shift.requires_grad_()
+    y = nn.functional.group_norm(exact, groups) * scale[..., None, None] + shift[..., None, None]
+    y.backward(g.double())
+    for found, expected in zip((forward[0], *backward), (y.detach(), exact.grad, scale.grad, shift.grad), strict=True):
+        assert expected is not None
+        assert_all_close(found, expected, dtype)
+    assert forward[0].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("i", "o"), [(5000, 12), (12, 5000), (12, 20), (5000, 4200)])
@@ -56,8 +232,7 @@ def test_norms_where_a_kernel_makes_one_gram_matrix_and_not_the_other(t: int, i:
     shared = SharedGram(2)
     for factor in (left, others):
         product = Product(factor, right, (o, factor.shape[3]), right_gram=shared)
-        with using_kernels():
-            found, _ = Gram().squared_norms(product)
+        found, _ = Gram().squared_norms(product)
         exact = torch.einsum("ngti,ngto->noi", factor.double(), right.double()).flatten(1).square().sum(1)
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0.0)
 
@@ -83,14 +258,15 @@ class FromState(nn.Module):
 
 @pytest.mark.parametrize(("hidden", "examples", "steps"), [(16, 1, 1), (16, 9, 5), (32, 7, 4), (48, 16, 6), (80, 3, 2)])
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_an_lstm(bidirectional: bool, hidden: int, examples: int, steps: int, threads: int) -> None:
+def test_an_lstm(
+    bidirectional: bool, hidden: int, examples: int, steps: int, threads: int, level: CDLL, calls: list[str]
+) -> None:
     torch.manual_seed(0)
     model = FromState(hidden, bidirectional)
     batch = Batch((torch.randn(examples, steps, 3),), torch.randn(examples))
     gm = perexfx.transform(model, clip_norm=0.5)
-    with using_kernels() as ran:
-        found = train_step(gm, batch, squares)
-    assert "lstm" in ran
+    found = train_step(gm, batch, squares)
+    assert "lstm_steps_back" in calls
     assert gm.perexfx.norms is not None
     gradients = one_at_a_time(model.double(), batch.double(), squares)
     expected = norms_of(gradients)
@@ -101,7 +277,7 @@ def test_an_lstm(bidirectional: bool, hidden: int, examples: int, steps: int, th
 
 @pytest.mark.parametrize("bias", [-200.0, -60.0, -20.0, 200.0])
 @pytest.mark.parametrize("gate", range(4))
-def test_gates_at_their_ends(gate: int, bias: float) -> None:
+def test_gates_at_their_ends(gate: int, bias: float, calls: list[str]) -> None:
     """The kernel divides the output by the output gate, which may be zero."""
     torch.manual_seed(0)
     model = FromState(16, bidirectional=False)
@@ -109,9 +285,8 @@ def test_gates_at_their_ends(gate: int, bias: float) -> None:
         model.lstm.bias_ih_l0.unflatten(0, (4, -1))[gate] += bias
     batch = Batch((torch.randn(9, 5, 3),), torch.randn(9))
     gm = perexfx.transform(model, clip_norm=None)
-    with using_kernels() as ran:
-        found = train_step(gm, batch, squares)
-    assert "lstm" in ran
+    found = train_step(gm, batch, squares)
+    assert "lstm_steps_back" in calls
     gradients = one_at_a_time(model.double(), batch.double(), squares)
     expected = weighted(gradients, torch.ones(9, dtype=torch.float64) / 9)
     assert_close({k: v.double() for k, v in found.items()}, expected, 1e-5, "sums")
@@ -126,25 +301,20 @@ def test_gates_at_their_ends(gate: int, bias: float) -> None:
         (nn.GRU(3, 16, batch_first=True), torch.float32),
     ],
 )
-def test_what_the_lstm_kernel_is_not_for(layer: nn.Module, dtype: torch.dtype) -> None:
+def test_what_the_lstm_kernel_is_not_for(
+    layer: nn.Module, dtype: torch.dtype, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     model = Whole(layer).to(dtype)
     batch = Batch((torch.randn(4, 5, 3, dtype=dtype),), torch.randn(4, dtype=dtype))
+    found = train_step(perexfx.transform(model), batch, squares)
+    assert "lstm_steps_back" not in calls
+    monkeypatch.setattr(native, "_library", lambda: None)
     expected = train_step(perexfx.transform(model), batch, squares)
-    with using_kernels() as ran:
-        found = train_step(perexfx.transform(model), batch, squares)
-    assert "lstm" not in ran
     assert_close(found, expected, 1e-6, "gradients")
 
 
-def test_nothing_runs_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_library", pytest.fail)
-    assert native.gram(torch.randn(2, 3, 4)) is None
-    model = Whole(nn.LSTM(3, 16, batch_first=True))
-    train_step(perexfx.transform(model), Batch((torch.randn(4, 5, 3),), torch.randn(4)), squares)
-
-
-def test_an_example_that_is_not_finite() -> None:
+def test_an_example_that_is_not_finite(calls: list[str]) -> None:
     torch.manual_seed(0)
     model = FromState(16, bidirectional=False)
     x = torch.randn(9, 5, 3)
@@ -152,24 +322,76 @@ def test_an_example_that_is_not_finite() -> None:
     batch = Batch((x,), torch.randn(9))
     others = Batch((x[1:],), batch.targets[1:])
     gm = perexfx.transform(model, clip_norm=0.5)
-    with using_kernels() as ran:
-        found = train_step(gm, batch, squares)
-        expected = train_step(gm, others, squares)
-    assert "lstm" in ran
+    found = train_step(gm, batch, squares)
+    expected = train_step(gm, others, squares)
+    assert "lstm_steps_back" in calls
     assert_close(found, {name: value * 8 / 9 for name, value in expected.items()}, 1e-5, "all but that example")
 
 
-def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    from torch._inductor.codecache import CppCodeCache
+class SmallNet(nn.Module):
+    """Convolutions, a group norm and a strided shortcut, small enough for every strategy."""
 
-    def fails(*_: object, **__: object) -> None:
-        raise RuntimeError("no compiler here")
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.GroupNorm(4, 16)
+        self.second = nn.Conv2d(16, 8, 3, stride=2, padding=1)
+        self.head = nn.Linear(8 * 16, 1)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.norm(self.first(x)).relu()).relu().flatten(1))
+
+
+def without_kernels(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """As where they were not built, cannot be loaded, or are not wanted."""
+    if how == "not wanted":
+        monkeypatch.setenv("PEREXFX_KERNELS", "0")
+    elif how == "not built":
+        monkeypatch.setattr(native, "EXTENSION_SUFFIXES", [".nothing"])
+    else:
+        monkeypatch.setattr(native, "CDLL", pytest.fail)
+
+        def fails(_: str) -> None:
+            raise OSError("libgomp.so.1: cannot open shared object file")
+
+        monkeypatch.setattr(native, "CDLL", fails)
+
+
+@pytest.mark.parametrize("how", ["not wanted", "not built", "not loaded"])
+def test_without_kernels(how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = SmallNet()
+    batch = Batch((torch.randn(5, 3, 8, 8),), torch.randn(5))
+    expected = train_step(perexfx.transform(model), batch, squares)
+    without_kernels(monkeypatch, how)
     native._library.cache_clear()
-    monkeypatch.setattr(CppCodeCache, "load", fails)
-    with caplog.at_level(logging.WARNING, "perexfx"), using_kernels() as ran:
-        assert native.gram(torch.randn(2, 3, 4)) is None
-        assert native.gram(torch.randn(2, 3, 4)) is None
-    native._library.cache_clear()
-    assert not ran
-    assert caplog.text.count("no compiler here") == 1
+    try:
+        with caplog.at_level(logging.INFO, "perexfx"):
+            gm = perexfx.transform(model)
+            found = train_step(gm, batch, squares)
+            train_step(gm, batch, squares)
+        assert not native.are_built()
+    finally:
+        monkeypatch.undo()
+        native._library.cache_clear()
+    assert gm.perexfx.plan["first"] != "direct"
+    assert_close(found, expected, 1e-5, "gradients")
+    said = {"not wanted": 0, "not built": 1, "not loaded": 1}[how]
+    assert len([record for record in caplog.records if "kernels" in record.message]) == said
+
+
+def test_a_strategy_without_its_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_library", lambda: None)
+    with pytest.raises(perexfx.PerexError, match="no kernel in C\\+\\+"):
+        perexfx.transform(SmallNet(), torch.randn(2, 3, 8, 8), strategy={"first": "direct"})
+
+
+def test_a_traced_step_has_torch_operations_in_place_of_kernels() -> None:
+    torch.manual_seed(0)
+    model = SmallNet()
+    x, y = torch.randn(5, 3, 8, 8), torch.randn(5)
+    gm = perexfx.transform(model, strategy={"first": "direct", "second": "direct"})
+    expected = train_step(gm, Batch((x,), y), squares)
+    graph = perexfx.step_graph(gm, squares, x, y)
+    _, _, found = graph(dict(gm.named_parameters()), dict(gm.named_buffers()), x, y)
+    assert_close(found, expected, 1e-5, "gradients")

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perexfx.ir.convolution import Convolution, ConvolutionGeometry
+from perexfx.ir.convolution import Convolution
 from perexfx.ir.factors import Factors, Gradient, Product, Rows, SharedGram, squared_norms_of
+from perexfx.ir.geometry import ConvolutionGeometry
 from perexfx.ir.layout import Layout
 from perexfx.ir.tracing import is_watched
 from perexfx.layers.convolution import _input_gradient

@@ -12,16 +12,7 @@ from torch import Tensor
 
 from perexfx.ir import native
 from perexfx.ir.factors import Product, drop_examples, scale_examples
-
-
-@dataclass(frozen=True)
-class ConvolutionGeometry:
-    """How a kernel slides: one number per spatial axis, in torch's order of arguments."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
+from perexfx.ir.geometry import ConvolutionGeometry
 
 
 @dataclass(frozen=True)
@@ -218,9 +209,8 @@ class Convolution:
             return layer_input.new_zeros(self.shape)
         signature = replace(self.signature, has_kernels=True, channels_last=layer_input.stride(2) == 1)
         if signature.is_sum_by_kernel:
-            slide = self.geometry
-            how = self.shape, slide.stride, slide.padding, slide.dilation, slide.groups
-            if (found := native.kernel_sum(layer_input, grad_output, weights, *how)) is not None:
+            found = native.kernel_sum(layer_input, grad_output, weights, self.shape, self.geometry)
+            if found is not None:
                 return found
         if signature.is_sum_by_product:
             return self.unfolded().weighted_sum(weights)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perexfx.ir.convolution import Convolution, ConvolutionGeometry, ConvolutionSignature, is_copied_for
+from perexfx.ir.convolution import Convolution, ConvolutionSignature, is_copied_for
 from perexfx.ir.factors import Factors, Gradient, GradientSignature, Signature
+from perexfx.ir.geometry import ConvolutionGeometry
 from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, Target, sum_positions
 
 

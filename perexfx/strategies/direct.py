@@ -49,19 +49,10 @@ class Direct:
         """Norms of the formed gradients, which are kept."""
         assert isinstance(factors, Convolution)
         n = factors.layer_input.shape[0]
-        slide = factors.geometry
         kept = n * parameter_elements(factors.signature) * factors.layer_input.element_size()
         pieces, norms = [], []
         for part in factors.split(-(-n // _pieces(n, kept)) or 1):
-            found = native.kernel_gradients(
-                part.layer_input,
-                part.grad_output,
-                part.shape,
-                slide.stride,
-                slide.padding,
-                slide.dilation,
-                slide.groups,
-            )
+            found = native.kernel_gradients(part.layer_input, part.grad_output, part.shape, part.geometry)
             if found is None:
                 return Grouped().squared_norms(factors)
             pieces.append(found[0])

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from perexfx.ir import native
-from perexfx.ir.convolution import Convolution, ConvolutionGeometry, ConvolutionSignature
+from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Signature
 from perexfx.ir.gemm import products
+from perexfx.ir.geometry import ConvolutionGeometry
 from perexfx.strategies.costs import batched_product, held_factors
 from perexfx.strategies.gram import sum_of_products
 
@@ -119,8 +120,7 @@ class GramShift:
         assert isinstance(factors, Convolution)
         geometry = factors.geometry
         if _fits_kernel(geometry, tuple(factors.layer_input.shape[3:]), tuple(factors.grad_output.shape[3:])):
-            how = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-            squared = native.shifted_squares(factors.layer_input, factors.grad_output, factors.shape, *how)
+            squared = native.shifted_squares(factors.layer_input, factors.grad_output, factors.shape, geometry)
             if squared is not None:
                 dtype = torch.promote_types(factors.layer_input.dtype, torch.float32)
                 return squared.clamp_(min=0).to(dtype), factors

@@ -1,8 +1,8 @@
 """Kernels in C++, for what takes torch many small operations or twice the work.
 
 Promises: a kernel finds what the Python code in its place finds, up to rounding. They are built with the package, where
-there is a compiler for them; without them, for tensors that they are not made for, and under whoever traces, that Python
-code runs. `PEREXFX_KERNELS=0` leaves them out.
+there is a compiler for them; without them, for tensors that they are not made for, and under whoever traces, that
+Python code runs. `PEREXFX_KERNELS=0` leaves them out.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perexfx.ir.geometry import ConvolutionGeometry
 from perexfx.ir.tracing import is_watched
 
 _logger = logging.getLogger("perexfx")
@@ -112,10 +113,7 @@ def kernel_gradients(
     layer_input: Tensor,
     grad_output: Tensor,
     shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
+    geometry: ConvolutionGeometry,
 ) -> tuple[Tensor, Tensor] | None:
     """Every example's gradient of a convolution's kernel, `[n, *kernel, C / groups, O]`, and its square, `[n]`, in
     float64; None where there is no kernel for these tensors.
@@ -124,12 +122,9 @@ def kernel_gradients(
         layer_input: Shape `[n, frames, C, *size]`, one or two spatial axes, any strides.
         grad_output: Shape `[n, frames, O, *out size]`.
         shape: Shape of the kernel, `[O, C / groups, *kernel]`.
-        stride: One number per spatial axis, here and below.
-        padding: At either end.
-        dilation: Of the kernel.
-        groups: Of channels.
+        geometry: How the kernel slides.
     """
-    return _sums(layer_input, grad_output, None, shape, stride, padding, dilation, groups)
+    return _sums(layer_input, grad_output, None, shape, geometry)
 
 
 def kernel_sum(
@@ -137,18 +132,15 @@ def kernel_sum(
     grad_output: Tensor,
     weights: Tensor,
     shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
+    geometry: ConvolutionGeometry,
 ) -> Tensor | None:
     """The weighted sum of every example's gradient of a convolution's kernel, of its shape; None where there is no
     kernel for these tensors. Arguments as `kernel_gradients`; the weights are of shape `[n]`.
     """
     n, frames = layer_input.shape[:2]
-    images = (value.reshape(1, n * frames, *value.shape[2:]) for value in (layer_input, grad_output))
+    x, g = (value.reshape(1, n * frames, *value.shape[2:]) for value in (layer_input, grad_output))
     each = weights.to(layer_input.dtype).repeat_interleave(frames) if frames > 1 else weights.to(layer_input.dtype)
-    if (found := _sums(*images, each.contiguous(), shape, stride, padding, dilation, groups)) is None:
+    if (found := _sums(x, g, each.contiguous(), shape, geometry)) is None:
         return None
     sums, kernel = found[0], layer_input.new_empty(shape)
     library, taps = _library(), math.prod(shape[2:])
@@ -163,11 +155,11 @@ def _sums(
     grad_output: Tensor,
     weights: Tensor | None,
     shape: tuple[int, ...],
-    *slides: Any,
+    geometry: ConvolutionGeometry,
 ) -> tuple[Tensor, Tensor] | None:
     if (library := _library_for(layer_input, grad_output)) is None or not math.prod(shape):
         return None
-    slide = _slide(layer_input, grad_output, shape, *slides)
+    slide = _slide(layer_input, grad_output, shape, geometry)
     n, threads = layer_input.shape[0], torch.get_num_threads()
     pieces = library.kernel_gradient_pieces(byref(slide), layer_input.element_size(), threads)
     found = layer_input.new_empty(n, *shape[2:], shape[1], shape[0])
@@ -182,18 +174,15 @@ def shifted_squares(
     layer_input: Tensor,
     grad_output: Tensor,
     shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
+    geometry: ConvolutionGeometry,
 ) -> Tensor | None:
-    """The square of every example's gradient of a convolution's kernel, `[n]`, in float64, from Gram matrices of pixels;
-    None where there is no kernel for these tensors. Arguments as `kernel_gradients`; one frame.
+    """The square of every example's gradient of a convolution's kernel, `[n]`, in float64, from Gram matrices of
+    pixels; None where there is no kernel for these tensors. Arguments as `kernel_gradients`; one frame.
     """
     if (library := _library_for(layer_input, grad_output)) is None or not math.prod(shape):
         return None
-    slide = _slide(layer_input, grad_output, shape, stride, padding, dilation, groups)
-    squares = layer_input.new_empty(slide.n, groups, dtype=torch.float64)
+    slide = _slide(layer_input, grad_output, shape, geometry)
+    squares = layer_input.new_empty(slide.n, geometry.groups, dtype=torch.float64)
     images = *_image(layer_input), *_image(grad_output)
     make = _typed(library, "shifted_squares", layer_input.dtype)
     make(*images, squares.data_ptr(), byref(slide), torch.get_num_threads())
@@ -255,10 +244,7 @@ def _slide(
     layer_input: Tensor,
     grad_output: Tensor,
     shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
+    geometry: ConvolutionGeometry,
 ) -> _Slide:
     n, frames = layer_input.shape[:2]
 
@@ -266,8 +252,9 @@ def _slide(
         return sizes if len(sizes) == 2 else (missing, *sizes)
 
     of_input, of_output = two(layer_input.shape[3:], 1), two(grad_output.shape[3:], 1)
+    groups = geometry.groups
     sizes = (n, frames, groups, shape[1], *of_input, shape[0] // groups, *of_output, *two(shape[2:], 1))
-    return _Slide(*sizes, *two(stride, 1), *two(padding, 0), *two(dilation, 1))
+    return _Slide(*sizes, *two(geometry.stride, 1), *two(geometry.padding, 0), *two(geometry.dilation, 1))
 
 
 def _image(value: Tensor) -> tuple[int, object]:
@@ -336,4 +323,13 @@ def _loaded(path: Path) -> CDLL | None:
     return library
 
 
-__all__ = ["are_built", "gram", "group_norm", "group_norm_back", "kernel_gradients", "kernel_sum", "lstm_steps_back", "shifted_squares"]
+__all__ = [
+    "are_built",
+    "gram",
+    "group_norm",
+    "group_norm_back",
+    "kernel_gradients",
+    "kernel_sum",
+    "lstm_steps_back",
+    "shifted_squares",
+]
