@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from scipy.optimize import nnls
 
 from perexfx.formats import in_format
+from perexfx.ir import native
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost
 from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature, Signature
@@ -87,7 +88,14 @@ def _convolution(
     after = (size + 2 * padding - kernel) // stride + 1
     slide = ConvolutionGeometry((stride, stride), (padding, padding), (1, 1), groups)
     return ConvolutionSignature(
-        n, 1, (size, size), (after, after), (out, channels // groups, kernel, kernel), slide, last
+        n,
+        1,
+        (size, size),
+        (after, after),
+        (out, channels // groups, kernel, kernel),
+        slide,
+        last,
+        native.are_built(),
     )
 
 
@@ -151,6 +159,9 @@ def _of_images(n: int, channels: int, out: int, size: int, kernel: int, stride: 
         torch.ops.aten.max_pool2d_with_indices_backward(pooled, g, [2, 2], [2, 2], [0, 0], [1, 1], False, indices)
 
     def normalise() -> None:
+        if last and (made := native.group_norm(g, scale, scale, groups, 1e-5)) is not None:
+            native.group_norm_back(g, g, scale, *made[1:])
+            return
         torch.native_group_norm(g, scale, scale, n, out, sizes.positions, groups, 1e-5)
         how = (mean, rstd, scale, n, out, sizes.positions, groups, [True, True, True])
         torch.ops.aten.native_group_norm_backward(g, g, *how)
@@ -159,7 +170,7 @@ def _of_images(n: int, channels: int, out: int, size: int, kernel: int, stride: 
     work = {
         "convolution": convolution_work(sizes, last),
         "max_pool": (image_work("max_pool", sizes.output_elements, last),),
-        "group_norm": (image_work("group_norm", sizes.output_elements, last),),
+        "group_norm": (image_work("group_norm", sizes.output_elements, last, native.are_built()),),
     }
     what = f"images of {describe(sizes)}"
     return [Observation(what, name, Cost(work[name], 0), seconds[name]) for name in seconds]

@@ -225,7 +225,8 @@ def _image_work(
         if pools or node.target in _NORMS:
             read = next(images_of(node))
             elements = math.prod(analysis.nodes[read.name].tensors[0].shape(n))
-            yield image_work("max_pool" if pools else "group_norm", elements, last)
+            has_kernel = not pools and kernels[0].has_kernels
+            yield image_work("max_pool" if pools else "group_norm", elements, last, has_kernel)
     if last:
         entering = sum(math.prod(analysis.nodes[name].tensors[0].shape(n)) for name in region.inputs)
         yield Work("memory", bytes=2 * ITEMSIZE * entering, calls=len(region.inputs))
@@ -242,9 +243,17 @@ def convolution_work(sizes: ConvolutionSignature, last: bool) -> tuple[Work, ...
     )
 
 
-def image_work(kind: str, elements: int, last: bool) -> Work:
-    """Forward and backward of a layer that reads and writes every element of its images."""
-    return Work(f"{kind}_last" if last else kind, bytes=2 * ITEMSIZE * elements, calls=2)
+def image_work(kind: str, elements: int, last: bool, has_kernel: bool = False) -> Work:
+    """Forward and backward of a layer that reads and writes every element of its images.
+
+    Args:
+        kind: Of the layer.
+        elements: Of its images.
+        last: Whether they lie with their channels last.
+        has_kernel: Whether a kernel in C++ takes images that lie so.
+    """
+    name = f"{kind}_kernel" if last and has_kernel else f"{kind}_last" if last else kind
+    return Work(name, bytes=2 * ITEMSIZE * elements, calls=2)
 
 
 ITEMSIZE = 4

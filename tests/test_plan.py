@@ -163,6 +163,7 @@ def test_machines_add_up() -> None:
     for last in (False, True):
         kinds |= {work.kind for work in convolution_work(convolution(4, 2, 2, 5), last)}
         kinds |= {image_work(layer, 8, last).kind for layer in ("max_pool", "group_norm")}
+        kinds |= {image_work("group_norm", 8, last, has_kernel=True).kind}
     assert kinds == set(BUILT_IN.rates)
     assert Machine.from_dict(json.loads(json.dumps(BUILT_IN.to_dict()))) == BUILT_IN
     with pytest.raises(KeyError, match="gemm"):

@@ -109,6 +109,7 @@ BUILT_IN = Machine(
         "direct": Rate(4.30e11, 4.00e09, 2.0e-05),
         "gemm": Rate(4.17e11, 1.25e11, 2.0e-06),
         "group_norm": Rate(math.inf, 3.27e10, 6.5e-06),
+        "group_norm_kernel": Rate(math.inf, 3.27e10, 6.5e-06),
         "group_norm_last": Rate(math.inf, 1.40e10, 2.0e-06),
         "index": Rate(math.inf, 1.75e11, 7.0e-05),
         "matrix_vector": Rate(2.01e10, math.inf, 2.0e-06),
