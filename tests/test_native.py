@@ -224,6 +224,22 @@ def test_group_norms(
     assert forward[0].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_values_that_lie_in_memory_with_the_other_sign() -> None:
+    torch.manual_seed(0)
+    x = torch.imag(torch.randn(3, 1, 4, 6, 6, dtype=torch.complex64).conj())
+    g = torch.randn(3, 1, 5, 6, 6) + 0.5
+    assert x.is_neg()
+    factors = Convolution(x, g, (5, 4, 3, 3), ConvolutionGeometry((1, 1), (1, 1), (1, 1), 1))
+    exact = in_float64(factors)
+    for found in (Direct().squared_norms(factors)[1].gradients(), factors.gradients()):
+        assert_all_close(found, exact, torch.float32)
+
+
+def test_mixed_dtypes_are_left_to_torch() -> None:
+    x = in_format(torch.randn(2, 4, 3, 3), torch.channels_last)
+    assert native.group_norm(x, torch.ones(4, dtype=torch.float64), None, 2, 1e-5) is None
+
+
 @pytest.mark.parametrize(("i", "o"), [(5000, 12), (12, 5000), (12, 20), (5000, 4200)])
 @pytest.mark.parametrize("t", [7, 64, 65])
 def test_norms_where_a_kernel_makes_one_gram_matrix_and_not_the_other(t: int, i: int, o: int) -> None:

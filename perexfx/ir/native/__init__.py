@@ -268,11 +268,21 @@ DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 def _library_for(*tensors: Tensor) -> CDLL | None:
     """The kernels; None where there are none for these tensors."""
-    if is_watched() or any(
-        type(v) is not Tensor or v.dtype not in DTYPES or v.device.type != "cpu" or not v.numel() for v in tensors
-    ):
-        return None
-    return _library()
+    dtype = tensors[0].dtype
+    is_for_kernels = dtype in DTYPES and all(v.dtype == dtype and _is_plain(v) for v in tensors)
+    return _library() if is_for_kernels and not is_watched() else None
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether what a pointer and strides say of it is all there is to know."""
+    return (
+        type(value) is Tensor
+        and value.device.type == "cpu"
+        and value.layout is torch.strided
+        and value.numel() > 0
+        and not value.is_neg()
+        and not value._is_zerotensor()
+    )
 
 
 def _typed(library: CDLL, name: str, dtype: torch.dtype) -> Any:

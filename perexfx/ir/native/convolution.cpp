@@ -4,8 +4,6 @@
 // at the positions where it is put. A thread takes one example and a block of output channels, and goes over positions
 // in chunks, whose gradients it copies to where they stay in its cache while all taps read them.
 
-#include "convolution.h"
-
 #include <cstring>
 
 #include "products.h"
@@ -115,16 +113,6 @@ inline void clip_positions(int64_t from, int64_t to, int64_t offset, int64_t str
   last = std::max(first, last);
 }
 
-template <typename T>
-void copy_channels_last(const T* image, const Strides& of, int64_t channels, int64_t height, int64_t width, T* into) {
-  constexpr int64_t LANES = Lanes<T>::COUNT;
-  for (int64_t c0 = 0; c0 < channels; c0 += LANES)
-    for (int64_t h = 0; h < height; ++h)
-      for (int64_t w = 0; w < width; ++w)
-        for (int64_t c = c0; c < std::min(channels, c0 + LANES); ++c)
-          into[(h * width + w) * channels + c] = image[c * of.by_channel + h * of.by_row + w * of.by_column];
-}
-
 // One example, group, block of output channels, and some taps of the kernel; frames count by their weights, if any.
 template <typename T>
 double gradients_of(const Slide& s, const T* x, Strides of_x, const T* g, const Strides& of_g, const T* weights, T* out,
@@ -149,7 +137,7 @@ double gradients_of(const Slide& s, const T* x, Strides of_x, const T* g, const 
     Strides of = of_x;
     if (is_copied) {
       for (int64_t f = 0; f < frames; ++f)
-        copy_channels_last(images + f * of_x.by_frame, of_x, channels, s.height, s.width, copied + f * pixels);
+        copy_pixels(images + f * of_x.by_frame, of_x, channels, s.height, s.width, copied + f * pixels, channels);
       images = copied, of = Strides{0, pixels, 1, s.width * channels, channels};
     }
     for (int64_t h0 = 0; h0 < s.out_height; h0 += rows_at_once)
@@ -157,17 +145,13 @@ double gradients_of(const Slide& s, const T* x, Strides of_x, const T* g, const 
         const int64_t h1 = std::min(s.out_height, h0 + rows_at_once), w1 = std::min(s.out_width, w0 + columns_at_once);
         const bool is_last = f0 + frames == s.frames && h1 == s.out_height && w1 == s.out_width;
         const int64_t by_row = (w1 - w0) * padded, by_frame = (h1 - h0) * by_row;
-        for (int64_t f = 0; f < frames; ++f)
-          for (int64_t h = h0; h < h1; ++h)
-            for (int64_t w = w0; w < w1; ++w) {
-              const T* from = g + (f0 + f) * of_g.by_frame + h * of_g.by_row + w * of_g.by_column;
-              T* into = grads + f * by_frame + (h - h0) * by_row + (w - w0) * padded;
-              const T weight = weights ? weights[f0 + f] : T(1);
-              if (of_g.by_channel == 1)
-                for (int64_t o = 0; o < outs; ++o) into[o] = weight * from[o];
-              else
-                for (int64_t o = 0; o < outs; ++o) into[o] = weight * from[o * of_g.by_channel];
-            }
+        for (int64_t f = 0; f < frames; ++f) {
+          const T* from = g + (f0 + f) * of_g.by_frame + h0 * of_g.by_row + w0 * of_g.by_column;
+          T* into = grads + f * by_frame;
+          copy_pixels(from, of_g, outs, h1 - h0, w1 - w0, into, padded);
+          if (weights)
+            for (int64_t at = 0; at < by_frame; ++at) into[at] *= weights[f0 + f];
+        }
         for (int64_t tap = first_tap; tap < last_tap; ++tap) {
           const int64_t down = tap / s.kernel_width * s.dilation_height - s.padding_height;
           const int64_t right = tap % s.kernel_width * s.dilation_width - s.padding_width;

@@ -4,7 +4,6 @@
 // of entries of the Gram matrix of pixels: those of one phase of the stride. Both matrices of one example stay in the
 // cache of its thread, and only what lies at and below the diagonal is made.
 
-#include "convolution.h"
 #include "products.h"
 
 namespace {
@@ -63,19 +62,7 @@ void fill(Grid<T>& grid, const T* image, const Strides& of, int64_t rows, int64_
   int64_t by_pixel = of.by_column;
   if (of.by_channel != 1 || of.by_row != wide * of.by_column) {
     memory.pixels.resize(t * channels);
-    for (int64_t h = 0; h < h1 - h0; ++h)
-      if (of.by_channel == 1)
-        for (int64_t w = 0; w < wide; ++w) {
-          const T* from = pixels + h * of.by_row + w * of.by_column;
-          std::copy(from, from + channels, memory.pixels.data() + (h * wide + w) * channels);
-        }
-      else if (of.by_column == 1)
-        transpose(pixels + h * of.by_row, of.by_channel, memory.pixels.data() + h * wide * channels, channels, channels,
-                  wide);
-      else
-        for (int64_t c = 0; c < channels; ++c)
-          for (int64_t w = 0; w < wide; ++w)
-            memory.pixels[(h * wide + w) * channels + c] = pixels[h * of.by_row + w * of.by_column + c * of.by_channel];
+    copy_pixels(pixels, of, channels, h1 - h0, wide, memory.pixels.data(), channels);
     pixels = memory.pixels.data(), by_pixel = channels;
   }
   memory.gram.resize(t * stride);

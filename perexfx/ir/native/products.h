@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "vectors.h"
+#include "images.h"
 
 namespace {
 
@@ -41,33 +41,6 @@ void add_rows(int64_t count, const T* rows, int64_t row_stride, const T* columns
       add_block<T, R, 2>(rows, row_stride, columns + j, column_stride, out + j, out_stride, depth);
     if (j < width) add_block<T, R, 1>(rows, row_stride, columns + j, column_stride, out + j, out_stride, depth);
   }
-}
-
-// into[columns, rows] = from[rows, columns], by squares of four.
-template <typename T>
-void transpose(const T* from, int64_t by_row, T* into, int64_t into_by_row, int64_t rows, int64_t columns) {
-  typedef T Four __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
-  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index __attribute__((vector_size(4 * sizeof(T))));
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    int64_t c = 0;
-    for (; c + 4 <= columns; c += 4) {
-      const T* own = from + r * by_row + c;
-      const Four a = *reinterpret_cast<const Four*>(own), b = *reinterpret_cast<const Four*>(own + by_row);
-      const Four d = *reinterpret_cast<const Four*>(own + 2 * by_row), e = *reinterpret_cast<const Four*>(own + 3 * by_row);
-      const Four low = __builtin_shuffle(a, b, Index{0, 4, 1, 5}), high = __builtin_shuffle(a, b, Index{2, 6, 3, 7});
-      const Four other = __builtin_shuffle(d, e, Index{0, 4, 1, 5}), last = __builtin_shuffle(d, e, Index{2, 6, 3, 7});
-      T* at = into + c * into_by_row + r;
-      *reinterpret_cast<Four*>(at) = __builtin_shuffle(low, other, Index{0, 1, 4, 5});
-      *reinterpret_cast<Four*>(at + into_by_row) = __builtin_shuffle(low, other, Index{2, 3, 6, 7});
-      *reinterpret_cast<Four*>(at + 2 * into_by_row) = __builtin_shuffle(high, last, Index{0, 1, 4, 5});
-      *reinterpret_cast<Four*>(at + 3 * into_by_row) = __builtin_shuffle(high, last, Index{2, 3, 6, 7});
-    }
-    for (; c < columns; ++c)
-      for (int64_t k = r; k < r + 4; ++k) into[c * into_by_row + k] = from[k * by_row + c];
-  }
-  for (; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) into[c * into_by_row + r] = from[r * by_row + c];
 }
 
 // found[t, t] = rows[t, size] rows^T, at and below the diagonal; above it stands anything.
