@@ -37,4 +37,4 @@ $(VENV)/.installed-bench: $(VENV)/bin/python $(BUILT_FROM)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build perexfx/ir/native/*.so demo-output .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build perexfx/ir/native/*.kernels demo-output .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,34 +1,57 @@
-"""The kernels in C++: built where there is a compiler for them; without, torch's own operations run in their place.
+"""The kernels in C++: built for x86-64 where there is GCC or clang with OpenMP; elsewhere Python code runs instead.
 
-All else is in pyproject.toml. One library per level of x86-64's vector instructions, the best of which is taken when it
-is first needed; elsewhere the last one alone.
+All else is in pyproject.toml. There is one library per level of vector instructions, and the best one that the
+processor can run is loaded when it is first needed. They are no modules of Python, and have a suffix of their own.
 """
 
+import hashlib
 import platform
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("perexfx/ir/native")
+SOURCES = sorted(NATIVE.glob("*.cpp"))
 LEVELS = {
-    "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
-    "avx2": ["-march=x86-64-v3"],
-    "default": [],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"],
+    "avx2": ["-mavx2", "-mfma"],
 }
 FLAGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-is_x86 = platform.machine().lower() in {"x86_64", "amd64"}
+HAS_KERNELS = platform.machine().lower() in {"x86_64", "amd64"} and sys.platform != "win32"
+
+
+def fingerprint() -> str:
+    """Of all that the libraries are made from: they are not used with other sources. As in perexfx/ir/native."""
+    every = sorted([*SOURCES, *NATIVE.glob("*.h")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in every)).hexdigest()[:16]
+
+
+class BuildKernels(build_ext):
+    """Libraries by another suffix than that of modules, built anew each time: what another build left may be old."""
+
+    def finalize_options(self) -> None:
+        """As ever, and everything again."""
+        super().finalize_options()
+        self.force = True
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """A file's name does not depend on the version of Python."""
+        return f"{Path(*fullname.split('.'))}.kernels"
+
 
 setup(
+    cmdclass={"build_ext": BuildKernels},
     ext_modules=[
         Extension(
-            f"perexfx.ir.native._kernels_{level}",
-            sorted(map(str, NATIVE.glob("*.cpp"))),
-            depends=sorted(map(str, NATIVE.glob("*.h"))),
-            extra_compile_args=[*FLAGS, *flags],
+            f"perexfx.ir.native.{level}",
+            [str(path) for path in SOURCES],
+            extra_compile_args=[*FLAGS, *flags, f'-DPEREXFX_FINGERPRINT="{fingerprint()}"'],
             extra_link_args=["-fopenmp"],
-            optional=True,  # a compiler may lack OpenMP or vectors of its own
+            optional=True,
         )
         for level, flags in LEVELS.items()
-        if is_x86 or level == "default"
-    ]
+        if HAS_KERNELS
+    ],
 )

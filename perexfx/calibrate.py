@@ -2,7 +2,7 @@
 
 Promises: in under a minute it times every strategy and the layers' own work over a grid of sizes, and fits to each kind
 of work a rate per flop, per byte and per call, none below zero, with the least relative error. A profile says how well
-it fits, and is kept for this machine, torch version and number of threads alone.
+it fits, and is kept for this machine, torch version, number of threads and kernels alone.
 """
 
 from __future__ import annotations
@@ -237,7 +237,8 @@ def quality(machine: Machine, observations: Sequence[Observation]) -> Quality:
 
 def profile_name() -> str:
     """For reports."""
-    return f"profile of {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = f"{torch.get_num_threads()} threads"
+    return f"profile of {processor()}, {threads}, torch {torch.__version__}, kernels {native.level()}"
 
 
 __all__ = ["Observation", "Quality", "describe", "fit", "observe", "profile_name", "quality", "signatures"]

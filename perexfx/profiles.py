@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from perexfx.ir import native
 from perexfx.ir.machine import BUILT_IN, Machine
 
 _logger = logging.getLogger("perexfx")
@@ -64,9 +65,9 @@ def folder() -> Path:
 
 
 def identity() -> str:
-    """Of this machine, torch version and number of threads, in a file's name."""
+    """Of this machine, torch version, number of threads and kernels, in a file's name."""
     machine = hashlib.sha256(f"{platform.node()} {processor()}".encode()).hexdigest()[:12]
-    return f"{machine}-torch{torch.__version__}-{torch.get_num_threads()}threads"
+    return f"{machine}-torch{torch.__version__}-{torch.get_num_threads()}threads-{native.level()}"
 
 
 @cache

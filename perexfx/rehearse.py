@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from perexfx.choose import Choice, total_bytes
 from perexfx.inputs import Inputs, arguments_for
+from perexfx.ir import native
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.cost import Cost
 from perexfx.ir.factors import Factors, Signature
@@ -158,7 +159,7 @@ def rehearse(gm: fx.GraphModule, state: PerExample, plan: Plan, inputs: Inputs) 
         inputs: The kind of input.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with TRACING, same_einsums(), state.rehearsed(), quiet():
+    with TRACING, same_einsums(), state.rehearsed(), quiet(), native.for_sizes():
         given = fake_inputs(fake, inputs, state.settings.batch_dim, plan.batch_size)
         ordinary = _Recorder()
         _step(gm, state.captured.graph, fake, given, ordinary)

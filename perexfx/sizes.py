@@ -74,7 +74,7 @@ def with_kernels(fitted: Mapping[str, Fitted], dtype: torch.dtype, device: torch
 
 
 def _with_kernels(signature: Signature) -> Signature:
-    if not isinstance(signature, ConvolutionSignature) or len(signature.kernel) > 2:
+    if not isinstance(signature, ConvolutionSignature) or len(signature.shape) > native.MOST_AXES:
         return signature
     return replace(signature, has_kernels=True)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases_recurrent import Whole
+from marks import needs_kernels
 from oracle import Batch, assert_close, norms_of, one_at_a_time, train_step, weighted
 from torch import Tensor, nn
 
@@ -24,34 +25,26 @@ from perexfx.ir.factors import Product, SharedGram
 from perexfx.ir.geometry import ConvolutionGeometry
 from perexfx.strategies.direct import Direct
 from perexfx.strategies.gram import Gram
-from perexfx.strategies.gram_shift import IN_CACHE, GramShift
+from perexfx.strategies.gram_shift import GramShift, _fits_kernel
 
-FOLDER = Path(native.__file__).parent
-LEVELS = {"avx512": ("AVX512",), "avx2": ("AVX512", "AVX2"), "default": ("AVX512", "AVX2", "DEFAULT", "NO AVX")}
+LEVELS = {"avx512": ("AVX512",), "avx2": ("AVX512", "AVX2")}
 """Library -> the capabilities of a processor, as torch names them, that can run it."""
 
-needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="kernels are built where there is a compiler")
 
-
-@needs_compiler
-def test_they_are_built_and_the_best_is_taken() -> None:
-    assert native.are_built()
-    capability = torch.backends.cpu.get_cpu_capability()
-    best = {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "default")
-    library = native._library()
-    assert library is not None
-    assert f"_kernels_{best}." in library._name
+@needs_kernels
+def test_the_best_is_taken() -> None:
+    assert native.level() == {"AVX512": "avx512", "AVX2": "avx2"}[torch.backends.cpu.get_cpu_capability()]
 
 
 @pytest.fixture(params=LEVELS)
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CDLL:
     """Every library that this processor can run, in turn."""
-    found = list(FOLDER.glob(f"_kernels_{request.param}.*"))
-    if not found:
-        pytest.skip("kernels are built where there is a compiler")
     if torch.backends.cpu.get_cpu_capability() not in LEVELS[request.param]:
         pytest.skip("this processor has no such vectors")
-    library = native._loaded(found[0])
+    path = native.FOLDER / f"{request.param}.kernels"
+    if not path.exists():
+        pytest.skip("kernels are built where there is a compiler with OpenMP")
+    library = native._loaded(path)
     assert library is not None
     monkeypatch.setattr(native, "_library", lambda: library)
     return library
@@ -62,7 +55,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that ran."""
     ran: list[str] = []
     for name in native.__all__:
-        if name == "are_built":
+        if name in ("are_built", "for_sizes", "level"):
             continue
         original = getattr(native, name)
 
@@ -167,9 +160,10 @@ def test_convolutions(seed: int, level: CDLL, calls: list[str]) -> None:
     if factors.layer_input.shape[1] == 1:
         squared, _ = GramShift().squared_norms(factors)
         assert_all_close(squared, norms, dtype)
-        assert ("shifted_squares" in calls) is (math.prod(factors.layer_input.shape[3:]) <= IN_CACHE)
+        assert math.prod(factors.layer_input.shape[3:]) > 300 or "shifted_squares" in calls
 
 
+@needs_kernels
 def test_convolutions_on_threads(threads: int) -> None:
     for seed in range(8):
         factors = a_convolution(seed)
@@ -179,6 +173,7 @@ def test_convolutions_on_threads(threads: int) -> None:
         assert_all_close(squared, exact.flatten(1).square().sum(1), factors.layer_input.dtype)
 
 
+@needs_kernels
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_convolution_of_an_example_that_is_not_finite(bad: float, threads: int) -> None:
     """It must not reach the others, whatever memory they share."""
@@ -240,6 +235,59 @@ def test_mixed_dtypes_are_left_to_torch() -> None:
     assert native.group_norm(x, torch.ones(4, dtype=torch.float64), None, 2, 1e-5) is None
 
 
+@pytest.mark.parametrize(
+    ("x", "g", "kernel", "dilation", "padding"),
+    [
+        ((3, 4, 21, 21), (3, 5, 21, 21), (3, 3), 40, 40),  # taps that read nothing but padding
+        ((3, 4, 60), (3, 5, 1), (60,), 1, 0),  # a kernel as large as its image
+        ((3, 4, 12, 12), (3, 70, 2, 2), (11, 11), 1, 0),
+    ],
+)
+def test_kernels_as_large_as_their_images(
+    x: tuple[int, ...], g: tuple[int, ...], kernel: tuple[int, ...], dilation: int, padding: int, threads: int
+) -> None:
+    torch.manual_seed(0)
+    rank = len(kernel)
+    geometry = ConvolutionGeometry((1,) * rank, (padding,) * rank, (dilation,) * rank, 1)
+    factors = Convolution(torch.randn(x)[:, None], torch.randn(g)[:, None], (g[1], x[1], *kernel), geometry)
+    exact = in_float64(factors)
+    weights = torch.rand(3)
+    for strategy in (Direct(), GramShift(), Gram()):
+        squared, held = strategy.squared_norms(factors)
+        assert_all_close(squared, exact.flatten(1).square().sum(1), torch.float32)
+        expected = torch.einsum("n,n...->...", weights.double(), exact)
+        assert_all_close(held.weighted_sum(weights), expected, torch.float32)
+
+
+def test_what_one_thread_needs_does_not_grow_with_the_padding() -> None:
+    """Grids of the kernel have the padding on them."""
+    geometry = ConvolutionGeometry((1, 1), (400, 400), (400, 400), 1)
+    factors = Convolution(torch.randn(2, 1, 3, 21, 21), torch.randn(2, 1, 4, 21, 21), (4, 3, 3, 3), geometry)
+    assert not _fits_kernel(geometry, (3, 3), (21, 21))
+    exact = in_float64(factors)
+    assert_all_close(Direct().squared_norms(factors)[0], exact.flatten(1).square().sum(1), torch.float32)
+
+
+@needs_kernels
+def test_sums_over_many_positions_keep_their_digits() -> None:
+    x, g = torch.full((1, 1, 4, 224, 224), 1.1), torch.full((1, 1, 16, 224, 224), 0.7)
+    factors = Convolution(x, g, (16, 4, 3, 3), ConvolutionGeometry((1, 1), (1, 1), (1, 1), 1))
+    exact = in_float64(factors)
+    found = Direct().squared_norms(factors)[1].gradients()
+    torch.testing.assert_close(found.double(), exact, rtol=2e-5, atol=0.0)
+
+
+def test_convolutions_of_three_axes_are_left_to_torch() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv3d(4, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(64, 1))
+    batch = Batch((torch.randn(3, 4, 4, 4, 4),), torch.randn(3))
+    for strategy in ("auto", "gram", "loop_norms"):
+        gm = perexfx.transform(model, clip_norm=None, strategy=strategy)
+        found = train_step(gm, batch, squares)
+        expected = train_step(model, batch, squares)
+        assert_close(found, expected, 1e-5, "gradients")
+
+
 @pytest.mark.parametrize(("i", "o"), [(5000, 12), (12, 5000), (12, 20), (5000, 4200)])
 @pytest.mark.parametrize("t", [7, 64, 65])
 def test_norms_where_a_kernel_makes_one_gram_matrix_and_not_the_other(t: int, i: int, o: int) -> None:
@@ -291,6 +339,7 @@ def test_an_lstm(
     assert_close({k: v.double() for k, v in found.items()}, weighted(gradients, factors), 1e-5, "sums")
 
 
+@needs_kernels
 @pytest.mark.parametrize("bias", [-200.0, -60.0, -20.0, 200.0])
 @pytest.mark.parametrize("gate", range(4))
 def test_gates_at_their_ends(gate: int, bias: float, calls: list[str]) -> None:
@@ -330,6 +379,7 @@ def test_what_the_lstm_kernel_is_not_for(
     assert_close(found, expected, 1e-6, "gradients")
 
 
+@needs_kernels
 def test_an_example_that_is_not_finite(calls: list[str]) -> None:
     torch.manual_seed(0)
     model = FromState(16, bidirectional=False)
@@ -342,6 +392,48 @@ def test_an_example_that_is_not_finite(calls: list[str]) -> None:
     expected = train_step(gm, others, squares)
     assert "lstm_steps_back" in calls
     assert_close(found, {name: value * 8 / 9 for name, value in expected.items()}, 1e-5, "all but that example")
+
+
+@pytest.mark.parametrize(("scale", "eps"), [(1e16, 1e-5), (1e-13, 1e-30)])
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_group_norms_of_very_large_and_small_images(
+    scale: float, eps: float, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_kernels:
+        monkeypatch.setattr(native, "_library", lambda: None)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.GroupNorm(4, 16, eps=eps), nn.Tanh())
+    batch = Batch((scale * torch.randn(3, 8, 6, 6).contiguous(memory_format=torch.channels_last),), torch.randn(3))
+    found = train_step(perexfx.transform(model, clip_norm=None), batch, squares)
+    expected = train_step(model.double(), batch.double(), squares)
+    assert_close({name: value.double() for name, value in found.items()}, expected, 1e-4, "gradients")
+
+
+class Turned(nn.Module):
+    """Channels last, with an axis of one element that has a stride of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(2, 8, 1), nn.GroupNorm(2, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.first(x).contiguous(memory_format=torch.channels_last).transpose(2, 3)).tanh()
+
+
+@pytest.mark.parametrize("frozen", ["", "norm.bias", "norm.weight"])
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_group_norms_with_an_axis_of_one_element(
+    frozen: str, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_kernels:
+        monkeypatch.setattr(native, "_library", lambda: None)
+    torch.manual_seed(0)
+    model = Turned()
+    if frozen:
+        model.get_parameter(frozen).requires_grad_(False)
+    batch = Batch((torch.randn(3, 2, 1, 7),), torch.randn(3))
+    found = train_step(perexfx.transform(model, clip_norm=None), batch, squares)
+    assert_close(found, train_step(model, batch, squares), 1e-5, "gradients")
 
 
 class SmallNet(nn.Module):
@@ -358,42 +450,55 @@ class SmallNet(nn.Module):
         return self.head(self.second(self.norm(self.first(x)).relu()).relu().flatten(1))
 
 
-def without_kernels(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """As where they were not built, cannot be loaded, or are not wanted."""
+def without_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str) -> None:
+    """As where they are not wanted, were not built, or cannot be used."""
     if how == "not wanted":
         monkeypatch.setenv("PEREXFX_KERNELS", "0")
-    elif how == "not built":
-        monkeypatch.setattr(native, "EXTENSION_SUFFIXES", [".nothing"])
-    else:
-        monkeypatch.setattr(native, "CDLL", pytest.fail)
+        return
+    for path in native.FOLDER.iterdir():
+        if path.suffix in {"of other sources": (".cpp", ".h", ".kernels")}.get(how, (".cpp", ".h")):
+            shutil.copy(path, tmp_path)
+    if how == "of other sources":
+        with (tmp_path / "gram.cpp").open("a") as file:
+            file.write("// changed\n")
+    if how == "no library":
+        for name in LEVELS:
+            (tmp_path / f"{name}.kernels").write_text("not a library")
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
 
-        def fails(_: str) -> None:
-            raise OSError("libgomp.so.1: cannot open shared object file")
 
-        monkeypatch.setattr(native, "CDLL", fails)
-
-
-@pytest.mark.parametrize("how", ["not wanted", "not built", "not loaded"])
-def test_without_kernels(how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("not wanted", ""),
+        ("not built", "were not built"),
+        ("no library", "cannot be used"),
+        pytest.param("of other sources", "Install the package again", marks=needs_kernels),
+    ],
+)
+def test_without_kernels(
+    how: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     torch.manual_seed(0)
     model = SmallNet()
     batch = Batch((torch.randn(5, 3, 8, 8),), torch.randn(5))
     expected = train_step(perexfx.transform(model), batch, squares)
-    without_kernels(monkeypatch, how)
+    without_kernels(monkeypatch, tmp_path, how)
     native._library.cache_clear()
     try:
         with caplog.at_level(logging.INFO, "perexfx"):
             gm = perexfx.transform(model)
             found = train_step(gm, batch, squares)
             train_step(gm, batch, squares)
-        assert not native.are_built()
+        assert native.level() == "none"
     finally:
         monkeypatch.undo()
         native._library.cache_clear()
     assert gm.perexfx.plan["first"] != "direct"
     assert_close(found, expected, 1e-5, "gradients")
-    said = {"not wanted": 0, "not built": 1, "not loaded": 1}[how]
-    assert len([record for record in caplog.records if "kernels" in record.message]) == said
+    messages = {record.message for record in caplog.records if "kernels" in record.message}
+    assert all(said in message for message in messages)
+    assert bool(messages) is bool(said)
 
 
 def test_a_strategy_without_its_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,6 +507,7 @@ def test_a_strategy_without_its_kernel_is_refused(monkeypatch: pytest.MonkeyPatc
         perexfx.transform(SmallNet(), torch.randn(2, 3, 8, 8), strategy={"first": "direct"})
 
 
+@needs_kernels
 def test_a_traced_step_has_torch_operations_in_place_of_kernels() -> None:
     torch.manual_seed(0)
     model = SmallNet()

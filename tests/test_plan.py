@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from perexfx.ir.geometry import ConvolutionGeometry
 from perexfx.ir.machine import BUILT_IN, Machine, Rate
 from perexfx.regions import convolution_work, image_work
 from perexfx.strategies import STRATEGIES, Gram, GramShift, Grouped, Loop, Materialize, Outer
+from perexfx.strategies.direct import Direct
 
 
 def convolution(n: int, channels: int, out: int, size: int, kernel: int = 3, frames: int = 1) -> ConvolutionSignature:
@@ -62,6 +64,7 @@ def test_what_strategies_refuse() -> None:
         "materialize": [linear, one, conv, frames, rows, bias],
         "materialize_norms": [linear, one, conv, frames],
         "gram": [linear, one, conv, frames, rows],
+        "direct": [],
         "grouped": [conv, frames],
         "loop": [conv, frames],
         "loop_norms": [conv, frames],
@@ -69,6 +72,9 @@ def test_what_strategies_refuse() -> None:
     }
     assert "each example is 3 images" in str(GramShift().refuses(frames))
     assert Outer().refuses(bias) == "its gradient is not a matrix product"
+    assert Direct().refuses(replace(frames, has_kernels=True)) is None
+    assert Direct().refuses(conv) == "there is no kernel in C++ for it here"
+    assert Direct().refuses(linear) == "it is not a convolution"
 
 
 def test_the_plan_follows_shapes() -> None:
@@ -79,6 +85,8 @@ def test_the_plan_follows_shapes() -> None:
     assert chosen(convolution(32, 512, 512, 4)) == "gram_shift"
     assert chosen(convolution(32, 256, 256, 14)) == "gram_shift"
     assert chosen(convolution(32, 64, 64, 56)) in ("loop", "grouped")
+    assert chosen(replace(convolution(32, 64, 64, 56), has_kernels=True)) == "direct"
+    assert chosen(replace(convolution(32, 256, 256, 14), has_kernels=True)) == "gram_shift"
 
 
 def test_a_plan_is_made_ahead_without_computing() -> None:
@@ -154,6 +162,7 @@ def test_machines_add_up() -> None:
         for signature in (
             convolution(4, 2, 2, 5),
             convolution(4, 8, 2, 5),
+            replace(convolution(4, 8, 2, 5), has_kernels=True),
             ProductSignature(8, 1, 1, 3, 2, (2, 3)),
             RowsSignature(4, 5, 9, 3),
         )

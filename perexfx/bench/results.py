@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from perexfx.ir import native
 from perexfx.profiles import processor
 
 
@@ -74,6 +75,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "kernels": native.level(),
     }
     return {**found, "gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else found
 
@@ -100,7 +102,7 @@ def _markdown(sheet: Sheet, described: Mapping[str, Any]) -> str:
     where = f"{described['gpu']}, with " if "gpu" in described else ""
     line = (
         f"{where}{described['processor']}, {described['cores']} cores, {described['threads']} threads, "
-        f"torch {described['torch']}, Python {described['python']}"
+        f"torch {described['torch']}, Python {described['python']}, kernels {described['kernels']}"
     )
     notes = "".join(f"{note}\n\n" for note in sheet.notes)
     return (

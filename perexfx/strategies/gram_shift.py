@@ -82,7 +82,7 @@ class GramShift:
         grams = signature.n * geometry.groups
         t = signature.positions
         channels = signature.in_channels // geometry.groups
-        if signature.has_kernels and _fits_kernel(geometry, signature.in_size, signature.out_size):
+        if signature.has_kernels and _fits_kernel(geometry, signature.kernel, signature.out_size):
             outputs = signature.out_channels // geometry.groups
             phases = [math.ceil(math.prod(signature.in_size) / math.prod(geometry.stride))] * _phases_read(signature)
             flops = t * t * outputs + sum(pixels * pixels * channels for pixels in phases)
@@ -119,7 +119,7 @@ class GramShift:
         """Exact; neither the unfolded input nor a gradient is formed."""
         assert isinstance(factors, Convolution)
         geometry = factors.geometry
-        if _fits_kernel(geometry, tuple(factors.layer_input.shape[3:]), tuple(factors.grad_output.shape[3:])):
+        if _fits_kernel(geometry, factors.shape[2:], tuple(factors.grad_output.shape[3:])):
             squared = native.shifted_squares(factors.layer_input, factors.grad_output, factors.shape, geometry)
             if squared is not None:
                 dtype = torch.promote_types(factors.layer_input.dtype, torch.float32)
@@ -145,13 +145,14 @@ class GramShift:
         return torch.cat(sums).reshape(n, geometry.groups).sum(1), factors
 
 
-IN_CACHE = 640
-"""Positions of an image, at most, whose Gram matrix is made by the kernel: two of them fill a core's cache."""
+IN_CACHE = 700
+"""Positions of a grid, at most, whose Gram matrix is made by the kernel: two of them fill a core's cache."""
 
 
-def _fits_kernel(geometry: ConvolutionGeometry, in_size: tuple[int, ...], out_size: tuple[int, ...]) -> bool:
-    pixels = math.prod(-(-size // stride) for size, stride in zip(in_size, geometry.stride, strict=True))
-    return len(in_size) < 3 and max(pixels, math.prod(out_size)) <= IN_CACHE
+def _fits_kernel(geometry: ConvolutionGeometry, kernel: tuple[int, ...], out_size: tuple[int, ...]) -> bool:
+    """Whether all positions that the taps read, of one phase and with the padding, are few enough."""
+    longest = (max(phase.length for phase in phases) for phases in _phases(geometry, kernel, out_size))
+    return len(kernel) < native.MOST_AXES - 1 and math.prod(longest) <= IN_CACHE
 
 
 def _phases_read(signature: ConvolutionSignature) -> int:

@@ -7,12 +7,15 @@ Python code runs. `PEREXFX_KERNELS=0` leaves them out.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
-from ctypes import CDLL, POINTER, Structure, byref, c_double, c_int, c_int64, c_void_p
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from ctypes import CDLL, POINTER, Structure, byref, c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,24 @@ _logger = logging.getLogger("perexfx")
 LANES = 16
 """Hidden sizes of an LSTM must be a multiple: as many float32 as the widest registers hold."""
 
+MOST_AXES = 4
+"""Of a convolution's kernel: one or two are spatial."""
+
 IN_CACHE = 1 << 18
 """Elements of one example's rows, at most, that a Gram matrix is made of: 1 MB in float32."""
+
+
+_for_sizes: ContextVar[bool] = ContextVar("whether sizes are all that is asked for", default=False)
+
+
+@contextmanager
+def for_sizes() -> Iterator[None]:
+    """Fake tensors inside: what kernels allocate is allocated, and nothing is computed."""
+    token = _for_sizes.set(True)
+    try:
+        yield
+    finally:
+        _for_sizes.reset(token)
 
 
 class _Strides(Structure):
@@ -53,6 +72,12 @@ class _Slide(Structure):
 def are_built() -> bool:
     """Whether there are kernels, and they are wanted."""
     return _library() is not None
+
+
+def level() -> str:
+    """Which kernels are used: "avx512", "avx2" or "none"."""
+    library = _library()
+    return "none" if library is None else Path(library._name).stem
 
 
 def lstm_steps_back(
@@ -80,15 +105,19 @@ def lstm_steps_back(
     """
     steps, examples, hidden = grad_output.shape
     is_one_stride = gates.stride(2) == 1 and gates.stride(0) == examples * gates.stride(1)
-    if hidden % LANES or not is_one_stride or gates.dtype != torch.float32:
+    if hidden % LANES or gates.dtype != torch.float32:
         return None
     first_cell = gates.new_zeros(examples, hidden) if c0 is None else c0
     read = (output, first_cell, grad_output, weight_hh)
-    if (library := _library_for(gates, *read, grad_h_n, grad_c_n)) is None:
+    library = _library_for(gates, *read, grad_h_n, grad_c_n) if is_one_stride else None
+    if library is None and not (_for_sizes.get() and are_built()):
         return None
     grad_gates, sums = gates.new_empty(steps, examples, 4 * hidden), gates.new_zeros(examples, 4 * hidden)
     grad_hidden, grad_cell = (value.clone(memory_format=torch.contiguous_format) for value in (grad_h_n, grad_c_n))
-    memories = [*(value.contiguous() for value in read), grad_gates, sums, grad_hidden, grad_cell]
+    cells = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
+    memories = [*(value.contiguous() for value in read), grad_gates, sums, grad_hidden, grad_cell, cells]
+    if library is None:
+        return grad_gates, sums, grad_hidden, grad_cell
     sizes = (steps, examples, hidden, reverse, torch.get_num_threads())
     library.lstm_steps_back(gates.data_ptr(), gates.stride(1), *(memory.data_ptr() for memory in memories), *sizes)
     return grad_gates, sums, grad_hidden, grad_cell
@@ -157,7 +186,8 @@ def _sums(
     shape: tuple[int, ...],
     geometry: ConvolutionGeometry,
 ) -> tuple[Tensor, Tensor] | None:
-    if (library := _library_for(layer_input, grad_output)) is None or not math.prod(shape):
+    library = _library_for(layer_input, grad_output)
+    if library is None or not math.prod(shape) or len(shape) > MOST_AXES:
         return None
     slide = _slide(layer_input, grad_output, shape, geometry)
     n, threads = layer_input.shape[0], torch.get_num_threads()
@@ -179,7 +209,8 @@ def shifted_squares(
     """The square of every example's gradient of a convolution's kernel, `[n]`, in float64, from Gram matrices of
     pixels; None where there is no kernel for these tensors. Arguments as `kernel_gradients`; one frame.
     """
-    if (library := _library_for(layer_input, grad_output)) is None or not math.prod(shape):
+    library = _library_for(layer_input, grad_output)
+    if library is None or not math.prod(shape) or len(shape) > MOST_AXES:
         return None
     slide = _slide(layer_input, grad_output, shape, geometry)
     squares = layer_input.new_empty(slide.n, geometry.groups, dtype=torch.float64)
@@ -276,7 +307,7 @@ def _library_for(*tensors: Tensor) -> CDLL | None:
 def _is_plain(value: Tensor) -> bool:
     """Whether what a pointer and strides say of it is all there is to know."""
     return (
-        type(value) is Tensor
+        type(value) in (Tensor, torch.nn.Parameter)
         and value.device.type == "cpu"
         and value.layout is torch.strided
         and value.numel() > 0
@@ -292,7 +323,7 @@ def _typed(library: CDLL, name: str, dtype: torch.dtype) -> Any:
 _POINTER, _SIZE, _INT = c_void_p, c_int64, c_int
 _IMAGE = (_POINTER, POINTER(_Strides))
 _SIGNATURES = {
-    "lstm_steps_back": (None, (_POINTER, _SIZE, *[_POINTER] * 8, *[_SIZE] * 3, _INT, _INT)),
+    "lstm_steps_back": (None, (_POINTER, _SIZE, *[_POINTER] * 9, *[_SIZE] * 3, _INT, _INT)),
     "group_norm": (None, (*[_POINTER] * 6, *[_SIZE] * 4, c_double, _INT)),
     "group_norm_back": (None, (*[_POINTER] * 8, *[_SIZE] * 4, _INT)),
     "gram": (None, (_POINTER, _SIZE, _SIZE, _POINTER, *[_SIZE] * 3, _INT)),
@@ -302,6 +333,11 @@ _SIGNATURES = {
     "shifted_squares": (None, (*_IMAGE, *_IMAGE, _POINTER, POINTER(_Slide), _INT)),
 }
 """Functions, without their dtype -> what they return, and their arguments."""
+_UNTYPED = ("lstm_steps_back", "kernel_gradient_pieces")
+"""Those that there is one of."""
+
+
+FOLDER = Path(__file__).parent
 
 
 @cache
@@ -309,37 +345,49 @@ def _library() -> CDLL | None:
     """The kernels for the best vectors that this processor has; None where they were not built, or are not wanted."""
     if os.environ.get("PEREXFX_KERNELS") == "0":
         return None
-    levels = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(torch.backends.cpu.get_cpu_capability(), ())
-    for level in (*levels, "default"):
-        for suffix in EXTENSION_SUFFIXES:
-            path = Path(__file__).parent / f"_kernels_{level}{suffix}"
-            if path.exists():
-                return _loaded(path)
-    _logger.info("The kernels in C++ were not built: torch's own operations run in their place.")
+    capability = torch.backends.cpu.get_cpu_capability()
+    levels = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ())
+    paths = [path for level in levels if (path := FOLDER / f"{level}.kernels").exists()]
+    for path in paths:
+        if (library := _loaded(path)) is not None:
+            return library
+    if not paths:
+        _logger.info("The kernels in C++ were not built: torch's own operations run in their place.")
     return None
 
 
 def _loaded(path: Path) -> CDLL | None:
+    """One library; None, and a warning, where it is not one of this package."""
     try:
         library = CDLL(str(path))
+        library.fingerprint.restype = c_char_p
+        if library.fingerprint().decode() != _fingerprint():
+            raise OSError("it was built from other sources. Install the package again")
         for name, (result, arguments) in _SIGNATURES.items():
-            for function in (name, *(f"{name}_{dtype}" for dtype in DTYPES.values())):
-                if hasattr(library, function):
-                    getattr(library, function).argtypes = arguments
-                    getattr(library, function).restype = result
-    except OSError as error:  # a library of another system, or without what it is linked to
-        _logger.warning("The kernels in %s cannot be loaded, and are not used: %s", path.name, error)
+            for function in (name,) if name in _UNTYPED else (f"{name}_{dtype}" for dtype in DTYPES.values()):
+                getattr(library, function).argtypes = arguments
+                getattr(library, function).restype = result
+    except (OSError, AttributeError) as error:  # of another system, without what it is linked to, or of another version
+        _logger.warning("The kernels in %s cannot be used: %s.", path.name, error)
         return None
     return library
 
 
+def _fingerprint() -> str:
+    """Of the sources, as setup.py makes it."""
+    every = sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in every)).hexdigest()[:16]
+
+
 __all__ = [
     "are_built",
+    "for_sizes",
     "gram",
     "group_norm",
     "group_norm_back",
     "kernel_gradients",
     "kernel_sum",
+    "level",
     "lstm_steps_back",
     "shifted_squares",
 ]

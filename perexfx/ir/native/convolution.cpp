@@ -44,15 +44,7 @@ template <typename T, int R, int V>
 inline void add_positions(const Seen<T>& seen, const Target<T>& target, int64_t c) {
   constexpr int64_t LANES = Lanes<T>::COUNT;
   T* out = target.sums + c * target.stride;
-  Vector<T> sums[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) {
-      const T* from = out + r * target.stride + v * LANES;
-      if (target.is_first)
-        sums[r][v] = Vector<T>{};
-      else
-        sums[r][v] = v + 1 < V || target.some == LANES ? load(from) : load_some(from, target.some);
-    }
+  Vector<T> sums[R][V] = {};  // of these positions alone: one sum over all would lose digits
   for (int64_t f = 0; f < seen.frames; ++f)
     for (int64_t i = 0; i < seen.rows; ++i) {
       const T* pixel = seen.pixels + f * seen.by_frame + i * seen.by_row + c;
@@ -64,6 +56,12 @@ inline void add_positions(const Seen<T>& seen, const Target<T>& target, int64_t 
           for (int v = 0; v < V; ++v) sums[r][v] += pixel[r] * g[v];
       }
     }
+  if (!target.is_first)
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) {
+        const T* from = out + r * target.stride + v * LANES;
+        sums[r][v] += v + 1 < V || target.some == LANES ? load(from) : load_some(from, target.some);
+      }
   if (target.squares)
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) target.squares[v] += sums[r][v] * sums[r][v];
@@ -175,14 +173,15 @@ double gradients_of(const Slide& s, const T* x, Strides of_x, const T* g, const 
 }
 
 // Into how many pieces an example's gradient is cut: groups, blocks of output channels, and, where there are few
-// examples for the threads, taps of the kernel.
+// examples for the threads, ranges of taps.
 struct Pieces {
-  int64_t blocks, taps, all;
+  int64_t blocks, ranges, all;
 
   Pieces(const Slide& s, int64_t lanes, int threads) {
     blocks = (s.out_channels + VECTORS * lanes - 1) / (VECTORS * lanes);
-    taps = s.n * s.groups * blocks < 4 * threads ? s.kernel_height * s.kernel_width : 1;
-    all = s.groups * blocks * taps;
+    const int64_t others = s.n * s.groups * blocks, taps = s.kernel_height * s.kernel_width;
+    ranges = std::clamp<int64_t>((4 * threads + others - 1) / others, 1, taps);
+    all = s.groups * blocks * ranges;
   }
 };
 
@@ -197,11 +196,11 @@ void kernel_gradients(const T* x, const Strides& of_x, const T* g, const Strides
     std::vector<T> memory;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < s.n * pieces.all; ++item) {
-      const int64_t example = item / pieces.all, tap = item % pieces.taps, each = taps / pieces.taps;
-      const int64_t block = item / pieces.taps % pieces.blocks, group = item % pieces.all / pieces.taps / pieces.blocks;
+      const int64_t example = item / pieces.all, range = item % pieces.ranges, block = item / pieces.ranges % pieces.blocks;
+      const int64_t group = item % pieces.all / pieces.ranges / pieces.blocks;
+      const int64_t first = range * taps / pieces.ranges, last = (range + 1) * taps / pieces.ranges;
       squares[item] = gradients_of(s, x + example * of_x.by_example, of_x, g + example * of_g.by_example, of_g, weights,
-                                   out + example * size, group, block * VECTORS * lanes, tap * each, (tap + 1) * each,
-                                   memory);
+                                   out + example * size, group, block * VECTORS * lanes, first, last, memory);
     }
   }
 }

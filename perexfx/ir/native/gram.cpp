@@ -25,6 +25,9 @@ void gram(const T* rows, int64_t by_example, int64_t by_row, T* grams, int64_t n
 
 }  // namespace
 
+// Of the sources that this library was built from.
+extern "C" const char* fingerprint() { return PEREXFX_FINGERPRINT; }
+
 // grams[n, t, t] of rows [n, t, size], whose last axis is contiguous.
 #define DEFINE(T, NAME)                                                                                             \
   extern "C" void NAME(const T* rows, int64_t by_example, int64_t by_row, T* grams, int64_t n, int64_t t,           \

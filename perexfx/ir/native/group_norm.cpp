@@ -149,7 +149,7 @@ void backward(const T* g, const T* x, const T* weight, const T* means, const T* 
       spread_over_groups(q, channels, groups, one);
       for (int64_t c = 0; c < channels; ++c) {
         const T r = rstd[c / each];
-        p[c] *= -r * r * r;
+        p[c] = -p[c] * r * r * r;  // from the left: the cube of r alone may be no number
         q[c] = -q[c] * r - mean[c] * p[c];
       }
       if (grad_input)

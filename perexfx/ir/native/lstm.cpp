@@ -14,26 +14,26 @@ constexpr float SMALLEST = 1e-30f;
 }  // namespace
 
 // grad_gates is filled, and its sums over all times are added to grad_sums; grad_hidden and grad_cell are those of the
-// last states, and become those of the initial ones.
+// last states, and become those of the initial ones; cells is filled with the cell states before each time.
 //
 // Shapes: gates [T, B, stride], output and grad_output [T, B, H] and grad_gates [T, B, 4 H], all in the order of the
 // layer's input, which is the other way round than it runs if reverse; weight [4 H, H]; grad_sums [B, 4 H]; first_cell,
-// grad_hidden and grad_cell [B, H].
+// grad_hidden and grad_cell [B, H]; cells [T, B, H], in an order of its own.
 extern "C" void lstm_steps_back(const float* gates, int64_t stride, const float* output, const float* first_cell,
                                 const float* grad_output, const float* weight, float* grad_gates, float* grad_sums,
-                                float* grad_hidden, float* grad_cell, int64_t T, int64_t B, int64_t H, int reverse,
-                                int threads) {
+                                float* grad_hidden, float* grad_cell, float* cells, int64_t T, int64_t B, int64_t H,
+                                int reverse, int threads) {
   const int64_t each = (B + threads - 1) / threads;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int64_t first = 0; first < B; first += each) {
     const int64_t last = std::min(B, first + each), size = (last - first) * H;
-    std::vector<float> cells(T * size);  // before each time, in the order in which the layer runs
-    std::copy(first_cell + first * H, first_cell + last * H, cells.begin());
+    float* own = cells + T * first * H;  // of these examples, in the order in which the layer runs
+    std::copy(first_cell + first * H, first_cell + last * H, own);
     for (int64_t t = 0; t + 1 < T; ++t)
       for (int64_t b = first; b < last; ++b) {
         const float* __restrict__ gate = gates + ((reverse ? T - 1 - t : t) * B + b) * stride;
-        const float* __restrict__ before = cells.data() + t * size + (b - first) * H;
-        float* __restrict__ after = cells.data() + (t + 1) * size + (b - first) * H;
+        const float* __restrict__ before = own + t * size + (b - first) * H;
+        float* __restrict__ after = own + (t + 1) * size + (b - first) * H;
 #pragma omp simd
         for (int64_t j = 0; j < H; ++j) after[j] = gate[H + j] * before[j] + gate[j] * gate[2 * H + j];
       }
@@ -41,7 +41,7 @@ extern "C" void lstm_steps_back(const float* gates, int64_t stride, const float*
       const int64_t at = reverse ? T - 1 - t : t;
       for (int64_t b = first; b < last; ++b) {
         const float* __restrict__ gate = gates + (at * B + b) * stride;
-        const float* __restrict__ before = cells.data() + t * size + (b - first) * H;
+        const float* __restrict__ before = own + t * size + (b - first) * H;
         const float* __restrict__ state = output + (at * B + b) * H;
         const float* __restrict__ arriving = grad_output + (at * B + b) * H;
         float* __restrict__ found = grad_gates + (at * B + b) * 4 * H;

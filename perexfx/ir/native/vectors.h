@@ -16,8 +16,7 @@ constexpr int ROWS = 6, VECTORS = 4;  // of a block of sums: with its factors, i
 constexpr int64_t REGISTER = 32;
 constexpr int ROWS = 5, VECTORS = 2;
 #else
-constexpr int64_t REGISTER = 16;
-constexpr int ROWS = 5, VECTORS = 2;
+#error "Kernels are made for AVX2 and AVX-512: with narrower vectors, torch's own operations are faster."
 #endif
 
 template <typename T>
