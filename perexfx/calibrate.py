@@ -23,7 +23,7 @@ from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost
 from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature, Signature
 from perexfx.ir.geometry import ConvolutionGeometry
-from perexfx.ir.machine import BUILT_IN, Machine, Rate
+from perexfx.ir.machine import BUILT_IN, FIRST_TOUCH, Machine, Rate
 from perexfx.ir.strategy import Strategy
 from perexfx.measured import HOPELESS, measure, medians
 from perexfx.profiles import processor
@@ -195,7 +195,10 @@ def fit(observations: Sequence[Observation], name: str) -> Machine:
     for kind in kinds:
         flops, moved, calls = (per_unit[kind, part] for part in PARTS)
         start = max(calls, LEAST_PER_CALL) if rows[:, columns[kind, "calls"]].any() else 0.0
-        rates[kind] = Rate(1 / flops if flops else math.inf, 1 / moved if moved else math.inf, start)
+        byte_rate = 1 / moved if moved else math.inf
+        if kind == "direct":
+            byte_rate = min(byte_rate, FIRST_TOUCH)
+        rates[kind] = Rate(1 / flops if flops else math.inf, byte_rate, start)
     return Machine(name, rates)
 
 

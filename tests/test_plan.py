@@ -85,7 +85,7 @@ def test_the_plan_follows_shapes() -> None:
     assert chosen(convolution(32, 512, 512, 4)) == "gram_shift"
     assert chosen(convolution(32, 256, 256, 14)) == "gram_shift"
     assert chosen(convolution(32, 64, 64, 56)) in ("loop", "grouped")
-    assert chosen(replace(convolution(32, 64, 64, 56), has_kernels=True)) == "direct"
+    assert chosen(replace(convolution(32, 64, 64, 56), has_kernels=True, channels_last=True)) == "direct"
     assert chosen(replace(convolution(32, 256, 256, 14), has_kernels=True)) == "gram_shift"
 
 

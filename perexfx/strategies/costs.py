@@ -21,7 +21,8 @@ def finish_product(signature: Signature, itemsize: int) -> tuple[Work, ...]:
     if isinstance(signature, ConvolutionSignature):
         scaled = min(signature.input_elements, signature.output_elements)
         if signature.is_sum_by_kernel:
-            return (Work("direct", signature.weight_gradient_flops, 3 * itemsize * parameter_elements(signature)),)
+            moved = 3 * itemsize * parameter_elements(signature)
+            return (Work("direct", signature.weight_gradient_flops), Work("memory", bytes=moved))
         if signature.is_sum_by_product:
             unfolded = itemsize * signature.unfolded_elements
             return (

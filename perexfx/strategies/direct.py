@@ -42,7 +42,7 @@ class Direct:
         flops = signature.weight_gradient_flops * (-(-outputs // lanes) * lanes) // max(1, outputs)
         work = [Work("direct", flops, kept, calls=_pieces(signature.n, kept))]
         if not signature.channels_last:
-            work.append(Work("memory", bytes=2 * itemsize * signature.held_elements))
+            work.append(Work("memory", bytes=itemsize * signature.held_elements))
         return kept_gradients(signature, itemsize, tuple(work))
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
