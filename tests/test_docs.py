@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from marks import needs_kernels
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -27,6 +28,7 @@ def test_readme_blocks_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "perexfx strategy report: 3 sites, batch of 32" in printed
 
 
+@needs_kernels  # other strategies would be printed
 @pytest.mark.parametrize("name", ["tutorial.md", "extending.md"])
 def test_docs_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

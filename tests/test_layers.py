@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import Case
 from layers import LAYERS, NOT_LAYERS
+from marks import needs_kernels
 from oracle import assert_close, norms_of, one_at_a_time, train_step, weighted
 from supported import PAGE, page
 from torch import nn
@@ -57,6 +58,7 @@ def test_what_selects_examples_by_their_targets_is_refused() -> None:
         perexfx.transform(model, (torch.randn(3, 4), torch.randint(0, 9, (3,))))
 
 
+@needs_kernels
 def test_the_table_is_current() -> None:
     """`python tests/supported.py` writes it."""
     assert PAGE.read_text() == page()

@@ -94,8 +94,8 @@ def _finite(rate: float) -> float | None:
 
 
 FIRST_TOUCH = 4e9
-"""Bytes per second of gradients that a step keeps: pages that are touched for the first time take longer than the product
-that fills them. Loops over one strategy, as in a calibration, do not see that: they use the same memory again."""
+"""Bytes per second of gradients that a step keeps: the first touch of their pages takes longer than the product that
+fills them. Loops over one strategy, as in a calibration, do not see that: they use the same memory again."""
 
 BUILT_IN = Machine(
     "built-in profile",
