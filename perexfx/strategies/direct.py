@@ -37,9 +37,7 @@ class Direct:
         """The flops of the ordinary kernel gradient, in whole vectors; n gradients are written, and kept."""
         assert isinstance(signature, ConvolutionSignature)
         kept = signature.n * parameter_elements(signature) * itemsize
-        outputs = signature.out_channels // signature.geometry.groups
-        lanes = native.LANES * 4 // itemsize
-        flops = signature.weight_gradient_flops * (-(-outputs // lanes) * lanes) // max(1, outputs)
+        flops = int(signature.weight_gradient_flops * _waste(signature, itemsize))
         work = [Work("direct", flops, kept, calls=_pieces(signature.n, kept))]
         if not signature.channels_last:
             work.append(Work("memory", bytes=itemsize * signature.held_elements))
@@ -61,6 +59,20 @@ class Direct:
         axes = (*range(2, len(factors.shape)), 1, 0)
         dtype = torch.promote_types(factors.layer_input.dtype, torch.float32)
         return squared.to(dtype), Kept(tuple(pieces), factors.shape, axes)
+
+
+ROWS, VECTORS, BUSY = 6, 4, 8
+"""Of a block of sums: input channels, vectors of output channels, and how many vectors keep the processor busy, as each
+waits for its own last sum."""
+
+
+def _waste(signature: ConvolutionSignature, itemsize: int) -> float:
+    """What the kernel takes / what it would with as many channels as it likes: of one group, few are slow."""
+    lanes = native.LANES * 4 // itemsize
+    outputs = max(1, signature.out_channels // signature.geometry.groups)
+    vectors = -(-outputs // lanes)
+    sums = min(ROWS, max(1, signature.shape[1])) * min(VECTORS, vectors)
+    return vectors * lanes / outputs * max(1.0, BUSY / sums)
 
 
 def _pieces(n: int, kept: int) -> int:
