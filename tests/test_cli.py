@@ -139,8 +139,10 @@ def test_check(nets: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_check_that_fails(nets: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from perexfx.ir.factors import Product
+    from perexfx.ir.kept import Kept
 
-    monkeypatch.setattr(Product, "weighted_sum", lambda self, weights: 2 * self.gradients().sum(0))
+    for factors in (Product, Kept):
+        monkeypatch.setattr(factors, "weighted_sum", lambda self, weights: 2 * self.gradients().sum(0))
     code, out, _ = run(capsys, "check", f"{nets}:cnn", *IMAGES)
     assert code == 1
     assert out.startswith("perexfx check: FAILED") or "4.weight" in out
