@@ -207,8 +207,7 @@ class Convolution:
         layer_input, grad_output = self.layer_input, self.grad_output
         if layer_input.shape[0] == 0:
             return layer_input.new_zeros(self.shape)
-        has_kernels = len(self.shape) <= native.MOST_AXES
-        signature = replace(self.signature, has_kernels=has_kernels, channels_last=layer_input.stride(2) == 1)
+        signature = replace(self.signature, has_kernels=True, channels_last=layer_input.stride(2) == 1)
         if signature.is_sum_by_kernel:
             found = native.kernel_sum(layer_input, grad_output, weights, self.shape, self.geometry)
             if found is not None:

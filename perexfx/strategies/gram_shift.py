@@ -84,8 +84,9 @@ class GramShift:
         channels = signature.in_channels // geometry.groups
         if signature.has_kernels and _fits_kernel(geometry, signature.kernel, signature.out_size):
             outputs = signature.out_channels // geometry.groups
-            phases = [math.ceil(math.prod(signature.in_size) / math.prod(geometry.stride))] * _phases_read(signature)
-            flops = t * t * outputs + sum(pixels * pixels * channels for pixels in phases)
+            phases = math.prod(map(len, _phases(geometry, signature.kernel, signature.out_size)))
+            pixels = math.ceil(math.prod(signature.in_size) / math.prod(geometry.stride))
+            flops = t * t * outputs + phases * pixels * pixels * channels
             read = t * t * math.prod(signature.kernel)
             work = Work("shifted_squares", grams * flops, itemsize * grams * read)
             return held_factors(signature, itemsize, (work,))
@@ -152,12 +153,7 @@ IN_CACHE = 700
 def _fits_kernel(geometry: ConvolutionGeometry, kernel: tuple[int, ...], out_size: tuple[int, ...]) -> bool:
     """Whether all positions that the taps read, of one phase and with the padding, are few enough."""
     longest = (max(phase.length for phase in phases) for phases in _phases(geometry, kernel, out_size))
-    return len(kernel) < native.MOST_AXES - 1 and math.prod(longest) <= IN_CACHE
-
-
-def _phases_read(signature: ConvolutionSignature) -> int:
-    """How many phases of the stride the taps read."""
-    return math.prod(map(len, _phases(signature.geometry, signature.kernel, signature.out_size)))
+    return math.prod(longest) <= IN_CACHE
 
 
 def _unfolded_gram(

@@ -57,7 +57,7 @@ class _Strides(Structure):
 
 
 class _Slide(Structure):
-    """`Slide` of convolution.h."""
+    """`Slide` of images.h."""
 
     _fields_ = [
         (name, c_int64)
@@ -186,8 +186,7 @@ def _sums(
     shape: tuple[int, ...],
     geometry: ConvolutionGeometry,
 ) -> tuple[Tensor, Tensor] | None:
-    library = _library_for(layer_input, grad_output)
-    if library is None or not math.prod(shape) or len(shape) > MOST_AXES:
+    if (library := _library_for_convolution(layer_input, grad_output, shape)) is None:
         return None
     slide = _slide(layer_input, grad_output, shape, geometry)
     n, threads = layer_input.shape[0], torch.get_num_threads()
@@ -209,8 +208,7 @@ def shifted_squares(
     """The square of every example's gradient of a convolution's kernel, `[n]`, in float64, from Gram matrices of
     pixels; None where there is no kernel for these tensors. Arguments as `kernel_gradients`; one frame.
     """
-    library = _library_for(layer_input, grad_output)
-    if library is None or not math.prod(shape) or len(shape) > MOST_AXES:
+    if (library := _library_for_convolution(layer_input, grad_output, shape)) is None:
         return None
     slide = _slide(layer_input, grad_output, shape, geometry)
     squares = layer_input.new_empty(slide.n, geometry.groups, dtype=torch.float64)
@@ -302,6 +300,11 @@ def _library_for(*tensors: Tensor) -> CDLL | None:
     dtype = tensors[0].dtype
     is_for_kernels = dtype in DTYPES and all(v.dtype == dtype and _is_plain(v) for v in tensors)
     return _library() if is_for_kernels and not is_watched() else None
+
+
+def _library_for_convolution(layer_input: Tensor, grad_output: Tensor, shape: tuple[int, ...]) -> CDLL | None:
+    is_for_kernels = math.prod(shape) > 0 and len(shape) <= MOST_AXES
+    return _library_for(layer_input, grad_output) if is_for_kernels else None
 
 
 def _is_plain(value: Tensor) -> bool:
