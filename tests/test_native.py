@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import perexfx
 from perexfx.formats import in_format
 from perexfx.ir import native
+from perexfx.ir.native import loading
 from perexfx.ir.convolution import Convolution
 from perexfx.ir.factors import Product, SharedGram
 from perexfx.ir.geometry import ConvolutionGeometry
@@ -41,12 +42,12 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CD
     """Every library that this processor can run, in turn."""
     if torch.backends.cpu.get_cpu_capability() not in LEVELS[request.param]:
         pytest.skip("this processor has no such vectors")
-    path = native.FOLDER / f"{request.param}.kernels"
+    path = loading.FOLDER / f"{request.param}.kernels"
     if not path.exists():
         pytest.skip("kernels are built where there is a compiler with OpenMP")
-    library = native._loaded(path)
+    library = loading.load(path)
     assert library is not None
-    monkeypatch.setattr(native, "_library", lambda: library)
+    monkeypatch.setattr(loading, "library", lambda: library)
     return library
 
 
@@ -374,7 +375,7 @@ def test_what_the_lstm_kernel_is_not_for(
     batch = Batch((torch.randn(4, 5, 3, dtype=dtype),), torch.randn(4, dtype=dtype))
     found = train_step(perexfx.transform(model), batch, squares)
     assert "lstm_steps_back" not in calls
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(loading, "library", lambda: None)
     expected = train_step(perexfx.transform(model), batch, squares)
     assert_close(found, expected, 1e-6, "gradients")
 
@@ -400,7 +401,7 @@ def test_group_norms_of_very_large_and_small_images(
     scale: float, eps: float, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not has_kernels:
-        monkeypatch.setattr(native, "_library", lambda: None)
+        monkeypatch.setattr(loading, "library", lambda: None)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.GroupNorm(4, 16, eps=eps), nn.Tanh())
     batch = Batch((scale * torch.randn(3, 8, 6, 6).contiguous(memory_format=torch.channels_last),), torch.randn(3))
@@ -426,7 +427,7 @@ def test_group_norms_with_an_axis_of_one_element(
     frozen: str, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not has_kernels:
-        monkeypatch.setattr(native, "_library", lambda: None)
+        monkeypatch.setattr(loading, "library", lambda: None)
     torch.manual_seed(0)
     model = Turned()
     if frozen:
@@ -455,7 +456,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str) -
     if how == "not wanted":
         monkeypatch.setenv("PEREXFX_KERNELS", "0")
         return
-    for path in native.FOLDER.iterdir():
+    for path in loading.FOLDER.iterdir():
         if path.suffix in {"of other sources": (".cpp", ".h", ".kernels")}.get(how, (".cpp", ".h")):
             shutil.copy(path, tmp_path)
     if how == "of other sources":
@@ -464,7 +465,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str) -
     if how == "no library":
         for name in LEVELS:
             (tmp_path / f"{name}.kernels").write_text("not a library")
-    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    monkeypatch.setattr(loading, "FOLDER", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -484,7 +485,7 @@ def test_without_kernels(
     batch = Batch((torch.randn(5, 3, 8, 8),), torch.randn(5))
     expected = train_step(perexfx.transform(model), batch, squares)
     without_kernels(monkeypatch, tmp_path, how)
-    native._library.cache_clear()
+    loading.library.cache_clear()
     try:
         with caplog.at_level(logging.INFO, "perexfx"):
             gm = perexfx.transform(model)
@@ -493,7 +494,7 @@ def test_without_kernels(
         assert native.level() == "none"
     finally:
         monkeypatch.undo()
-        native._library.cache_clear()
+        loading.library.cache_clear()
     assert gm.perexfx.plan["first"] != "direct"
     assert_close(found, expected, 1e-5, "gradients")
     messages = {record.message for record in caplog.records if "kernels" in record.message}
@@ -502,7 +503,7 @@ def test_without_kernels(
 
 
 def test_a_strategy_without_its_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(loading, "library", lambda: None)
     with pytest.raises(perexfx.PerexError, match="no kernel in C\\+\\+"):
         perexfx.transform(SmallNet(), torch.randn(2, 3, 8, 8), strategy={"first": "direct"})
 

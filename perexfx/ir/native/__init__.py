@@ -7,25 +7,20 @@ Python code runs. `PEREXFX_KERNELS=0` leaves them out.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from ctypes import CDLL, POINTER, Structure, byref, c_char_p, c_double, c_int, c_int64, c_void_p
-from functools import cache
+from ctypes import CDLL, byref
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from perexfx.ir.geometry import ConvolutionGeometry
+from perexfx.ir.native import loading
+from perexfx.ir.native.loading import DTYPES, Slide, Strides, typed
 from perexfx.ir.tracing import is_watched
-
-_logger = logging.getLogger("perexfx")
 
 LANES = 16
 """Hidden sizes of an LSTM must be a multiple: as many float32 as the widest registers hold."""
@@ -50,33 +45,14 @@ def for_sizes() -> Iterator[None]:
         _for_sizes.reset(token)
 
 
-class _Strides(Structure):
-    """Of images `[n, frames, channels, height, width]`."""
-
-    _fields_ = [(name, c_int64) for name in ("by_example", "by_frame", "by_channel", "by_row", "by_column")]
-
-
-class _Slide(Structure):
-    """`Slide` of images.h."""
-
-    _fields_ = [
-        (name, c_int64)
-        for name in (
-            *("n", "frames", "groups", "in_channels", "height", "width", "out_channels", "out_height", "out_width"),
-            *("kernel_height", "kernel_width", "stride_height", "stride_width", "padding_height", "padding_width"),
-            *("dilation_height", "dilation_width"),
-        )
-    ]
-
-
 def are_built() -> bool:
     """Whether there are kernels, and they are wanted."""
-    return _library() is not None
+    return loading.library() is not None
 
 
 def level() -> str:
     """Which kernels are used: "avx512", "avx2" or "none"."""
-    library = _library()
+    library = loading.library()
     return "none" if library is None else Path(library._name).stem
 
 
@@ -133,7 +109,7 @@ def gram(rows: Tensor) -> Tensor | None:
     if rows.stride(2) != 1 or t * size > IN_CACHE or (library := _library_for(rows)) is None:
         return None
     found = rows.new_empty(n, t, t)
-    make = _typed(library, "gram", rows.dtype)
+    make = typed(library, "gram", rows.dtype)
     make(rows.data_ptr(), rows.stride(0), rows.stride(1), found.data_ptr(), n, t, size, torch.get_num_threads())
     return found
 
@@ -172,9 +148,9 @@ def kernel_sum(
     if (found := _sums(x, g, each.contiguous(), shape, geometry)) is None:
         return None
     sums, kernel = found[0], layer_input.new_empty(shape)
-    library, taps = _library(), math.prod(shape[2:])
+    library, taps = loading.library(), math.prod(shape[2:])
     assert library is not None
-    move = _typed(library, "as_kernel", kernel.dtype)
+    move = typed(library, "as_kernel", kernel.dtype)
     move(sums.data_ptr(), kernel.data_ptr(), taps, shape[1], shape[0], torch.get_num_threads())
     return kernel
 
@@ -194,7 +170,7 @@ def _sums(
     found = layer_input.new_empty(n, *shape[2:], shape[1], shape[0])
     squares = layer_input.new_empty(n, pieces, dtype=torch.float64)
     images = *_image(layer_input), *_image(grad_output)
-    make = _typed(library, "kernel_gradients", found.dtype)
+    make = typed(library, "kernel_gradients", found.dtype)
     make(*images, _pointer(weights), found.data_ptr(), squares.data_ptr(), byref(slide), threads)
     return found, squares.sum(1)
 
@@ -213,7 +189,7 @@ def shifted_squares(
     slide = _slide(layer_input, grad_output, shape, geometry)
     squares = layer_input.new_empty(slide.n, geometry.groups, dtype=torch.float64)
     images = *_image(layer_input), *_image(grad_output)
-    make = _typed(library, "shifted_squares", layer_input.dtype)
+    make = typed(library, "shifted_squares", layer_input.dtype)
     make(*images, squares.data_ptr(), byref(slide), torch.get_num_threads())
     return squares.sum(1)
 
@@ -236,7 +212,7 @@ def group_norm(
         return None
     found, mean, rstd = torch.empty_like(x), x.new_empty(n, groups), x.new_empty(n, groups)
     memories = (_pointer(value) for value in (x, weight, bias, found, mean, rstd))
-    run = _typed(library, "group_norm", x.dtype)
+    run = typed(library, "group_norm", x.dtype)
     run(*memories, n, height * width, channels, groups, eps, torch.get_num_threads())
     return found, mean, rstd
 
@@ -260,7 +236,7 @@ def group_norm_back(
         return None
     found = torch.empty_like(x), x.new_empty(n, channels), x.new_empty(n, channels)
     memories = (_pointer(value) for value in (*given, *found))
-    run = _typed(library, "group_norm_back", x.dtype)
+    run = typed(library, "group_norm_back", x.dtype)
     run(*memories, n, height * width, channels, mean.shape[1], torch.get_num_threads())
     return found
 
@@ -274,7 +250,7 @@ def _slide(
     grad_output: Tensor,
     shape: tuple[int, ...],
     geometry: ConvolutionGeometry,
-) -> _Slide:
+) -> Slide:
     n, frames = layer_input.shape[:2]
 
     def two(sizes: tuple[int, ...], missing: int) -> tuple[int, ...]:
@@ -283,23 +259,19 @@ def _slide(
     of_input, of_output = two(layer_input.shape[3:], 1), two(grad_output.shape[3:], 1)
     groups = geometry.groups
     sizes = (n, frames, groups, shape[1], *of_input, shape[0] // groups, *of_output, *two(shape[2:], 1))
-    return _Slide(*sizes, *two(geometry.stride, 1), *two(geometry.padding, 0), *two(geometry.dilation, 1))
+    return Slide(*sizes, *two(geometry.stride, 1), *two(geometry.padding, 0), *two(geometry.dilation, 1))
 
 
 def _image(value: Tensor) -> tuple[int, object]:
     strides = value.stride()
-    return value.data_ptr(), byref(_Strides(*strides[:3], *(strides[3:] if len(strides) == 5 else (0, *strides[3:]))))
-
-
-DTYPES = {torch.float32: "float32", torch.float64: "float64"}
-"""What kernels are made for."""
+    return value.data_ptr(), byref(Strides(*strides[:3], *(strides[3:] if len(strides) == 5 else (0, *strides[3:]))))
 
 
 def _library_for(*tensors: Tensor) -> CDLL | None:
     """The kernels; None where there are none for these tensors."""
     dtype = tensors[0].dtype
     is_for_kernels = dtype in DTYPES and all(v.dtype == dtype and _is_plain(v) for v in tensors)
-    return _library() if is_for_kernels and not is_watched() else None
+    return loading.library() if is_for_kernels and not is_watched() else None
 
 
 def _library_for_convolution(layer_input: Tensor, grad_output: Tensor, shape: tuple[int, ...]) -> CDLL | None:
@@ -317,69 +289,6 @@ def _is_plain(value: Tensor) -> bool:
         and not value.is_neg()
         and not value._is_zerotensor()
     )
-
-
-def _typed(library: CDLL, name: str, dtype: torch.dtype) -> Any:
-    return getattr(library, f"{name}_{DTYPES[dtype]}")
-
-
-_POINTER, _SIZE, _INT = c_void_p, c_int64, c_int
-_IMAGE = (_POINTER, POINTER(_Strides))
-_SIGNATURES = {
-    "lstm_steps_back": (None, (_POINTER, _SIZE, *[_POINTER] * 9, *[_SIZE] * 3, _INT, _INT)),
-    "group_norm": (None, (*[_POINTER] * 6, *[_SIZE] * 4, c_double, _INT)),
-    "group_norm_back": (None, (*[_POINTER] * 8, *[_SIZE] * 4, _INT)),
-    "gram": (None, (_POINTER, _SIZE, _SIZE, _POINTER, *[_SIZE] * 3, _INT)),
-    "kernel_gradients": (None, (*_IMAGE, *_IMAGE, _POINTER, _POINTER, _POINTER, POINTER(_Slide), _INT)),
-    "as_kernel": (None, (_POINTER, _POINTER, *[_SIZE] * 3, _INT)),
-    "kernel_gradient_pieces": (_SIZE, (POINTER(_Slide), _SIZE, _INT)),
-    "shifted_squares": (None, (*_IMAGE, *_IMAGE, _POINTER, POINTER(_Slide), _INT)),
-}
-"""Functions, without their dtype -> what they return, and their arguments."""
-_UNTYPED = ("lstm_steps_back", "kernel_gradient_pieces")
-"""Those that there is one of."""
-
-
-FOLDER = Path(__file__).parent
-
-
-@cache
-def _library() -> CDLL | None:
-    """The kernels for the best vectors that this processor has; None where they were not built, or are not wanted."""
-    if os.environ.get("PEREXFX_KERNELS") == "0":
-        return None
-    capability = torch.backends.cpu.get_cpu_capability()
-    levels = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ())
-    paths = [path for level in levels if (path := FOLDER / f"{level}.kernels").exists()]
-    for path in paths:
-        if (library := _loaded(path)) is not None:
-            return library
-    if not paths:
-        _logger.info("The kernels in C++ were not built: torch's own operations run in their place.")
-    return None
-
-
-def _loaded(path: Path) -> CDLL | None:
-    """One library; None, and a warning, where it is not one of this package."""
-    try:
-        library = CDLL(str(path))
-        library.fingerprint.restype = c_char_p
-        if library.fingerprint().decode() != _fingerprint():
-            raise OSError("it was built from other sources. Install the package again")
-        for name, (result, arguments) in _SIGNATURES.items():
-            for function in (name,) if name in _UNTYPED else (f"{name}_{dtype}" for dtype in DTYPES.values()):
-                getattr(library, function).argtypes = arguments
-                getattr(library, function).restype = result
-    except (OSError, AttributeError) as error:  # of another system, without what it is linked to, or of another version
-        _logger.warning("The kernels in %s cannot be used: %s.", path.name, error)
-        return None
-    return library
-
-
-def _fingerprint() -> str:
-    """Of the sources, as setup.py makes it."""
-    every = sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")])
-    return hashlib.sha256(b"".join(path.read_bytes() for path in every)).hexdigest()[:16]
 
 
 __all__ = [
