@@ -109,7 +109,7 @@ def profile(gm: Transformed, loss_fn: LossFunction, x: GivenInputs, y: Any, *, s
         ordinary, clipped = _in_turn(
             [lambda: _step(gm, plain.forward, loss_fn, x, y), lambda: _step(gm, gm, loss_fn, x, y)], steps, clock
         )
-        state.plans[kind, n] = _timed(plan, state, clock)
+        state.plans[kind, n], state.one_by_one = _timed(plan, state, clock), True
         for at in range(WARM_UP + steps):
             clock.held.clear()
             _step(gm, gm, loss_fn, x, y)

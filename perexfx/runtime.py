@@ -2,14 +2,16 @@
 
 Promises: one ordinary backward fills `.grad` with clipped sums. Every site leaves its factors on the tape, its norm
 node turns them into squared norms (the gradient of a zero token of shape [B]), autograd adds the tokens up, and the
-clip node, which runs last, turns the total into factors and returns each parameter's clipped sum as its gradient. No
-state outlives a backward but `norms` and `clip_factors`.
+clip node, which runs last, turns the total into factors and returns each parameter's clipped sum as its gradient. A
+site that shares nothing with others is its own norm node, and small gradients at hand wait for the clip node, which
+takes them all at once. No state outlives a backward but `norms` and `clip_factors`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -21,12 +23,13 @@ from torch.utils import _pytree as pytree
 from perexfx.clipping import clip_factors_of
 from perexfx.ir.errors import ShapeError
 from perexfx.ir.factors import Gradient, squared_norms_of
-from perexfx.ir.rule import Backward, Shape
+from perexfx.ir.rule import Backward, Fitted, Shape
 from perexfx.ir.site import Operand, Site
 from perexfx.ir.tracing import is_watched
 from perexfx.pull_back import add_pulled, pull_back, pull_back_each
 from perexfx.state import PerExample
 from perexfx.tape import Tape
+from perexfx.waiting import may_wait, together
 
 _logger = logging.getLogger("perexfx")
 
@@ -38,15 +41,12 @@ class _Clip(Function):
     def forward(ctx: Any, tape: Tape, names: tuple[str, ...], *parameters: Tensor) -> Any:
         ctx.tape, ctx.names = tape, names
         ctx.set_materialize_grads(False)
-        tape.active = frozenset(name for name, p in zip(names, parameters, strict=True) if p.requires_grad)
-        dtype = torch.float32
-        for parameter in parameters:
-            dtype = torch.promote_types(dtype, parameter.dtype)
-        device = parameters[0].device
-        token = torch.zeros(tape.n, dtype=dtype, device=device)
-        given = tuple(parameter.detach() for parameter in parameters)
+        tape.activate(frozenset(name for name, p in zip(names, parameters, strict=True) if p.requires_grad))
+        dtype = reduce(torch.promote_types, {parameter.dtype for parameter in parameters}, torch.float32)
+        token = torch.zeros(tape.n, dtype=dtype, device=parameters[0].device)
+        given = tuple([parameter.detach() for parameter in parameters])
         tape.parameters = dict(zip(names, given, strict=True))
-        tape.versions = {name: parameter._version for name, parameter in tape.parameters.items()}
+        tape.versions = {name: tape.parameters[name]._version for name in tape.state.evaluated}
         ctx.mark_non_differentiable(*given)
         return (token, *given)
 
@@ -55,7 +55,7 @@ class _Clip(Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides names)
         total: Tensor | None = grad_outputs[0]
         tape: Tape = ctx.tape
-        if total is None:
+        if total is None and not tape.waiting:
             return (None,) * (2 + len(ctx.names))
         tape.state.claim_backward()
         gradients = _clipped_sums(tape, total)
@@ -86,8 +86,11 @@ class _Norm(Function):
 
 
 def norm(tape: Tape, token: Tensor, group: str) -> Tensor:
-    """The token, for the sites of one group: where their squared norms join the total."""
-    return token if tape.plan is None else _Norm.apply(tape, token, group)
+    """The token, for the sites of one group: where their squared norms join the total.
+
+    A site alone in its group joins them itself.
+    """
+    return token if tape.plan is None or tape.state.is_alone(group) else _Norm.apply(tape, token, group)
 
 
 class _Structure:
@@ -99,70 +102,84 @@ class _Structure:
 
     def flatten(self, output: Any) -> tuple[Tensor, ...]:
         """The tensors of a result; all else is remembered."""
+        if isinstance(output, Tensor):
+            return (output,)
         self.leaves, self.spec = pytree.tree_flatten(output)
         return tuple(leaf for leaf in self.leaves if isinstance(leaf, Tensor))
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """The result around its tensors."""
-        assert self.spec is not None
+        if self.spec is None:
+            return tensors[0]
         left = iter(tensors)
         leaves = [next(left) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         self.leaves = []
         return pytree.tree_unflatten(leaves, self.spec)
 
 
+class _Call:
+    """One call of a site.
+
+    Attributes:
+        tape: Of this forward.
+        site: The site.
+        fitted: The rule for these shapes, and the shapes.
+        arguments: Those that are no tensors, by name.
+        names: Of the tensors.
+        structure: Of the result.
+    """
+
+    __slots__ = ("arguments", "fitted", "names", "site", "structure", "tape")
+
+    def __init__(
+        self, tape: Tape, site: Site, fitted: Fitted, arguments: dict[str, Any], names: tuple[str, ...]
+    ) -> None:
+        self.tape, self.site, self.fitted, self.arguments, self.names = tape, site, fitted, arguments, names
+        self.structure = _Structure()
+
+
 class _PerExampleOp(Function):
     """A layer: its output forward; backward the gradient of its inputs, and its factors onto the tape."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        tape: Tape,
-        site: Site,
-        _token: Tensor,
-        arguments: dict[str, Any],
-        structure: _Structure,
-        names: tuple[str, ...],
-        *tensors: Tensor,
-    ) -> Any:
-        assert tape.plan is not None
-        rule, geometry = tape.plan.fitted[site.name].rule, tape.plan.fitted[site.name].geometry
-        given = {**arguments, **dict(zip(names, tensors, strict=True))}
+    def forward(ctx: Any, call: _Call, _token: Tensor, *tensors: Tensor) -> Any:
+        site, names, rule, geometry = call.site, call.names, call.fitted.rule, call.fitted.geometry
+        given = {**call.arguments, **dict(zip(names, tensors, strict=True))}
         output, residuals = rule.forward(given, geometry)
-        outputs = structure.flatten(output)
+        outputs = call.structure.flatten(output)
         for value, expected in zip(outputs, geometry.outputs, strict=True):
             _check_shape(site, "result", value, expected.shape)
         # torch refuses to let later layers change a custom function's view in place
-        outputs = tuple(torch.ops.aten._unsafe_view.default(v, v.shape) if v._is_view() else v for v in outputs)
-        ctx.mark_non_differentiable(*(value for value in outputs if not value.is_floating_point()))
-        inputs = {name for name, needed in zip(names, ctx.needs_input_grad[6:], strict=True) if needed}
-        operands = {operand.name for operand in site.operands if _is_active(tape, operand)}
+        outputs = tuple([torch.ops.aten._unsafe_view.default(v, v.shape) if v._is_view() else v for v in outputs])
+        ctx.mark_non_differentiable(*[value for value in outputs if not value.is_floating_point()])
+        inputs = {name for name, needed in zip(names, ctx.needs_input_grad[2:], strict=True) if needed}
+        operands = call.tape.operands[site.name]
         read = rule.reads(given, inputs, operands)
-        ctx.saved_names = tuple(name for name in names if name in read)
-        ctx.save_for_backward(*(given[name] for name in ctx.saved_names), *residuals)
-        ctx.tape, ctx.site, ctx.arguments, ctx.names = tape, site, arguments, names
-        ctx.rule, ctx.geometry = rule, geometry
-        ctx.inputs, ctx.operands = inputs, operands
+        ctx.saved_names = [name for name in names if name in read]
+        ctx.save_for_backward(*[given[name] for name in ctx.saved_names], *residuals)
+        ctx.call, ctx.inputs, ctx.operands = call, inputs, operands
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides names)
-        tape, site, names = ctx.tape, ctx.site, ctx.names
+        call: _Call = ctx.call
+        tape, site = call.tape, call.site
         tape.enter_backward()
         saved, tensors = ctx.saved_names, ctx.saved_tensors
-        call = Backward(
-            arguments={**ctx.arguments, **dict(zip(saved, tensors, strict=False))},
+        given = Backward(
+            arguments={**call.arguments, **dict(zip(saved, tensors, strict=False))},
             residuals=tensors[len(saved) :],
             grad_outputs=grad_outputs,
-            geometry=ctx.geometry,
+            geometry=call.fitted.geometry,
             inputs=ctx.inputs,
             operands=ctx.operands,
         )
-        gradients, factors = ctx.rule.backward(call)
+        gradients, factors = call.fitted.rule.backward(given)
         for name, found in factors.items():
             tape.observed[site.name, name] = found
-        return (None,) * 6 + tuple(gradients.get(name) for name in names)
+        squared = _squared_norms(tape, site.group) if tape.state.is_alone(site.group) else None
+        return (None, squared, *[gradients.get(name) for name in call.names])
 
 
 def per_example(tape: Tape, token: Tensor, name: str, constants: Any, *args: Any, **kwargs: Any) -> Any:
@@ -178,18 +195,20 @@ def per_example(tape: Tape, token: Tensor, name: str, constants: Any, *args: Any
     """
     site = tape.state.site(name)
     arguments = site.rule.bind(site.target, args, kwargs)
-    if tape.plan is None or not any(_is_active(tape, operand) for operand in site.operands):
+    if tape.plan is None or not tape.operands[name]:
         return _call(site, args, kwargs)
     for operand, values in zip(site.operands, constants, strict=True):
-        tape.constants[name, operand.name] = values
-    names = tuple(key for key, value in arguments.items() if isinstance(value, Tensor))
-    geometry = tape.plan.fitted[name].geometry
+        if values:
+            tape.constants[name, operand.name] = values
+    names = tuple([key for key, value in arguments.items() if isinstance(value, Tensor)])
+    fitted = tape.plan.fitted[name]
+    shapes = fitted.geometry.shapes
     for key in names:
-        if key in geometry.shapes:
-            _check_shape(site, key, arguments[key], geometry.shapes[key])
+        if key in shapes:
+            _check_shape(site, key, arguments[key], shapes[key])
     tensors = [arguments.pop(key) for key in names]
-    structure = _Structure()
-    return structure.rebuild(_PerExampleOp.apply(tape, site, token, arguments, structure, names, *tensors))
+    call = _Call(tape, site, fitted, arguments, names)
+    return call.structure.rebuild(_PerExampleOp.apply(call, token, *tensors))
 
 
 def _call(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -198,12 +217,8 @@ def _call(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return site.target(*args, **kwargs)
 
 
-def _is_active(tape: Tape, operand: Operand) -> bool:
-    return any(name in tape.active for name in operand.expression.parameters)
-
-
 def _check_shape(site: Site, what: str, value: Tensor, expected: Shape) -> None:
-    if tuple(value.shape) == expected:
+    if value.shape == expected:
         return
     raise ShapeError(
         f"At {site.place}, `{what}` should be of shape {list(expected)} by the analysis of the graph. "
@@ -226,14 +241,18 @@ def _squared_norms(tape: Tape, group: str) -> Tensor | None:
     if group in tape.state.joined:
         total = _joined_squared_norms(tape, uses)
     else:
-        parts = []
+        total, is_waited = None, tape.state.takes_together and not is_watched()
         for site, operand in uses:
             key = site.name, operand.name
-            squared, held = tape.plan.strategies[key].squared_norms(tape.observed.pop(key))
+            factors = tape.observed.pop(key)
+            if is_waited and may_wait(factors):
+                tape.waiting[key] = factors
+                continue
+            squared, held = tape.plan.strategies[key].squared_norms(factors)
             tape.held[key] = held
-            parts.append(squared)
-        total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-    tape.squared_norms[group] = total
+            total = squared if total is None else total + squared
+    if total is not None:
+        tape.squared_norms[group] = total
     return total
 
 
@@ -248,9 +267,14 @@ def _joined_squared_norms(tape: Tape, uses: Sequence[tuple[Site, Operand]]) -> T
     return torch.stack([squared_norms_of(value) for value in sums.values()]).sum(0)
 
 
-def _clipped_sums(tape: Tape, total: Tensor) -> dict[str, Tensor]:
-    """Factors from the total, then each parameter's weighted sum."""
+def _clipped_sums(tape: Tape, total: Tensor | None) -> dict[str, Tensor]:
+    """Factors from the total and from what waited, then each parameter's weighted sum."""
     state = tape.state
+    waited = together(tape.waiting)
+    tape.waiting = {}
+    for small in waited:
+        total = small.squared_norms() if total is None else total + small.squared_norms()
+    assert total is not None
     norms = total.sqrt() * tape.scale
     lost = ~torch.isfinite(norms)
     is_traced = is_watched()  # a graph has no branches: it selects in any case
@@ -274,6 +298,9 @@ def _clipped_sums(tape: Tape, total: Tensor) -> dict[str, Tensor]:
             held = held.without(lost)
         site = state.site(key[0]) if key[0] else _first_use(state, key[1])
         add_pulled(tape, key, held.weighted_sum(factors[site.group]), pull_back, sums)
+    for small in waited:
+        for key, value in (small.without(lost) if drops else small).weighted_sums(rows[0]):
+            add_pulled(tape, key, value, pull_back, sums)
     return {name: value.to(tape.parameters[name].dtype) for name, value in sums.items()}
 
 

@@ -65,11 +65,13 @@ class PerExample(nn.Module):
         profiles: Kind of input and batch size -> what `perexfx.profile` has measured.
         rehearsals: Kind of input and regions with channels last -> batch size -> what a step holds at every moment.
         joined: Names of the groups whose per-example gradients must be added before their norm is taken.
+        evaluated: Names of the parameters whose expressions are evaluated again in a backward.
         settings: What `transform` was asked for.
         plan: The plan of the last forward, or the one made ahead of time; None before there is one.
         kind: The kind of input that `plan` is for.
         norms: Gradient norm of each example of the last backward, before clipping. Shape `[B]`.
         keep_gradients: Keep each example's gradients too, B times the memory of the parameters.
+        one_by_one: Let no gradient wait to be taken with others, so that each site can be timed.
         gradients: Then, after a backward: parameter name -> gradient of each example's own loss, `[B, *shape]`.
         clip_factors: What each example's gradient was multiplied with. Shape `[B]`; with `clipping="per_layer"`
             `[groups, B]`, a row per group of sites that share parameters, in graph order.
@@ -96,6 +98,7 @@ class PerExample(nn.Module):
         self.norms: Tensor | None = None
         self.clip_factors: Tensor | None = None
         self.keep_gradients = False
+        self.one_by_one = False
         self.gradients: dict[str, Tensor] | None = None
         self._planner = planner
         self._analyses: dict[Inputs, Analysis] = {}
@@ -105,7 +108,15 @@ class PerExample(nn.Module):
         self.profiles: dict[tuple[Inputs, int], Profile] = {}
         self.groups = grouped(self.sites)
         self.joined = frozenset(name for name, members in self.groups.items() if are_joined(members))
+        self.evaluated = frozenset(
+            name
+            for site in self.sites
+            for operand in site.operands
+            if operand.expression.function is not None
+            for name in operand.expression.parameters
+        )
         self._by_name = {site.name: site for site in self.sites}
+        self._active: tuple[frozenset[str], dict[str, frozenset[str]]] | None = None
         self._owner: weakref.ref[nn.Module] | None = None
         self._carriers: tuple[bool, ...] | None = None
         self._backward_seen = -1
@@ -133,6 +144,25 @@ class PerExample(nn.Module):
     def site(self, name: str) -> Site:
         """A site by name."""
         return self._by_name[name]
+
+    def is_alone(self, group: str) -> bool:
+        """Whether a group is one site."""
+        return len(self.groups[group]) == 1
+
+    @property
+    def takes_together(self) -> bool:
+        """Whether small gradients may wait for the clip node: nothing asks for them, or for norms, one by one."""
+        return self.settings.clipping != "per_layer" and not self.keep_gradients and not self.one_by_one
+
+    def active_operands(self, parameters: frozenset[str]) -> Mapping[str, frozenset[str]]:
+        """Site -> names of its operands that depend on some of these parameters."""
+        if self._active is None or self._active[0] != parameters:
+            found = {
+                site.name: frozenset(o.name for o in site.operands if parameters.intersection(o.expression.parameters))
+                for site in self.sites
+            }
+            self._active = parameters, found
+        return self._active[1]
 
     @property
     def owner(self) -> nn.Module:

@@ -6,6 +6,7 @@ another backward of the same forward begins.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import ModeError
-from perexfx.ir.factors import Factors
+from perexfx.ir.factors import Factors, Gradient
 from perexfx.plan import Plan
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Constants:
-    """What parameter expressions read besides parameters, by (site, operand)."""
+    """What parameter expressions read besides parameters, by (site, operand); most read nothing."""
 
     def __init__(self) -> None:
         self._values: dict[tuple[str, str], tuple[Any, ...]] = {}
@@ -32,8 +33,8 @@ class Constants:
 
     def __getitem__(self, key: tuple[str, str]) -> tuple[Any, ...]:
         """Raises: ModeError where they have been overwritten since."""
-        values = self._values[key]
-        if _versions(values) != self._versions[key]:
+        values = self._values.get(key, ())
+        if _versions(values) != self._versions.get(key, []):
             raise ModeError(
                 f"A tensor that the parameter expression at site `{key[0]}` reads was changed between the forward and "
                 "the backward, which needs its old value. Change it before it is read, or give the expression a clone."
@@ -51,6 +52,7 @@ class Tape:
     def __init__(self, state: PerExample, plan: Plan | None, n: int) -> None:
         self.state, self.plan, self.n = state, plan, n
         self.active: frozenset[str] = frozenset()
+        self.operands: Mapping[str, Collection[str]] = {}
         self.parameters: dict[str, Tensor] = {}
         self.versions: dict[str, int] = {}
         self.constants = Constants()
@@ -58,7 +60,12 @@ class Tape:
         self._task: int | None = None
         self.observed: dict[tuple[str, str], Factors] = {}
         self.held: dict[tuple[str, str], Factors] = {}
+        self.waiting: dict[tuple[str, str], Gradient] = {}
         self.squared_norms: dict[str, Tensor] = {}
+
+    def activate(self, parameters: frozenset[str]) -> None:
+        """Notes which parameters are trained in this forward, and the operands of each site that depend on them."""
+        self.active, self.operands = parameters, self.state.active_operands(parameters)
 
     def enter_backward(self) -> None:
         """Forgets what an earlier backward of this forward left behind: it may have stopped before the clip node."""
@@ -69,7 +76,7 @@ class Tape:
 
     def release(self) -> None:
         """Lets go of everything that a backward left behind."""
-        self.observed, self.held, self.squared_norms = {}, {}, {}
+        self.observed, self.held, self.waiting, self.squared_norms = {}, {}, {}, {}
 
     @property
     def scale(self) -> int:

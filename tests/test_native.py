@@ -20,10 +20,10 @@ from torch import Tensor, nn
 import perexfx
 from perexfx.formats import in_format
 from perexfx.ir import native
-from perexfx.ir.native import loading
 from perexfx.ir.convolution import Convolution
 from perexfx.ir.factors import Product, SharedGram
 from perexfx.ir.geometry import ConvolutionGeometry
+from perexfx.ir.native import loading
 from perexfx.strategies.direct import Direct
 from perexfx.strategies.gram import Gram
 from perexfx.strategies.gram_shift import GramShift, _fits_kernel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -80,9 +81,15 @@ class ConvolutionSignature:
 
     @property
     def is_sum_by_kernel(self) -> bool:
-        """Whether a sum over examples is the C++ kernel's: on small maps it is up to three times faster."""
+        """Whether a sum over examples is the C++ kernel's: on small maps it is up to three times faster.
+
+        For few rows and a large kernel one product is faster still: it writes the sum once, and in place.
+        """
         is_fast = self.channels_last and self.positions <= SMALL_MAP
-        return self.has_kernels and self.geometry.groups == 1 and (is_fast or self.is_sum_by_product)
+        most = FEW_ROWS if math.prod(self.kernel) == 1 else FEW_ROWS // 2
+        is_product = self.n * self.frames * self.positions <= most and math.prod(self.shape) >= LARGE_KERNEL
+        is_small = is_fast or self.is_sum_by_product
+        return self.has_kernels and self.geometry.groups == 1 and is_small and not is_product
 
     @property
     def unfolded_elements(self) -> int:
@@ -112,6 +119,10 @@ class ConvolutionSignature:
         groups = f" g{self.geometry.groups}" if self.geometry.groups > 1 else ""
         return f"{self.in_channels} -> {self.out_channels}, {kernel}{stride}{groups} on {size}"
 
+
+FEW_ROWS, LARGE_KERNEL = 128, 1 << 20
+"""Output positions of all examples, and elements of a kernel: with no more and no fewer, its gradient is a product.
+Kernels of more than a pixel, whose product is transposed afterwards, need half as many."""
 
 SMALL_MAP = 256
 """Output positions of images whose kernel gradient the C++ kernel takes over from torch's."""
@@ -162,6 +173,21 @@ def is_copied_for(kernel: Tensor | int, layer_input: Tensor, output_elements: in
     return is_last and layer_input.numel() + output_elements < elements
 
 
+@lru_cache(maxsize=1024)
+def _ways_of_sum(
+    n: int,
+    frames: int,
+    in_size: tuple[int, ...],
+    out_size: tuple[int, ...],
+    shape: tuple[int, ...],
+    geometry: ConvolutionGeometry,
+    channels_last: bool,
+) -> tuple[bool, bool]:
+    """Whether a weighted sum is the C++ kernel's where there is one, and whether else it is one product's."""
+    sizes = ConvolutionSignature(n, frames, in_size, out_size, shape, geometry, channels_last, has_kernels=True)
+    return sizes.is_sum_by_kernel, sizes.is_sum_by_product
+
+
 @dataclass(frozen=True)
 class Convolution:
     """The gradient of a convolution's kernel.
@@ -207,12 +233,14 @@ class Convolution:
         layer_input, grad_output = self.layer_input, self.grad_output
         if layer_input.shape[0] == 0:
             return layer_input.new_zeros(self.shape)
-        signature = replace(self.signature, has_kernels=True, channels_last=layer_input.stride(2) == 1)
-        if signature.is_sum_by_kernel:
+        n, frames, _, *size = layer_input.shape
+        sizes = (n, frames, tuple(size), tuple(grad_output.shape[3:]), self.shape, self.geometry)
+        by_kernel, by_product = _ways_of_sum(*sizes, layer_input.stride(2) == 1)
+        if by_kernel:
             found = native.kernel_sum(layer_input, grad_output, weights, self.shape, self.geometry)
             if found is not None:
                 return found
-        if signature.is_sum_by_product:
+        if by_product:
             return self.unfolded().weighted_sum(weights)
         if layer_input.numel() < grad_output.numel():
             layer_input = scale_examples(layer_input, weights)

@@ -54,6 +54,8 @@ class Kept:
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Each element is read once."""
+        if len(self.pieces) == 1:
+            return self._parameter(Gradient(self.pieces[0]).weighted_sum(weights))
         first, *others = zip(self.pieces, weights.split([len(p) for p in self.pieces]), strict=True)
         piece, part = first
         total = Gradient(piece).weighted_sum(part)

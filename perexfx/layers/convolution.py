@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from perexfx.ir.convolution import Convolution, ConvolutionSignature, is_copied_for
 from perexfx.ir.factors import Factors, Gradient, GradientSignature, Signature
 from perexfx.ir.geometry import ConvolutionGeometry
-from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, Target, sum_positions
+from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, Target
 
 
 def per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
@@ -31,14 +32,13 @@ class _Padding:
     extra_at_end: tuple[int, ...]
 
     @classmethod
-    def of(cls, arguments: Arguments, kernel: Sequence[int]) -> _Padding:
+    def of(cls, padding: int | str | Sequence[int], dilation: Sequence[int], kernel: Sequence[int]) -> _Padding:
         """From numbers, "valid" or "same" (which pads one more at the end where it cannot pad evenly)."""
         rank = len(kernel)
-        padding = arguments["padding"]
         if padding == "valid":
             padding = 0
-        if padding == "same":
-            totals = [d * (k - 1) for d, k in zip(per_axis(arguments["dilation"], rank), kernel, strict=True)]
+        if isinstance(padding, str):
+            totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
             return cls(tuple(total // 2 for total in totals), tuple(total % 2 for total in totals))
         return cls(per_axis(padding, rank), (0,) * rank)
 
@@ -99,9 +99,9 @@ class ConvolutionRule(Rule):
         return None
 
     def _slide(self, arguments: Arguments, kernel: Sequence[int]) -> tuple[ConvolutionGeometry, _Padding]:
-        padding = _Padding.of(arguments, kernel)
-        stride, dilation = (per_axis(arguments[name], self.rank) for name in ("stride", "dilation"))
-        return ConvolutionGeometry(stride, padding.symmetric, dilation, arguments["groups"]), padding
+        given = (arguments[name] for name in ("stride", "padding", "dilation"))
+        how = (tuple(value) if isinstance(value, list) else value for value in given)
+        return _slide_of(*how, arguments["groups"], tuple(kernel))
 
     def signatures(self, arguments: Arguments, geometry: Geometry) -> dict[str, Signature]:
         """A convolution for the weight; the bias' gradients at hand."""
@@ -141,10 +141,22 @@ class ConvolutionRule(Rule):
             left = layout.examples_first(layer_input)
             factors["weight"] = Convolution(left, right, tuple(weight.shape), slide)
         if "bias" in call.operands:
-            n, frames, channels, *size = right.shape
-            per_position = right.reshape(n, frames, channels, math.prod(size))
-            factors["bias"] = Gradient(sum_positions(per_position.sum(3)))
+            factors["bias"] = Gradient(right.sum((1, *range(3, right.dim()))))
         return gradients, factors
+
+
+@lru_cache(maxsize=1024)
+def _slide_of(
+    stride: int | tuple[int, ...],
+    padding: int | str | tuple[int, ...],
+    dilation: int | tuple[int, ...],
+    groups: int,
+    kernel: tuple[int, ...],
+) -> tuple[ConvolutionGeometry, _Padding]:
+    rank = len(kernel)
+    per = per_axis(dilation, rank)
+    padded = _Padding.of(padding, per, kernel)
+    return ConvolutionGeometry(per_axis(stride, rank), padded.symmetric, per, groups), padded
 
 
 def _input_gradient(grad_output: Tensor, layer_input: Tensor, weight: Tensor, slide: ConvolutionGeometry) -> Tensor:

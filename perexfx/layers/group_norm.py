@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,13 +70,9 @@ class _ChannelNorm(Rule):
         if rows == 0:
             empty = Gradient(x.new_zeros(0, channels))
             return {name: torch.zeros_like(x) for name in call.inputs}, dict.fromkeys(call.operands, empty)
-        layout = call.geometry.layouts["input"]
         if _has_channels_last(x):
             grad_input, found = _channels_last_backward(call.grad_output, x, weight, mean, rstd)
-            return (
-                dict.fromkeys(call.inputs, grad_input),
-                {name: Gradient(sum_positions(layout.examples_first(found[name]))) for name in call.operands},
-            )
+            return dict.fromkeys(call.inputs, grad_input), _factors(call, found)
         scale = None if weight is None else weight.repeat(rows)
         if scale is None and call.operands:  # the kernel asks for a weight wherever it gives a bias gradient
             scale = x.new_ones(rows * channels)
@@ -92,13 +89,16 @@ class _ChannelNorm(Rule):
             [bool(call.inputs), "weight" in call.operands, "bias" in call.operands],
         )
         found = {"weight": grad_weight, "bias": grad_bias}
-        return (
-            {name: grad_input.reshape(x.shape) for name in call.inputs},
-            {
-                name: Gradient(sum_positions(layout.examples_first(found[name].reshape(rows, channels))))
-                for name in call.operands
-            },
-        )
+        per_row = {name: found[name].view(rows, channels) for name in call.operands}
+        return {name: grad_input.view(x.shape) for name in call.inputs}, _factors(call, per_row)
+
+
+def _factors(call: Backward, per_row: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """Each example's gradients from those of each row, `[rows, channels]`."""
+    layout = call.geometry.layouts["input"]
+    if layout.repeats == 1:  # a row is an example
+        return {name: Gradient(per_row[name]) for name in call.operands}
+    return {name: Gradient(sum_positions(layout.examples_first(per_row[name]))) for name in call.operands}
 
 
 def _by_channel(x: Tensor) -> Tensor:

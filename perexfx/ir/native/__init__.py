@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from ctypes import CDLL, byref
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -164,7 +165,7 @@ def _sums(
 ) -> tuple[Tensor, Tensor] | None:
     if (library := _library_for_convolution(layer_input, grad_output, shape)) is None:
         return None
-    slide = _slide(layer_input, grad_output, shape, geometry)
+    slide = _slide(layer_input.shape, grad_output.shape, shape, geometry)
     n, threads = layer_input.shape[0], torch.get_num_threads()
     pieces = library.kernel_gradient_pieces(byref(slide), layer_input.element_size(), threads)
     found = layer_input.new_empty(n, *shape[2:], shape[1], shape[0])
@@ -186,7 +187,7 @@ def shifted_squares(
     """
     if (library := _library_for_convolution(layer_input, grad_output, shape)) is None:
         return None
-    slide = _slide(layer_input, grad_output, shape, geometry)
+    slide = _slide(layer_input.shape, grad_output.shape, shape, geometry)
     squares = layer_input.new_empty(slide.n, geometry.groups, dtype=torch.float64)
     images = *_image(layer_input), *_image(grad_output)
     make = typed(library, "shifted_squares", layer_input.dtype)
@@ -245,26 +246,28 @@ def _pointer(value: Tensor | None) -> int | None:
     return None if value is None else value.data_ptr()
 
 
-def _slide(
-    layer_input: Tensor,
-    grad_output: Tensor,
-    shape: tuple[int, ...],
-    geometry: ConvolutionGeometry,
-) -> Slide:
-    n, frames = layer_input.shape[:2]
+@lru_cache(maxsize=1024)
+def _slide(in_shape: torch.Size, out_shape: torch.Size, shape: tuple[int, ...], geometry: ConvolutionGeometry) -> Slide:
+    """How a kernel slides over images `[n, frames, channels, *size]`: not to be changed."""
+    n, frames = in_shape[:2]
 
     def two(sizes: tuple[int, ...], missing: int) -> tuple[int, ...]:
         return sizes if len(sizes) == 2 else (missing, *sizes)
 
-    of_input, of_output = two(layer_input.shape[3:], 1), two(grad_output.shape[3:], 1)
+    of_input, of_output = two(in_shape[3:], 1), two(out_shape[3:], 1)
     groups = geometry.groups
     sizes = (n, frames, groups, shape[1], *of_input, shape[0] // groups, *of_output, *two(shape[2:], 1))
     return Slide(*sizes, *two(geometry.stride, 1), *two(geometry.padding, 0), *two(geometry.dilation, 1))
 
 
 def _image(value: Tensor) -> tuple[int, object]:
-    strides = value.stride()
-    return value.data_ptr(), byref(Strides(*strides[:3], *(strides[3:] if len(strides) == 5 else (0, *strides[3:]))))
+    return value.data_ptr(), byref(_strides(value.stride()))
+
+
+@lru_cache(maxsize=1024)
+def _strides(strides: tuple[int, ...]) -> Strides:
+    """Of images `[n, frames, channels, *size]`: not to be changed."""
+    return Strides(*strides[:3], *(strides[3:] if len(strides) == 5 else (0, *strides[3:])))
 
 
 def _library_for(*tensors: Tensor) -> CDLL | None:

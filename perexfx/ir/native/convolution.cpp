@@ -39,23 +39,52 @@ struct Target {
   Vector<T>* squares;  // of the finished sums, one vector per vector; or null
 };
 
-// target[R, V vectors] += pixels[positions, R]^T grads[positions, V vectors], from input channel `c` on.
+// Sums that are in the making at a time: each waits for its own last addition.
+constexpr int BUSY = 8;
+
+// sums[R, V vectors] += pixels[R] grads[V vectors] at one position.
 template <typename T, int R, int V>
+inline void add_outer(const T* pixel, const T* grad, Vector<T> (&sums)[R][V]) {
+  Vector<T> g[V];
+  for (int v = 0; v < V; ++v) g[v] = load(grad + v * Lanes<T>::COUNT);
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sums[r][v] += pixel[r] * g[v];
+}
+
+// sums[V vectors] += pixels[V vectors] grads[V vectors] at one position: every channel has its own kernel.
+template <typename T, int V>
+inline void add_each(const T* pixel, const T* grad, Vector<T> (&sums)[1][V]) {
+  constexpr int64_t LANES = Lanes<T>::COUNT;
+  for (int v = 0; v < V; ++v) sums[0][v] += load(pixel + v * LANES) * load(grad + v * LANES);
+}
+
+// target[R, V vectors] += pixels[positions, R]^T grads[positions, V vectors], from input channel `c` on; or, with EACH,
+// target[V vectors] += pixels * grads, channel by channel.
+template <typename T, int R, int V, bool EACH = false>
 inline void add_positions(const Seen<T>& seen, const Target<T>& target, int64_t c) {
   constexpr int64_t LANES = Lanes<T>::COUNT;
+  constexpr int AT_ONCE = R * V >= BUSY ? 1 : BUSY / (R * V);  // positions, with sums of their own
   T* out = target.sums + c * target.stride;
-  Vector<T> sums[R][V] = {};  // of these positions alone: one sum over all would lose digits
+  Vector<T> parts[AT_ONCE][R][V] = {};  // of these positions alone: one sum over all would lose digits
+  const auto add = [](const T* pixel, const T* grad, Vector<T>(&into)[R][V]) {
+    if constexpr (EACH)
+      add_each<T, V>(pixel, grad, into);
+    else
+      add_outer<T, R, V>(pixel, grad, into);
+  };
   for (int64_t f = 0; f < seen.frames; ++f)
     for (int64_t i = 0; i < seen.rows; ++i) {
       const T* pixel = seen.pixels + f * seen.by_frame + i * seen.by_row + c;
       const T* grad = seen.grads + f * seen.grads_by_frame + i * seen.grads_by_row;
-      for (int64_t j = 0; j < seen.columns; ++j, pixel += seen.by_column, grad += V * LANES) {
-        Vector<T> g[V];
-        for (int v = 0; v < V; ++v) g[v] = load(grad + v * LANES);
-        for (int r = 0; r < R; ++r)
-          for (int v = 0; v < V; ++v) sums[r][v] += pixel[r] * g[v];
-      }
+      int64_t j = 0;
+      for (; j + AT_ONCE <= seen.columns; j += AT_ONCE)
+        for (int p = 0; p < AT_ONCE; ++p, pixel += seen.by_column, grad += V * LANES) add(pixel, grad, parts[p]);
+      for (; j < seen.columns; ++j, pixel += seen.by_column, grad += V * LANES) add(pixel, grad, parts[0]);
     }
+  Vector<T>(&sums)[R][V] = parts[0];
+  for (int p = 1; p < AT_ONCE; ++p)
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) sums[r][v] += parts[p][r][v];
   if (!target.is_first)
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) {
@@ -94,12 +123,14 @@ void add_channels(const Seen<T>& seen, const Target<T>& target, int64_t channels
 
 // The same for `vectors` <= V, known at run time.
 template <typename T, int V>
-void add_tap(const Seen<T>& seen, const Target<T>& target, int64_t channels, int64_t vectors) {
+void add_tap(const Seen<T>& seen, const Target<T>& target, int64_t channels, int64_t vectors, bool is_depthwise) {
   if constexpr (V > 0) {
-    if (vectors == V)
-      add_channels<T, V>(seen, target, channels);
+    if (vectors < V)
+      add_tap<T, V - 1>(seen, target, channels, vectors, is_depthwise);
+    else if (is_depthwise)
+      add_positions<T, 1, V, true>(seen, target, 0);
     else
-      add_tap<T, V - 1>(seen, target, channels, vectors);
+      add_channels<T, V>(seen, target, channels);
   }
 }
 
@@ -111,23 +142,32 @@ inline void clip_positions(int64_t from, int64_t to, int64_t offset, int64_t str
   last = std::max(first, last);
 }
 
+// Whether every channel has a kernel of its own. Groups then lie side by side as output channels do.
+inline bool is_depthwise(const Slide& s) { return s.in_channels == 1 && s.out_channels == 1; }
+
+// Output channels that are taken in blocks: those of a group, or one of each.
+inline int64_t channels_side_by_side(const Slide& s) { return is_depthwise(s) ? s.groups : s.out_channels; }
+
 // One example, group, block of output channels, and some taps of the kernel; frames count by their weights, if any.
 template <typename T>
 double gradients_of(const Slide& s, const T* x, Strides of_x, const T* g, const Strides& of_g, const T* weights, T* out,
                     int64_t group, int64_t first_out, int64_t first_tap, int64_t last_tap, std::vector<T>& memory) {
   constexpr int64_t LANES = Lanes<T>::COUNT;
-  const int64_t channels = s.in_channels, outs = std::min(s.out_channels - first_out, VECTORS * LANES);
+  const bool has_own = is_depthwise(s);
+  const int64_t outs = std::min(channels_side_by_side(s) - first_out, VECTORS * LANES);
   const int64_t vectors = (outs + LANES - 1) / LANES, padded = vectors * LANES, all_outs = s.groups * s.out_channels;
   const int64_t columns_at_once = std::min(s.out_width, CHUNK);
   const int64_t rows_at_once = std::clamp<int64_t>(CHUNK / s.out_width, 1, s.out_height);
   const bool has_whole_frames = rows_at_once == s.out_height && columns_at_once == s.out_width;
   const int64_t frames_at_once = has_whole_frames ? std::clamp<int64_t>(CHUNK / (s.out_height * s.out_width), 1, s.frames) : 1;
-  const int64_t pixels = s.height * s.width * channels, positions = frames_at_once * rows_at_once * columns_at_once;
-  const bool is_copied = of_x.by_channel != 1;
+  const int64_t channels = has_own ? outs : s.in_channels, by_pixel = has_own ? padded : channels;
+  const int64_t pixels = s.height * s.width * by_pixel, positions = frames_at_once * rows_at_once * columns_at_once;
+  const bool is_copied = of_x.by_channel != 1 || by_pixel != channels;
   memory.resize(positions * padded + (is_copied ? frames_at_once * pixels : 0));
   T *grads = memory.data(), *copied = grads + positions * padded;
   std::fill(grads, copied, T(0));
-  x += group * channels * of_x.by_channel, g += (group * s.out_channels + first_out) * of_g.by_channel;
+  if (by_pixel != channels) std::fill(copied, memory.data() + memory.size(), T(0));
+  x += (has_own ? first_out : group * channels) * of_x.by_channel, g += (group * s.out_channels + first_out) * of_g.by_channel;
   double squared = 0;
   for (int64_t f0 = 0; f0 < s.frames; f0 += frames_at_once) {
     const int64_t frames = std::min(frames_at_once, s.frames - f0);
@@ -135,8 +175,8 @@ double gradients_of(const Slide& s, const T* x, Strides of_x, const T* g, const 
     Strides of = of_x;
     if (is_copied) {
       for (int64_t f = 0; f < frames; ++f)
-        copy_pixels(images + f * of_x.by_frame, of_x, channels, s.height, s.width, copied + f * pixels, channels);
-      images = copied, of = Strides{0, pixels, 1, s.width * channels, channels};
+        copy_pixels(images + f * of_x.by_frame, of_x, channels, s.height, s.width, copied + f * pixels, by_pixel);
+      images = copied, of = Strides{0, pixels, 1, s.width * by_pixel, by_pixel};
     }
     for (int64_t h0 = 0; h0 < s.out_height; h0 += rows_at_once)
       for (int64_t w0 = 0; w0 < s.out_width; w0 += columns_at_once) {
@@ -161,9 +201,9 @@ double gradients_of(const Slide& s, const T* x, Strides of_x, const T* g, const 
           const Seen<T> seen{first, of.by_frame, s.stride_height * of.by_row, s.stride_width * of.by_column,
                              grads + (top - h0) * by_row + (left - w0) * padded, by_frame, by_row,
                              frames, bottom - top, end - left};
-          const Target<T> target{out + tap * channels * all_outs + group * s.out_channels + first_out, all_outs,
+          const Target<T> target{out + tap * s.in_channels * all_outs + group * s.out_channels + first_out, all_outs,
                                  outs - (vectors - 1) * LANES, f0 + h0 + w0 == 0, is_last ? squares : nullptr};
-          add_tap<T, VECTORS>(seen, target, channels, vectors);
+          add_tap<T, VECTORS>(seen, target, channels, vectors, has_own);
           if (is_last)
             for (int64_t v = 0; v < vectors; ++v) squared += total<T>(squares[v]);
         }
@@ -172,16 +212,16 @@ double gradients_of(const Slide& s, const T* x, Strides of_x, const T* g, const 
   return squared;
 }
 
-// Into how many pieces an example's gradient is cut: groups, blocks of output channels, and, where there are few
+// Into how many pieces an example's gradient is cut: groups (of more than one channel), blocks of output channels, and, where there are few
 // examples for the threads, ranges of taps.
 struct Pieces {
   int64_t blocks, ranges, all;
 
   Pieces(const Slide& s, int64_t lanes, int threads) {
-    blocks = (s.out_channels + VECTORS * lanes - 1) / (VECTORS * lanes);
-    const int64_t others = s.n * s.groups * blocks, taps = s.kernel_height * s.kernel_width;
-    ranges = std::clamp<int64_t>((4 * threads + others - 1) / others, 1, taps);
-    all = s.groups * blocks * ranges;
+    blocks = (channels_side_by_side(s) + VECTORS * lanes - 1) / (VECTORS * lanes);
+    const int64_t each = is_depthwise(s) ? blocks : s.groups * blocks, taps = s.kernel_height * s.kernel_width;
+    ranges = std::clamp<int64_t>((4 * threads + s.n * each - 1) / (s.n * each), 1, taps);
+    all = each * ranges;
   }
 };
 
