@@ -23,7 +23,7 @@ from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost
 from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature, Signature
 from perexfx.ir.geometry import ConvolutionGeometry
-from perexfx.ir.machine import BUILT_IN, FIRST_TOUCH, Machine, Rate
+from perexfx.ir.machine import BUILT_IN, Machine, Rate
 from perexfx.ir.strategy import Strategy
 from perexfx.measured import HOPELESS, measure, medians
 from perexfx.profiles import processor
@@ -60,12 +60,9 @@ def signatures() -> list[Signature]:
         *((8, 256, 256, 14, 3, 1, 1), (32, 256, 256, 8, 3, 1, 1), (32, 256, 512, 8, 3, 2, 1)),
         *((8, 512, 512, 7, 3, 1, 1), (32, 512, 512, 4, 3, 1, 1), (8, 64, 192, 31, 5, 1, 1), (8, 192, 384, 15, 3, 1, 1)),
         *((16, 256, 64, 28, 1, 1, 1), (16, 64, 256, 28, 1, 1, 1), (16, 512, 128, 14, 1, 1, 1)),
-        *(
-            (16, 32, 32, 56, 3, 1, 32),
-            (16, 128, 128, 14, 3, 1, 32),
-            (64, 16, 32, 14, 4, 2, 1),
-            (16, 16, 16, 32, 3, 1, 1),
-        ),
+        *((16, 116, 116, 6, 1, 1, 1), (16, 24, 144, 24, 1, 1, 1), (64, 16, 32, 14, 4, 2, 1), (16, 16, 16, 32, 3, 1, 1)),
+        *((16, 32, 32, 56, 3, 1, 32), (16, 144, 144, 24, 3, 2, 144), (16, 576, 576, 6, 3, 1, 576)),
+        *((8, 96, 96, 24, 7, 1, 96), (16, 128, 128, 14, 3, 1, 32)),
     ]
     products = [  # examples, positions, in, out
         *((16, 197, 192, 768), (16, 197, 192, 192), (8, 128, 256, 1024), (32, 128, 256, 256), (4, 512, 256, 256)),
@@ -179,14 +176,14 @@ def _of_images(n: int, channels: int, out: int, size: int, kernel: int, stride: 
 def fit(observations: Sequence[Observation], name: str) -> Machine:
     """Rates with the least relative error, none of them negative.
 
-    Kinds of work without an observation keep the built-in rate.
+    Kinds of work that no observation shows keep the built-in rate.
     """
-    kinds = sorted({work.kind for seen in observations for work in seen.cost.work})
+    kinds = sorted({work.kind for seen in observations for work in seen.cost.work} - UNSEEN)
     columns = {(kind, part): at for at, (kind, part) in enumerate((k, p) for k in kinds for p in PARTS)}
     rows = torch.zeros(len(observations), len(columns), dtype=torch.float64)
     for row, seen in zip(rows, observations, strict=True):
         for work in seen.cost.work:
-            for part in PARTS:
+            for part in PARTS if work.kind in kinds else ():
                 row[columns[work.kind, part]] += getattr(work, part) / seen.seconds
     scale = rows.amax(0).clamp(min=1e-300)
     solved, _ = nnls((rows / scale).numpy(), torch.ones(len(observations), dtype=torch.float64).numpy())
@@ -195,13 +192,12 @@ def fit(observations: Sequence[Observation], name: str) -> Machine:
     for kind in kinds:
         flops, moved, calls = (per_unit[kind, part] for part in PARTS)
         start = max(calls, LEAST_PER_CALL) if rows[:, columns[kind, "calls"]].any() else 0.0
-        byte_rate = 1 / moved if moved else math.inf
-        if kind == "direct":
-            byte_rate = min(byte_rate, FIRST_TOUCH)
-        rates[kind] = Rate(1 / flops if flops else math.inf, byte_rate, start)
+        rates[kind] = Rate(1 / flops if flops else math.inf, 1 / moved if moved else math.inf, start)
     return Machine(name, rates)
 
 
+UNSEEN = {"first_touch"}
+"""Work that timings do not show: they use the same memory again and again."""
 PARTS = ("flops", "bytes", "calls")
 LEAST_PER_CALL = 2e-6
 """Seconds: no kernel starts in less, and timings of large ones cannot tell."""

@@ -71,6 +71,16 @@ class ConvolutionSignature:
         return 2 * self.n * self.frames * self.positions * math.prod(self.shape)
 
     @property
+    def is_depthwise(self) -> bool:
+        """Whether every channel has a kernel of its own."""
+        return self.shape[1] == 1 and self.out_channels == self.geometry.groups > 1
+
+    @property
+    def has_thin_groups(self) -> bool:
+        """Whether it is in groups that torch has no fast kernel gradient for: of few channels."""
+        return self.geometry.groups > 1 and self.shape[1] <= THIN
+
+    @property
     def is_sum_by_product(self) -> bool:
         """Whether a sum over examples goes through the unfolded input and one matrix product.
 
@@ -119,6 +129,9 @@ class ConvolutionSignature:
         groups = f" g{self.geometry.groups}" if self.geometry.groups > 1 else ""
         return f"{self.in_channels} -> {self.out_channels}, {kernel}{stride}{groups} on {size}"
 
+
+THIN = 4
+"""Groups of no more channels than this are slow in torch's kernel gradient."""
 
 FEW_ROWS, LARGE_KERNEL = 128, 1 << 20
 """Output positions of all examples, and elements of a kernel: with no more and no fewer, its gradient is a product.

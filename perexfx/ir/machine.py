@@ -93,37 +93,37 @@ def _finite(rate: float) -> float | None:
     return None if math.isinf(rate) else rate
 
 
-FIRST_TOUCH = 4e9
-"""Bytes per second of gradients that a step keeps: the first touch of their pages takes longer than the product that
-fills them. Loops over one strategy, as in a calibration, do not see that: they use the same memory again."""
-
 BUILT_IN = Machine(
     "built-in profile",
     {  # flop rate, byte rate, seconds per call
-        "batched_gemm": Rate(3.55e11, 8.91e09, 2.0e-06),
-        "cache": Rate(math.inf, 5.34e11, 5.4e-05),
+        "batched_gemm": Rate(3.90e11, 1.37e10, 2.1e-05),
+        "cache": Rate(math.inf, 1.07e11, 1.4e-05),
         "convolution": Rate(4.30e11, 8.41e09, 2.0e-06),
         "convolution_kernel": Rate(math.inf, 8.79e09, 0.0e00),
         "convolution_last": Rate(4.67e11, 1.90e10, 2.9e-05),
         "convolution_last_kernel": Rate(math.inf, 2.78e09, 0.0e00),
-        "convolution_weight": Rate(3.51e11, 1.78e10, 5.1e-05),
-        "convolution_weight_grouped": Rate(3.04e11, 2.09e09, 2.0e-04),
-        "convolution_weight_single": Rate(2.54e11, 4.38e09, 1.7e-04),
-        "convolution_weight_thin": Rate(7.16e10, 7.07e09, 3.6e-04),
-        "direct": Rate(3.13e11, FIRST_TOUCH, 2.4e-04),
-        "gemm": Rate(3.61e11, 5.18e10, 1.8e-05),
+        "convolution_weight": Rate(3.98e11, 2.42e10, 2.3e-04),
+        "convolution_weight_grouped": Rate(2.76e11, 2.15e10, 3.9e-04),
+        "convolution_weight_single": Rate(2.66e11, 5.77e09, 1.6e-04),
+        "convolution_weight_thin": Rate(7.61e10, 5.74e09, 2.8e-04),
+        "convolution_weight_thin_groups": Rate(2.23e10, 1.02e11, 1.4e-04),
+        "direct": Rate(3.10e11, 3.33e10, 1.9e-04),
+        "direct_depthwise": Rate(8.58e10, 3.60e10, 6.8e-05),
+        "first_touch": Rate(math.inf, 3.40e09, 0.0e00),
+        "gemm": Rate(2.85e11, 6.45e10, 5.8e-05),
         "group_norm": Rate(math.inf, 2.62e10, 1.6e-05),
         "group_norm_kernel": Rate(math.inf, 1.91e10, 1.9e-05),
         "group_norm_last": Rate(math.inf, 1.10e10, 2.0e-06),
-        "index": Rate(math.inf, 4.03e10, 6.0e-05),
-        "matrix_vector": Rate(1.31e10, math.inf, 2.0e-06),
+        "index": Rate(math.inf, 1.99e10, 8.3e-05),
+        "matrix_vector": Rate(1.31e10, math.inf, 1.5e-05),
         "max_pool": Rate(math.inf, 2.95e09, 2.0e-06),
         "max_pool_last": Rate(math.inf, 2.07e10, 6.2e-06),
-        "memory": Rate(math.inf, 1.40e10, 2.0e-06),
-        "reduce": Rate(math.inf, math.inf, 1.9e-05),
-        "shifted_squares": Rate(1.68e11, 6.63e10, 3.5e-04),
-        "unfold": Rate(math.inf, 2.68e10, 2.0e-06),
+        "memory": Rate(math.inf, 1.49e10, 2.0e-06),
+        "reduce": Rate(math.inf, math.inf, 2.0e-06),
+        "shifted_squares": Rate(1.59e11, 4.78e10, 3.6e-05),
+        "unfold": Rate(math.inf, 1.58e10, 2.0e-06),
     },
 )
-"""Fitted by `perexfx.calibrate` to two runs of its grid on two cores of an AMD EPYC with AVX-512, torch 2.13, float32.
+"""Fitted by `perexfx.calibrate` to two runs of its grid on two cores of an AMD EPYC with AVX-512, torch 2.13, float32;
+all but "first_touch", which a loop over one layer does not see: the system hands out a page of memory in a microsecond.
 Ratios carry over to other machines, seconds do not."""

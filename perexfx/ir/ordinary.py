@@ -20,7 +20,8 @@ def ordinary_gradient(signature: Signature, itemsize: int) -> tuple[Work, ...]:
         return ()
     moved = itemsize * (signature.held_elements + parameter_elements(signature))
     if isinstance(signature, ConvolutionSignature):
-        return (Work("convolution_weight", signature.weight_gradient_flops, moved),)
+        kind = "convolution_weight_thin_groups" if signature.has_thin_groups else "convolution_weight"
+        return (Work(kind, signature.weight_gradient_flops, moved),)
     if isinstance(signature, ProductSignature):
         rows = signature.n * signature.g * signature.t
         return (Work("gemm", 2 * rows * signature.i * signature.o, moved),)

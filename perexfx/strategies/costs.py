@@ -52,12 +52,17 @@ def held_factors(signature: Signature, itemsize: int, work: tuple[Work, ...], by
 def kept_gradients(signature: Signature, itemsize: int, work: tuple[Work, ...], bytes_transient: int = 0) -> Cost:
     """The cost of a strategy that holds per-example gradients, from its work up to the norms."""
     size = parameter_elements(signature) * itemsize
+    new = Work("first_touch", bytes=max(0, signature.n * size - HAD_BYTES))
     return Cost(
-        (*work, finish_kept(signature, itemsize)),
+        (*work, finish_kept(signature, itemsize), new),
         bytes_held=signature.n * size,
         bytes_transient=bytes_transient,
         bytes_summing=size if signature.n * size > PIECE_BYTES else 0,
     )
+
+
+HAD_BYTES = 4 << 20
+"""So many bytes of kept gradients fit where activations were; the rest is memory that a step must ask for anew."""
 
 
 def _summing_elements(signature: Signature) -> int:

@@ -37,8 +37,11 @@ class Direct:
         """The flops of the ordinary kernel gradient, in whole vectors; n gradients are written, and kept."""
         assert isinstance(signature, ConvolutionSignature)
         kept = signature.n * parameter_elements(signature) * itemsize
-        flops = int(signature.weight_gradient_flops * _waste(signature, itemsize))
-        work = [Work("direct", flops, kept, calls=_pieces(signature.n, kept))]
+        flops, calls = int(signature.weight_gradient_flops * _waste(signature, itemsize)), _pieces(signature.n, kept)
+        if signature.is_depthwise:
+            work = [Work("direct_depthwise", flops, itemsize * signature.held_elements + kept, calls=calls)]
+        else:
+            work = [Work("direct", flops, kept, calls=calls)]
         if not signature.channels_last:
             work.append(Work("memory", bytes=itemsize * signature.held_elements))
         return kept_gradients(signature, itemsize, tuple(work))
@@ -61,18 +64,19 @@ class Direct:
         return squared.to(dtype), Kept(tuple(pieces), factors.shape, axes)
 
 
-ROWS, VECTORS, BUSY = 6, 4, 8
-"""Of a block of sums: input channels, vectors of output channels, and how many vectors keep the processor busy, as each
-waits for its own last sum."""
+ROWS, VECTORS = 6, 4
+"""Of a block of sums: input channels, and vectors of output channels."""
 
 
 def _waste(signature: ConvolutionSignature, itemsize: int) -> float:
-    """What the kernel takes / what it would with as many channels as it likes: of one group, few are slow."""
+    """What the kernel takes / what it would with as many channels as it likes: few fill neither vectors nor blocks."""
     lanes = native.LANES * 4 // itemsize
+    if signature.is_depthwise:
+        return -(-signature.out_channels // lanes) * lanes / signature.out_channels
     outputs = max(1, signature.out_channels // signature.geometry.groups)
     vectors = -(-outputs // lanes)
-    sums = min(ROWS, max(1, signature.shape[1])) * min(VECTORS, vectors)
-    return vectors * lanes / outputs * max(1.0, BUSY / sums)
+    rows, columns = min(ROWS, max(1, signature.shape[1])), min(VECTORS, vectors)
+    return vectors * lanes / outputs * max(1.0, 1 / rows + 1 / columns)
 
 
 def _pieces(n: int, kept: int) -> int:

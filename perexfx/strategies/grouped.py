@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perexfx.ir.convolution import Convolution, ConvolutionSignature
+from perexfx.ir.convolution import THIN, Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Signature, squared_norms_of
 from perexfx.ir.kept import Kept
@@ -37,9 +37,10 @@ class Grouped:
         copied = itemsize * kernel_gradient_elements(signature, min(at_a_time, signature.n))
         flops = signature.weight_gradient_flops
         work = (Work("convolution_weight_grouped", flops, itemsize * kept, calls=parts),)
-        if signature.geometry.groups == 1 and signature.in_channels <= THIN:
+        if signature.shape[1] <= THIN:
             moved = itemsize * (kept + signature.held_elements)
-            work = (Work("convolution_weight_thin", flops, moved, calls=parts),)
+            kind = "convolution_weight_thin_groups" if signature.has_thin_groups else "convolution_weight_thin"
+            work = (Work(kind, flops, moved, calls=parts),)
         if signature.channels_last:
             work = (*work, Work("memory", bytes=2 * itemsize * signature.held_elements, calls=2 * parts))
         return kept_gradients(signature, itemsize, (*work, read_for_norm(kept, itemsize)), copied)
@@ -53,8 +54,6 @@ class Grouped:
         return (norms[0] if len(norms) == 1 else torch.cat(norms)), Kept(tuple(pieces), factors.shape)
 
 
-THIN = 4
-"""Images of no more channels than this are groups that oneDNN has no fast kernel for."""
 CHUNK_BYTES = 8 << 20
 """Images of as many examples at a time as fit the cache."""
 KERNEL_ELEMENTS = 1 << 18

@@ -44,12 +44,8 @@ class Loop:
         """The flops of the ordinary kernel gradient, in n calls."""
         assert isinstance(signature, ConvolutionSignature)
         one = parameter_elements(signature) * itemsize
-        work = Work(
-            "convolution_weight_single",
-            signature.weight_gradient_flops,
-            one * signature.n,
-            calls=signature.n,
-        )
+        kind = "convolution_weight_thin_groups" if signature.has_thin_groups else "convolution_weight_single"
+        work = Work(kind, signature.weight_gradient_flops, one * signature.n, calls=signature.n)
         norms = read_for_norm(signature.n * parameter_elements(signature), itemsize)
         copied = itemsize * kernel_gradient_elements(signature, 1)
         if self.keep:
