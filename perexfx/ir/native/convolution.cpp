@@ -231,10 +231,12 @@ void kernel_gradients(const T* x, const Strides& of_x, const T* g, const Strides
   const int64_t lanes = Lanes<T>::COUNT, taps = s.kernel_height * s.kernel_width;
   const int64_t size = taps * s.in_channels * s.groups * s.out_channels;
   const Pieces pieces(s, lanes, threads);
+  // Small groups lie in the same lines of the cache: neighbours are the work of one thread.
+  const int64_t at_once = std::max<int64_t>(1, s.n * pieces.all / (16 * threads));
 #pragma omp parallel num_threads(threads)
   {
     std::vector<T> memory;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, at_once)
     for (int64_t item = 0; item < s.n * pieces.all; ++item) {
       const int64_t example = item / pieces.all, range = item % pieces.ranges, block = item / pieces.ranges % pieces.blocks;
       const int64_t group = item % pieces.all / pieces.ranges / pieces.blocks;
