@@ -28,7 +28,7 @@ from perexfx.refuse import refuse_batch_statistics, refuse_other_trainables
 from perexfx.regions import faster_with_channels_last, regions_of, with_formats
 from perexfx.rehearse import Rehearsed
 from perexfx.rewrite import Transformed, rewrite, twin_of
-from perexfx.sizes import fit, operand_dtype, with_kernels
+from perexfx.sizes import fit, operand_dtype, with_kernels, with_shared_inputs
 from perexfx.state import PerExample, Settings
 from perexfx.strategies import STRATEGIES
 
@@ -188,7 +188,7 @@ def _plan_for(rules: tuple[Rule, ...], state: PerExample, module: nn.Module, kin
     fitted = fit(state.sites, graph, analysis, n, Fallback)
     dtype = operand_dtype(state.sites, graph, analysis)
     device = next(iter(module.parameters())).device
-    fitted = with_kernels(fitted, dtype, device)
+    fitted = with_shared_inputs(with_kernels(fitted, dtype, device), state.sites, graph)
     machine = current() if settings.cost_model == "profile" else Measured.on_this_machine(dtype, device)
     alternatives = Alternatives(STRATEGIES, machine, dtype.itemsize)
     channels_last = faster_with_channels_last(

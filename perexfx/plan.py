@@ -7,6 +7,7 @@ it was refused.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -110,6 +111,15 @@ class Plan:
     def strategies(self) -> Mapping[Key, Strategy]:
         """(site, operand) -> strategy."""
         return {(d.site, d.operand): d.chosen.strategy for d in self.decisions}
+
+    @cached_property
+    def left_users(self) -> Mapping[Key, tuple[str, int]]:
+        """(site, operand) -> the value whose Gram matrices it shares with other sites, and how many take them."""
+        found = {
+            (d.site, d.operand): self.fitted[d.site].shares for d in self.decisions if d.chosen.strategy.name == "gram"
+        }
+        users = Counter(found.values())
+        return {key: (read, users[read]) for key, read in found.items() if read and users[read] > 1}
 
     @property
     def seconds(self) -> float:

@@ -176,8 +176,11 @@ class _PerExampleOp(Function):
             operands=ctx.operands,
         )
         gradients, factors = call.fitted.rule.backward(given)
+        assert tape.plan is not None
+        shared = {} if is_watched() else tape.plan.left_users
         for name, found in factors.items():
-            tape.observed[site.name, name] = found
+            key = site.name, name
+            tape.observed[key] = tape.with_shared_left(found, shared[key]) if key in shared else found
         squared = _squared_norms(tape, site.group) if tape.state.is_alone(site.group) else None
         return (None, squared, *[gradients.get(name) for name in call.names])
 

@@ -18,7 +18,7 @@ from perexfx.analyze import Analysis
 from perexfx.ir import native
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.errors import CoverageError
-from perexfx.ir.factors import Signature
+from perexfx.ir.factors import ProductSignature, Signature
 from perexfx.ir.refusal import Refusal
 from perexfx.ir.rule import Fitted, Geometry, Output, Rule
 from perexfx.ir.site import Site
@@ -77,6 +77,30 @@ def _with_kernels(signature: Signature) -> Signature:
     if not isinstance(signature, ConvolutionSignature) or len(signature.shape) > native.MOST_AXES:
         return signature
     return replace(signature, has_kernels=True)
+
+
+def with_shared_inputs(fitted: Mapping[str, Fitted], sites: Sequence[Site], graph: fx.Graph) -> dict[str, Fitted]:
+    """Sites that know with how many others they have the left factor of their product in common."""
+    nodes = {node.name: node for node in graph.nodes}
+    readers: dict[tuple[str, tuple[int, ...]], list[tuple[str, str]]] = {}
+    for site in sites:
+        signatures, node = fitted[site.name].signatures, nodes[site.node]
+        products = {name: value for name, value in signatures.items() if isinstance(value, ProductSignature)}
+        arguments = site.rule.bind(site.target, node.args, node.kwargs)
+        read = next((arguments.get(name) for name in site.rule.inputs), None)
+        if len(products) == 1 and isinstance(read, fx.Node):
+            ((operand, product),) = products.items()
+            sizes = product.n, product.g, product.t, product.i
+            readers.setdefault((read.name, sizes), []).append((site.name, operand))
+    found = dict(fitted)
+    for (read, _), users in readers.items():
+        for name, operand in users if len(users) > 1 else ():
+            old = found[name]
+            signature = old.signatures[operand]
+            assert isinstance(signature, ProductSignature)
+            signatures = {**old.signatures, operand: replace(signature, left_users=len(users))}
+            found[name] = replace(old, signatures=signatures, shares=read)
+    return found
 
 
 def operand_dtype(sites: Sequence[Site], graph: fx.Graph, analysis: Analysis) -> torch.dtype:

@@ -7,6 +7,7 @@ another backward of the same forward begins.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import ModeError
-from perexfx.ir.factors import Factors, Gradient
+from perexfx.ir.factors import Factors, Gradient, Product, SharedGram
 from perexfx.plan import Plan
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Tape:
         self.observed: dict[tuple[str, str], Factors] = {}
         self.held: dict[tuple[str, str], Factors] = {}
         self.waiting: dict[tuple[str, str], Gradient] = {}
+        self.left_grams: dict[str, SharedGram] = {}
         self.squared_norms: dict[str, Tensor] = {}
 
     def activate(self, parameters: frozenset[str]) -> None:
@@ -74,9 +76,24 @@ class Tape:
             self._task = task
             self.release()
 
+    def with_shared_left(self, factors: Factors, of: tuple[str, int]) -> Factors:
+        """A product that shares the Gram matrices of its left factor with those of other sites.
+
+        Args:
+            factors: What a site leaves.
+            of: The value that these sites read, and how many they are.
+        """
+        read, users = of
+        if not isinstance(factors, Product):
+            return factors
+        shared = self.left_grams.get(read)
+        if shared is None or not shared.is_of(factors.left):
+            shared = self.left_grams[read] = SharedGram(users, factors.left)
+        return replace(factors, left_gram=shared)
+
     def release(self) -> None:
         """Lets go of everything that a backward left behind."""
-        self.observed, self.held, self.waiting, self.squared_norms = {}, {}, {}, {}
+        self.observed, self.held, self.waiting, self.squared_norms, self.left_grams = {}, {}, {}, {}, {}
 
     @property
     def scale(self) -> int:

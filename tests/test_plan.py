@@ -156,6 +156,8 @@ def test_forcing_everywhere_applies_where_it_can() -> None:
 def test_machines_add_up() -> None:
     machine = Machine("test", {"a": Rate(2.0, 4.0, 1.0), "b": Rate(math.inf, math.inf, 0.5)})
     assert machine.seconds(Cost((Work("a", flops=4, bytes=4, calls=3), Work("b", flops=9)), 0)) == 3 + 2 + 1 + 0.5
+    depthwise = convolution(4, 8, 8, 5)
+    depthwise = replace(depthwise, shape=(8, 1, *depthwise.kernel), geometry=replace(depthwise.geometry, groups=8))
     kinds = {
         work.kind
         for strategy in STRATEGIES
@@ -163,6 +165,7 @@ def test_machines_add_up() -> None:
             convolution(4, 2, 2, 5),
             convolution(4, 8, 2, 5),
             replace(convolution(4, 8, 2, 5), has_kernels=True),
+            replace(depthwise, has_kernels=True),
             ProductSignature(8, 1, 1, 3, 2, (2, 3)),
             RowsSignature(4, 5, 9, 3),
         )

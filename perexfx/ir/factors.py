@@ -8,6 +8,7 @@ plan needs), how to form the per-example gradients, and how to form a weighted s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -137,6 +138,8 @@ class ProductSignature:
     shape: tuple[int, ...]
     right_users: int = 1
     """How many products of a site have the same right factor."""
+    left_users: int = 1
+    """How many sites have the same left factor."""
 
     @property
     def held_elements(self) -> int:
@@ -151,16 +154,40 @@ class ProductSignature:
 
 
 class SharedGram:
-    """The Gram matrices of a factor that several products have: made by the first that asks.
+    """The Gram matrices of a factor that several products have: made by the first that asks, gone with the last.
 
     Attributes:
         users: How many products.
-        value: Its blocks, each `[n * g, rows, columns]`; None until they are made.
+        factor: The factor, where it comes from several sites: it stays in its memory as long as its Gram matrices do.
     """
 
-    def __init__(self, users: int) -> None:
+    def __init__(self, users: int, factor: Tensor | None = None) -> None:
         self.users = users
-        self.value: tuple[Tensor, ...] | None = None
+        self.factor = factor
+        self._left = users
+        self._value: tuple[Tensor, ...] | None = None
+
+    def is_of(self, factor: Tensor) -> bool:
+        """Whether a factor is the one that the Gram matrices are of: the same memory, seen in the same way."""
+        own = self.factor
+        if own is None or own.dtype != factor.dtype or own.shape != factor.shape or own.stride() != factor.stride():
+            return False
+        return own.data_ptr() == factor.data_ptr()
+
+    def taken(self, make: Callable[[], tuple[Tensor, ...]], blocks: int) -> tuple[Tensor, ...]:
+        """The blocks, each `[n * g, rows, columns]`: not to be overwritten.
+
+        Args:
+            make: Makes them.
+            blocks: How many blocks there are to be: products of other widths may want others.
+        """
+        self._left -= 1
+        if self._value is None or len(self._value) != blocks:
+            self._value = make()
+        found = self._value
+        if self._left <= 0:
+            self._value = self.factor = None
+        return found
 
 
 @dataclass(frozen=True)
@@ -173,6 +200,7 @@ class Product:
         shape: Shape of the parameter, with `g * o * i` elements.
         axes: The parameter's axes in the order in which groups, outputs and inputs run over them; empty: in their own.
         right_gram: What the products with the same right factor share.
+        left_gram: The same of the left factor.
     """
 
     left: Tensor
@@ -180,6 +208,7 @@ class Product:
     shape: tuple[int, ...]
     axes: tuple[int, ...] = ()
     right_gram: SharedGram | None = None
+    left_gram: SharedGram | None = None
 
     @property
     def signature(self) -> ProductSignature:
@@ -214,7 +243,7 @@ class Product:
     def without(self, dropped: Tensor) -> Product:
         """Zeros in the dropped rows of both factors."""
         left, right = drop_examples(self.left, dropped), drop_examples(self.right, dropped)
-        return replace(self, left=left, right=right, right_gram=None)
+        return replace(self, left=left, right=right, right_gram=None, left_gram=None)
 
 
 def parameter_of(value: Tensor, shape: tuple[int, ...], axes: tuple[int, ...], *lead: int) -> Tensor:

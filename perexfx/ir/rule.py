@@ -73,12 +73,14 @@ class Fitted:
         geometry: The shapes.
         signatures: Operand -> sizes of its factors.
         misfit: Why the site's own rule does not cover them; "" where it does.
+        shares: The value that it reads together with other sites, as the left factor of a product; "" where alone.
     """
 
     rule: Rule
     geometry: Geometry
     signatures: Mapping[str, Signature]
     misfit: str = ""
+    shares: str = ""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from perexfx.ir import native
 from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
-from perexfx.ir.factors import Factors, Product, ProductSignature, Rows, RowsSignature, Signature
+from perexfx.ir.factors import Factors, Product, ProductSignature, Rows, RowsSignature, SharedGram, Signature
 from perexfx.ir.gemm import SMALL_EACH, products
 from perexfx.strategies.costs import batched_product, held_factors
 
@@ -44,7 +44,7 @@ class Gram:
         elif isinstance(signature, ProductSignature):
             grams, t, i, o = signature.n * signature.g, signature.t, signature.i, signature.o
             if grams * t * t <= CHUNK_ELEMENTS:
-                o = -(-o // signature.right_users)
+                i, o = -(-i // signature.left_users), -(-o // signature.right_users)
         else:
             assert isinstance(signature, ConvolutionSignature)
             grams, t = signature.n * signature.geometry.groups, signature.frames * signature.positions
@@ -69,15 +69,12 @@ class Gram:
         product = factors.unfolded() if isinstance(factors, Convolution) else factors
         assert isinstance(product, Product)
         n, g, t, i = product.left.shape
-        shared = product.right_gram
         left = product.left.reshape(n * g, t, i)
         right = product.right.reshape(n * g, t, product.right.shape[3])
         blocks = 2 if t >= HALVED and 2 * t * t * right.shape[2] < SMALL_EACH else 1
         size = max(1, CHUNK_ELEMENTS // max(1, t * t))
-        if shared is not None and n * g <= size:
-            if shared.value is None:
-                shared.value = _gram(right, blocks)
-            sums = [_sum_of_blocks(_gram(left, blocks), shared.value)]
+        if n * g <= size:
+            sums = [_sum_of_blocks(*_grams((left, product.left_gram), (right, product.right_gram), blocks))]
         else:
             sums = [
                 _sum_of_blocks(_gram(a, blocks), _gram(b, blocks))
@@ -89,6 +86,27 @@ class Gram:
 HALVED = 64
 """Gram matrices of at least so many positions are made without one of their two equal quarters, unless oneDNN makes
 them: its products of half the size are no faster."""
+
+
+_Blocks = tuple[Tensor, ...]
+_Rows = tuple[Tensor, SharedGram | None]
+
+
+def _grams(left: _Rows, right: _Rows, blocks: int) -> tuple[_Blocks, _Blocks]:
+    """Those of both factors, what others share second; the first may be overwritten."""
+    shared, own = (left, right) if left[1] is not None else (right, left)
+    return _copied(own, blocks) if own[1] is not None else _gram(own[0], blocks), _taken(shared, blocks)
+
+
+def _taken(rows: _Rows, blocks: int) -> _Blocks:
+    value, shared = rows
+    return (
+        _gram(value, blocks) if shared is None else shared.taken(lambda: _gram(value, blocks), 3 if blocks == 2 else 1)
+    )
+
+
+def _copied(rows: _Rows, blocks: int) -> _Blocks:
+    return tuple(block.clone() for block in _taken(rows, blocks))
 
 
 def _gram(rows: Tensor, blocks: int) -> tuple[Tensor, ...]:

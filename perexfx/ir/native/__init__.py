@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from perexfx.ir.geometry import ConvolutionGeometry
-from perexfx.ir.native import loading
-from perexfx.ir.native.loading import DTYPES, Slide, Strides, typed
+from perexfx.ir.native.loading import DTYPES, Slide, Strides, loaded, typed
 from perexfx.ir.tracing import is_watched
 
 LANES = 16
@@ -48,12 +47,12 @@ def for_sizes() -> Iterator[None]:
 
 def are_built() -> bool:
     """Whether there are kernels, and they are wanted."""
-    return loading.library() is not None
+    return loaded() is not None
 
 
 def level() -> str:
     """Which kernels are used: "avx512", "avx2" or "none"."""
-    library = loading.library()
+    library = loaded()
     return "none" if library is None else Path(library._name).stem
 
 
@@ -149,7 +148,7 @@ def kernel_sum(
     if (found := _sums(x, g, each.contiguous(), shape, geometry)) is None:
         return None
     sums, kernel = found[0], layer_input.new_empty(shape)
-    library, taps = loading.library(), math.prod(shape[2:])
+    library, taps = loaded(), math.prod(shape[2:])
     assert library is not None
     move = typed(library, "as_kernel", kernel.dtype)
     move(sums.data_ptr(), kernel.data_ptr(), taps, shape[1], shape[0], torch.get_num_threads())
@@ -274,7 +273,7 @@ def _library_for(*tensors: Tensor) -> CDLL | None:
     """The kernels; None where there are none for these tensors."""
     dtype = tensors[0].dtype
     is_for_kernels = dtype in DTYPES and all(v.dtype == dtype and _is_plain(v) for v in tensors)
-    return loading.library() if is_for_kernels and not is_watched() else None
+    return loaded() if is_for_kernels and not is_watched() else None
 
 
 def _library_for_convolution(layer_input: Tensor, grad_output: Tensor, shape: tuple[int, ...]) -> CDLL | None:

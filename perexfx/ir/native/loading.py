@@ -62,7 +62,7 @@ FOLDER = Path(__file__).parent
 
 
 @cache
-def library() -> CDLL | None:
+def loaded() -> CDLL | None:
     """The kernels for the best vectors that this processor has; None where they were not built, or are not wanted."""
     if os.environ.get("PEREXFX_KERNELS") == "0":
         return None
