@@ -174,14 +174,14 @@ def test_megabytes(count: int, words: str, signed: str) -> None:
 
 @needs_kernels
 def test_a_size_that_no_plan_fits() -> None:
-    gm = perexfx.transform(ResNet18(width=16), torch.zeros(8, 3, 32, 32), memory_budget=0)
-    sweep = perexfx.report(gm, batch_sizes=[8, 512])
+    gm = perexfx.transform(ResNet18(width=16), torch.zeros(16, 3, 32, 32), memory_budget=0)
+    sweep = perexfx.report(gm, batch_sizes=[16, 512])
     assert [column.fits for column in sweep.columns] == [True, False]
     assert "none fits" in str(sweep)
     report = perexfx.report(gm)
-    assert report.unfit == (16, 32)
-    assert "no plan fits the memory budget at 16, 32" in str(report)
-    assert "No plan fits the memory budget at 16, 32" in report.to_html()
+    assert report.unfit == (32, 64)
+    assert "no plan fits the memory budget at 32, 64" in str(report)
+    assert "No plan fits the memory budget at 32, 64" in report.to_html()
 
 
 def test_the_plan_across_batch_sizes() -> None:
