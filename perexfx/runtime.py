@@ -166,7 +166,9 @@ class _PerExampleOp(Function):
         call: _Call = ctx.call
         tape, site = call.tape, call.site
         tape.enter_backward()
-        saved, tensors = ctx.saved_names, ctx.saved_tensors
+        # with their history, what stays on the tape would keep the graph alive that keeps the tape
+        saved = ctx.saved_names
+        tensors: tuple[Any, ...] = tuple([_without_history(value) for value in ctx.saved_tensors])
         given = Backward(
             arguments={**call.arguments, **dict(zip(saved, tensors, strict=False))},
             residuals=tensors[len(saved) :],
@@ -177,12 +179,16 @@ class _PerExampleOp(Function):
         )
         gradients, factors = call.fitted.rule.backward(given)
         assert tape.plan is not None
-        shared = {} if is_watched() else tape.plan.left_users
+        shared = {} if tape.state.one_by_one or is_watched() else tape.plan.left_users
         for name, found in factors.items():
             key = site.name, name
             tape.observed[key] = tape.with_shared_left(found, shared[key]) if key in shared else found
         squared = _squared_norms(tape, site.group) if tape.state.is_alone(site.group) else None
         return (None, squared, *[gradients.get(name) for name in call.names])
+
+
+def _without_history(value: Tensor | None) -> Tensor | None:
+    return value.detach() if value is not None and value.requires_grad else value
 
 
 def per_example(tape: Tape, token: Tensor, name: str, constants: Any, *args: Any, **kwargs: Any) -> Any:

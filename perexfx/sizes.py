@@ -93,13 +93,13 @@ def with_shared_inputs(fitted: Mapping[str, Fitted], sites: Sequence[Site], grap
             sizes = product.n, product.g, product.t, product.i
             readers.setdefault((read.name, sizes), []).append((site.name, operand))
     found = dict(fitted)
-    for (read, _), users in readers.items():
+    for (read, sizes), users in readers.items():
         for name, operand in users if len(users) > 1 else ():
             old = found[name]
             signature = old.signatures[operand]
             assert isinstance(signature, ProductSignature)
             signatures = {**old.signatures, operand: replace(signature, left_users=len(users))}
-            found[name] = replace(old, signatures=signatures, shares=read)
+            found[name] = replace(old, signatures=signatures, shares=f"{read} {list(sizes)}")
     return found
 
 

@@ -71,7 +71,7 @@ class PerExample(nn.Module):
         kind: The kind of input that `plan` is for.
         norms: Gradient norm of each example of the last backward, before clipping. Shape `[B]`.
         keep_gradients: Keep each example's gradients too, B times the memory of the parameters.
-        one_by_one: Let no gradient wait to be taken with others, so that each site can be timed.
+        one_by_one: Let sites share nothing, so that each can be timed.
         gradients: Then, after a backward: parameter name -> gradient of each example's own loss, `[B, *shape]`.
         clip_factors: What each example's gradient was multiplied with. Shape `[B]`; with `clipping="per_layer"`
             `[groups, B]`, a row per group of sites that share parameters, in graph order.

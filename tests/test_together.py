@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -101,6 +102,19 @@ def test_two_backwards_of_one_forward() -> None:
     loss.backward()
     second = {name: p.grad / 2 for name, p in gm.named_parameters() if p.grad is not None}
     assert_close(second, first, 1e-12, "gradients")
+
+
+@pytest.mark.parametrize("strategy", ["gram", "materialize"])
+def test_a_backward_that_stops_before_the_clip_node_leaves_nothing_behind(strategy: str) -> None:
+    model, batch = attention(), a_batch()
+    x = batch.inputs[0].requires_grad_()
+    gm = perexfx.transform(model, x, clip_norm=0.1, strategy=strategy)
+    counts = []
+    for _ in range(3):
+        torch.autograd.grad(squares(gm(x), batch.targets), [x])
+        gc.collect()
+        counts.append(sum(type(value) is Tensor for value in gc.get_objects()))
+    assert counts[1] == counts[2]
 
 
 def test_grams_of_values_with_the_same_name_and_other_memory(made: list[Tensor]) -> None:

@@ -73,7 +73,8 @@ class Fitted:
         geometry: The shapes.
         signatures: Operand -> sizes of its factors.
         misfit: Why the site's own rule does not cover them; "" where it does.
-        shares: The value that it reads together with other sites, as the left factor of a product; "" where alone.
+        shares: Name and sizes of the value that it and other sites read, as the left factor of a product; "" where it
+            is alone.
     """
 
     rule: Rule

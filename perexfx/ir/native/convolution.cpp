@@ -212,8 +212,8 @@ double gradients_of(const Slide& s, const T* x, Strides of_x, const T* g, const 
   return squared;
 }
 
-// Into how many pieces an example's gradient is cut: groups (of more than one channel), blocks of output channels, and, where there are few
-// examples for the threads, ranges of taps.
+// Into how many pieces an example's gradient is cut: groups (of more than one channel), blocks of output channels, and,
+// where there are few examples for the threads, ranges of taps.
 struct Pieces {
   int64_t blocks, ranges, all;
 
