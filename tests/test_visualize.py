@@ -21,6 +21,8 @@ from torch import Tensor, nn
 import perexfx
 from perexfx.bench.models import LanguageModel, ResNet18, small_cnn
 from perexfx.ir.node import info_of
+from perexfx.strategies import STRATEGIES
+from perexfx.views import palette
 from perexfx.views.dot import SHOWN, to_dot
 from perexfx.views.drawing import CLIP, Drawing, drawing_of
 
@@ -335,3 +337,8 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(perexfx.PerexError, match=r".png needs Graphviz, whose program `dot` was not found. Install it"):
         perexfx.visualize(gm, tmp_path / "graph.png")
+
+
+def test_every_strategy_has_a_colour_of_its_own() -> None:
+    assert set(palette.STRATEGIES) == {strategy.name for strategy in STRATEGIES}
+    assert len(set(palette.STRATEGIES.values())) == len(STRATEGIES)

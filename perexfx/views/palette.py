@@ -1,7 +1,8 @@
 """One colour per strategy, the same in every view.
 
-Related strategies have related colours: Gram matrices are blue, formed gradients orange, torch's own kernels green. All
-keep their contrast with black text, and differ in lightness too, for readers who do not tell hues apart.
+Related strategies have related colours: Gram matrices are blue, formed gradients orange, torch's own kernels green, a
+kernel of ours lime. All keep their contrast with black text, and differ in lightness too, for readers who do not tell
+hues apart.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ STRATEGIES = {
     "gram_shift": "#a9dcf7",
     "materialize": "#f2a65a",
     "materialize_norms": "#fbd38d",
+    "direct": "#d6d84b",
     "grouped": "#5ec29a",
     "loop": "#a5dfb4",
     "loop_norms": "#d3efc6",
