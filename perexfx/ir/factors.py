@@ -166,6 +166,7 @@ class SharedGram:
         self.factor = factor
         self._left = users
         self._value: tuple[Tensor, ...] | None = None
+        self._blocks = 0
 
     def is_of(self, factor: Tensor) -> bool:
         """Whether a factor is the one that the Gram matrices are of: the same memory, seen in the same way."""
@@ -179,11 +180,11 @@ class SharedGram:
 
         Args:
             make: Makes them.
-            blocks: How many blocks there are to be: products of other widths may want others.
+            blocks: Into how many rows of blocks they are cut: products of other widths may want others.
         """
         self._left -= 1
-        if self._value is None or len(self._value) != blocks:
-            self._value = make()
+        if self._value is None or self._blocks != blocks:
+            self._value, self._blocks = make(), blocks
         found = self._value
         if self._left <= 0:
             self._value = self.factor = None

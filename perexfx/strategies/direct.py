@@ -38,12 +38,11 @@ class Direct:
         assert isinstance(signature, ConvolutionSignature)
         kept = signature.n * parameter_elements(signature) * itemsize
         flops, calls = int(signature.weight_gradient_flops * _waste(signature, itemsize)), _pieces(signature.n, kept)
-        if signature.is_depthwise:
-            work = [Work("direct_depthwise", flops, itemsize * signature.held_elements + kept, calls=calls)]
-        else:
-            work = [Work("direct", flops, kept, calls=calls)]
+        images = itemsize * signature.held_elements
+        kind, moved = ("direct_depthwise", images + kept) if signature.is_depthwise else ("direct", kept)
+        work = [Work(kind, flops, moved, calls=calls)]
         if not signature.channels_last:
-            work.append(Work("memory", bytes=itemsize * signature.held_elements))
+            work.append(Work("memory", bytes=images))
         return kept_gradients(signature, itemsize, tuple(work))
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:

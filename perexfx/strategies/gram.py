@@ -100,9 +100,7 @@ def _grams(left: _Rows, right: _Rows, blocks: int) -> tuple[_Blocks, _Blocks]:
 
 def _taken(rows: _Rows, blocks: int) -> _Blocks:
     value, shared = rows
-    return (
-        _gram(value, blocks) if shared is None else shared.taken(lambda: _gram(value, blocks), 3 if blocks == 2 else 1)
-    )
+    return _gram(value, blocks) if shared is None else shared.taken(lambda: _gram(value, blocks), blocks)
 
 
 def _copied(rows: _Rows, blocks: int) -> _Blocks:
