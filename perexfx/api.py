@@ -6,7 +6,7 @@ import gc
 import keyword
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,9 +28,10 @@ from perexfx.refuse import refuse_batch_statistics, refuse_other_trainables
 from perexfx.regions import faster_with_channels_last, regions_of, with_formats
 from perexfx.rehearse import Rehearsed
 from perexfx.rewrite import Transformed, rewrite, twin_of
+from perexfx.segments import fit_segments, rerun_cost, segments_of
 from perexfx.sizes import fit, operand_dtype, with_kernels, with_shared_inputs
 from perexfx.state import PerExample, Settings
-from perexfx.strategies import STRATEGIES
+from perexfx.strategies import STRATEGIES, Reweight
 
 
 def transform(
@@ -99,7 +100,10 @@ def transform(
     with _drawn(captured.graph, twin):
         check_forced(sites, STRATEGIES, strategy)
     regions = regions_of(captured.graph, twin, sites)
-    state = PerExample(sites, regions, settings, captured, trainable, frozen, partial(_plan_for, tuple(rules)))
+    segments = segments_of(captured.graph, sites, trainable)
+    state = PerExample(
+        sites, regions, segments, settings, captured, trainable, frozen, partial(_plan_for, tuple(rules))
+    )
     transformed = rewrite(twin, captured.graph, state)
     if known is not None:
         state.remember(known.kind, known.analysis)
@@ -190,21 +194,34 @@ def _plan_for(rules: tuple[Rule, ...], state: PerExample, module: nn.Module, kin
     device = next(iter(module.parameters())).device
     fitted = with_shared_inputs(with_kernels(fitted, dtype, device), state.sites, graph)
     machine = current() if settings.cost_model == "profile" else Measured.on_this_machine(dtype, device)
-    alternatives = Alternatives(STRATEGIES, machine, dtype.itemsize)
+    alternatives = Alternatives(STRATEGIES, Reweight, machine, dtype.itemsize)
     channels_last = faster_with_channels_last(
         state.regions, graph, module, analysis, fitted, alternatives.least_seconds, machine
     )
+    fitted = with_formats(fitted, state.regions, channels_last)
+    segments = fit_segments(
+        state.segments,
+        graph,
+        module,
+        analysis,
+        lambda segment: rerun_cost(segment, graph, analysis, fitted, n, dtype.itemsize),
+    )
+    if settings.clipping == "per_layer":
+        segments = tuple(replace(segment, refusal=ONE_FACTOR) for segment in segments)
     with _drawn(graph, module):
         plan = make_plan(
             state.sites,
-            with_formats(fitted, state.regions, channels_last),
+            fitted,
             alternatives,
             forced=settings.strategy,
             channels_last=channels_last,
+            segments=segments,
             footprint=Rehearsed(state, kind),
         )
     return plan if settings.memory_budget is None else plan.within(settings.memory_budget)
 
+
+ONE_FACTOR = "layers have factors of their own, and a second backward has one for each example"
 
 COST_MODELS = ("profile", "measured")
 

@@ -2,20 +2,22 @@
 
 Promises: the choice fits the budget. Over bytes that add up it is the fastest that fits, exactly; a peak is less than
 their sum, so the sum may be as large as the peak allows, and then every single change that makes the step faster and
-fits is made. A budget that nothing fits raises, and names the least that would.
+fits is made. Alternatives that go together are tried beside each other. A budget that nothing fits raises, and names
+the least that would.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.errors import BudgetError
 
 Rows = Sequence[Sequence[Alternative]]
 Choice = Sequence[Alternative]
+Bundles = Sequence[Mapping[int, Alternative] | None]
 
 HALVINGS = 12
 """How closely the bound on the sum is brought to the one that the peak allows."""
@@ -26,13 +28,16 @@ def total_bytes(choice: Choice) -> int:
     return sum(a.bytes_held for a in choice) + max(map(_transient, choice), default=0)
 
 
-def choose(rows: Rows, budget: int, bytes_added: Callable[[Choice], int] = total_bytes) -> list[Alternative]:
+def choose(
+    rows: Rows, budget: int, bytes_added: Callable[[Choice], int] = total_bytes, bundles: Bundles = ()
+) -> list[Alternative]:
     """One alternative per row, the least time within the budget.
 
     Args:
         rows: The alternatives.
         budget: Bytes that may be added.
         bytes_added: What a choice adds.
+        bundles: More alternatives, that go together: per bundle by the number of their row; None parts those beside it.
 
     Raises:
         BudgetError: The budget is too small; the message names the least that suffices.
@@ -40,14 +45,52 @@ def choose(rows: Rows, budget: int, bytes_added: Callable[[Choice], int] = total
     fastest = [min(row, key=lambda a: a.seconds) for row in rows]
     if bytes_added(fastest) <= budget:
         return fastest
+    bundled = _first_that_fits(fastest, bundles, budget, bytes_added)
+    fitting = [bundled, _choose_alone(rows, fastest, budget, bytes_added)]
+    if found := min((choice for choice in fitting if choice is not None), key=_seconds, default=None):
+        return found
+    found = leanest(rows, bytes_added, bundles)
+    if (least := bytes_added(found)) > budget:
+        raise BudgetError(
+            f"No plan fits memory_budget={budget:,} bytes. The least that would do is {least:,} "
+            "bytes at this batch size. Raise the budget or lower the batch size."
+        )
+    return found
+
+
+def _first_that_fits(
+    choice: Choice, bundles: Bundles, budget: int, bytes_added: Callable[[Choice], int]
+) -> list[Alternative] | None:
+    """The fastest choice that fits with bundles in a row in place of its own alternatives."""
+    tried = sorted((_replaced(choice, taken) for taken in _in_a_row(bundles)), key=_seconds)
+    return next((other for other in tried if bytes_added(other) <= budget), None)
+
+
+def _in_a_row(bundles: Bundles) -> Iterator[Mapping[int, Alternative]]:
+    """Every bundle, and all that are beside each other."""
+    for first in range(len(bundles)):
+        taken: dict[int, Alternative] = {}
+        for bundle in bundles[first:]:
+            if bundle is None or not (bundle or taken):
+                break
+            taken |= bundle
+            if bundle:
+                yield dict(taken)
+
+
+def _replaced(choice: Choice, taken: Mapping[int, Alternative]) -> list[Alternative]:
+    return [taken.get(at, alternative) for at, alternative in enumerate(choice)]
+
+
+def _choose_alone(
+    rows: Rows, fastest: Choice, budget: int, bytes_added: Callable[[Choice], int]
+) -> list[Alternative] | None:
+    """One alternative per row, each by itself; None where nothing fits."""
     found, low, high = _fastest_within(rows, budget), budget, total_bytes(fastest)
     if found is None or bytes_added(found) > budget:
-        found = leanest(rows, bytes_added)
-        if (least := bytes_added(found)) > budget:
-            raise BudgetError(
-                f"No plan fits memory_budget={budget:,} bytes. The least that would do is {least:,} "
-                "bytes at this batch size. Raise the budget or lower the batch size."
-            )
+        found = _leanest_alone(rows, bytes_added)
+        if bytes_added(found) > budget:
+            return None
         low = max(low, least_bytes(rows))
     for _ in range(HALVINGS):
         middle = (low + high) // 2
@@ -82,8 +125,17 @@ def _seconds(choice: Choice) -> float:
     return sum(a.seconds for a in choice)
 
 
-def leanest(rows: Rows, bytes_added: Callable[[Choice], int]) -> list[Alternative]:
-    """The choice that adds least to the peak: from the one whose sum is least, every single change that adds less."""
+def leanest(rows: Rows, bytes_added: Callable[[Choice], int], bundles: Bundles = ()) -> list[Alternative]:
+    """The choice that adds least to the peak: of the leanest alternatives by themselves, and those with bundles in a row
+    in the place of some; of equals the fastest.
+    """
+    choice = _leanest_alone(rows, bytes_added)
+    tried = [choice, *(_replaced(choice, taken) for taken in _in_a_row(bundles))]
+    return min(tried, key=lambda other: (bytes_added(other), _seconds(other)))
+
+
+def _leanest_alone(rows: Rows, bytes_added: Callable[[Choice], int]) -> list[Alternative]:
+    """From the choice whose sum is least, every single change that adds less."""
     choice = _fastest_within(rows, least_bytes(rows))
     assert choice is not None
     added, improves = bytes_added(choice), True

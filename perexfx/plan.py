@@ -8,7 +8,7 @@ it was refused.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
@@ -17,16 +17,17 @@ from perexfx.choose import Choice, choose, leanest, total_bytes
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.cost import Cost
 from perexfx.ir.errors import ArgumentError, StrategyError
-from perexfx.ir.factors import Signature
+from perexfx.ir.factors import GradientSignature, Signature
 from perexfx.ir.machine import CostModel
 from perexfx.ir.ordinary import ordinary_gradient
 from perexfx.ir.refusal import Refusal
 from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Site, are_joined, grouped
 from perexfx.ir.strategy import Strategy
+from perexfx.segments import Cut, Key, Rerun, Segment, cuts_of, reruns_of
 
-Key = tuple[str, str]
-"""A site and an operand, by name."""
+REWEIGHT = "reweight"
+"""Name of the strategy whose clipped sums come from a second backward."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,22 @@ class Decision:
         return self.chosen.seconds + self.own_seconds
 
     @property
+    def has_choice(self) -> bool:
+        """Whether it might have been another."""
+        return not self.reason or self.reason.endswith("does not apply")
+
+    @property
     def candidates(self) -> tuple[Alternative, ...]:
-        """What might have been chosen."""
-        has_choice = not self.reason or self.reason.endswith("does not apply")
-        return tuple(a for a in self.alternatives if a.cost is not None) if has_choice else (self.chosen,)
+        """What might have been chosen for this operand by itself."""
+        if not self.has_choice:
+            return (self.chosen,)
+        return tuple(a for a in self.alternatives if a.cost is not None and a.strategy.name != REWEIGHT)
+
+    @property
+    def reweighted(self) -> Alternative | None:
+        """What might have been chosen for the operands of a whole segment."""
+        found = (a for a in self.alternatives if a.cost is not None and a.strategy.name == REWEIGHT)
+        return next(found, None) if self.has_choice else None
 
     @property
     def runner_up(self) -> Alternative | None:
@@ -96,6 +109,7 @@ class Plan:
         machine: Name of the machine profile.
         memory_budget: The bound it was made under, in bytes.
         channels_last: The regions, by number, whose images lie with their channels last.
+        segments: The parts of the graph that may run a second time.
         footprint: Predicts its memory; None: by what the choices hold together, which is too much.
     """
 
@@ -105,12 +119,28 @@ class Plan:
     machine: str
     memory_budget: int | None = None
     channels_last: frozenset[int] = frozenset()
+    segments: tuple[Segment, ...] = field(default=(), repr=False)
     footprint: Footprint | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def strategies(self) -> Mapping[Key, Strategy]:
         """(site, operand) -> strategy."""
         return {(d.site, d.operand): d.chosen.strategy for d in self.decisions}
+
+    @cached_property
+    def reweighted(self) -> frozenset[Key]:
+        """The operands, as (site, operand), whose clipped sums come from a second backward."""
+        return frozenset(key for key, strategy in self.strategies.items() if strategy.name == REWEIGHT)
+
+    @cached_property
+    def reruns(self) -> tuple[Rerun, ...]:
+        """What is run a second time for them, in graph order."""
+        return reruns_of(self.reweighted, self.segments)
+
+    @cached_property
+    def cuts(self) -> Mapping[int, Cut]:
+        """Number of a segment -> the cut before it, where that is anything to a rerun."""
+        return cuts_of(self.reruns, self.segments)
 
     @cached_property
     def left_users(self) -> Mapping[Key, tuple[str, int]]:
@@ -151,16 +181,26 @@ class Plan:
         Raises:
             BudgetError: None does.
         """
-        return self._with(choose(self._rows, memory_budget, self._added), memory_budget)
+        return self._with(choose(self._rows, memory_budget, self._added, self._bundles), memory_budget)
 
     def leanest(self) -> Plan:
         """The plan of this kind that adds least to the peak."""
-        found = leanest(self._rows, self._added)
+        found = leanest(self._rows, self._added, self._bundles)
         return self._with(found, self._added(found))
 
     @property
     def _rows(self) -> list[tuple[Alternative, ...]]:
         return [decision.candidates for decision in self.decisions]
+
+    @property
+    def _bundles(self) -> list[dict[int, Alternative] | None]:
+        """Per segment the alternatives that go together, by the number of their row; None where it cannot run again."""
+        numbers = {site: at for at, segment in enumerate(self.segments) for site in segment.sites}
+        found: list[dict[int, Alternative]] = [{} for _ in self.segments]
+        for row, decision in enumerate(self.decisions):
+            if decision.reweighted is not None:
+                found[numbers[decision.site]][row] = decision.reweighted
+        return [own if own or s.is_bridge else None for own, s in zip(found, self.segments, strict=True)]
 
     def _with(self, choice: Choice, memory_budget: int) -> Plan:
         decisions = tuple(replace(d, chosen=taken) for d, taken in zip(self.decisions, choice, strict=True))
@@ -182,12 +222,20 @@ class Alternatives:
 
     Args:
         strategies: To choose from; earlier ones win ties.
+        reweight: Makes of a strategy the one that takes its norms, and clipped sums from a second backward.
         machine: Predicts seconds.
         itemsize: Bytes per element.
     """
 
-    def __init__(self, strategies: Sequence[Strategy], machine: CostModel, itemsize: int) -> None:
-        self.strategies, self.machine, self.itemsize = strategies, machine, itemsize
+    def __init__(
+        self,
+        strategies: Sequence[Strategy],
+        reweight: Callable[[Strategy], Strategy],
+        machine: CostModel,
+        itemsize: int,
+    ) -> None:
+        self.strategies, self.reweight = strategies, reweight
+        self.machine, self.itemsize = machine, itemsize
         self._known: dict[Signature, tuple[Alternative, ...]] = {}
 
     def of(self, signature: Signature) -> tuple[Alternative, ...]:
@@ -202,6 +250,29 @@ class Alternatives:
             )
         return self._known[signature]
 
+    def norms_alone(self, signature: Signature) -> Alternative | None:
+        """The fastest of those that hold factors for the clip node, which a second backward can do without."""
+        holding = [a for a in self.of(signature) if a.cost is not None and a.cost.holds_factors]
+        return None if isinstance(signature, GradientSignature) else min(holding, key=lambda a: a.seconds, default=None)
+
+    def reweighted(self, signature: Signature, segment: Segment | None, share: int, joined: str) -> Alternative:
+        """Norms alone, with a share of the second run of a segment.
+
+        Args:
+            signature: Sizes of the factors.
+            segment: What is run a second time; None: the site is in no segment.
+            share: Among how many operands the time of that run is divided.
+            joined: Why per-example gradients must be formed; "" where they need not.
+        """
+        norms = self.norms_alone(signature)
+        if refusal := _no_second_run(segment, norms, joined):
+            return Alternative(self.reweight(self.strategies[0]), refusal=refusal)
+        assert norms is not None
+        assert segment is not None
+        strategy = self.reweight(norms.strategy)
+        cost = replace(strategy.cost(signature, self.itemsize), bytes_summing=segment.cost.bytes_summing)
+        return Alternative(strategy, norms.seconds + self.machine.seconds(segment.cost) / share, cost)
+
     def least_seconds(self, signature: Signature) -> float:
         """Of the best strategy."""
         return min(alternative.seconds for alternative in self.of(signature))
@@ -215,6 +286,15 @@ class Alternatives:
         return self.machine.seconds(Cost(fitted.rule.own_work(fitted.geometry, self.itemsize), 0))
 
 
+def _no_second_run(segment: Segment | None, norms: Alternative | None, joined: str) -> str:
+    """Why an operand's clipped sum cannot come from a second backward, or ""."""
+    if joined:
+        return joined
+    if norms is None:
+        return "its gradients are held as they are formed"
+    return "no single value carries the gradients of what lies above it" if segment is None else segment.refusal
+
+
 def make_plan(
     sites: Sequence[Site],
     fitted: Mapping[str, Fitted],
@@ -222,6 +302,7 @@ def make_plan(
     *,
     forced: str | Mapping[str, str] = "auto",
     channels_last: frozenset[int] = frozenset(),
+    segments: Sequence[Segment] = (),
     footprint: Footprint | None = None,
 ) -> Plan:
     """The cheapest strategy for every operand of every site.
@@ -232,19 +313,14 @@ def make_plan(
         alternatives: The strategies to choose from.
         forced: "auto", one strategy's name, or {site name: strategy name}.
         channels_last: The regions that use that format.
+        segments: The parts of the graph that may run a second time.
         footprint: Predicts the plan's memory.
 
     Raises:
         StrategyError: A forced strategy does not exist, or does not apply.
     """
     check_forced(sites, alternatives.strategies, forced)
-    joined = _joined(sites)
-    rows = []
-    for site in sites:
-        for operand in site.operands:
-            signature = fitted[site.name].signatures[operand.name]
-            wanted = _wanted(site, forced) if operand is site.operands[0] else None
-            rows.append(_Row(site, operand.name, signature, alternatives.of(signature), wanted, joined[site.name]))
+    rows, segments = _with_second_runs(_rows(sites, fitted, alternatives, forced), alternatives, segments)
     _check_applicable(rows, forced)
     decisions = []
     for row in rows:
@@ -258,7 +334,13 @@ def make_plan(
         )
     n = next(iter(fitted.values())).geometry.n if fitted else 0
     return Plan(
-        n, tuple(decisions), fitted, alternatives.machine.name, channels_last=channels_last, footprint=footprint
+        n,
+        tuple(decisions),
+        fitted,
+        alternatives.machine.name,
+        channels_last=channels_last,
+        segments=tuple(segments),
+        footprint=footprint,
     )
 
 
@@ -288,7 +370,9 @@ class _Row:
         """What may be chosen."""
         if self.joined:
             return [a for a in self.alternatives if a.strategy.name == "materialize"]
-        return [self.forced] if self.forced else [a for a in self.alternatives if a.cost]
+        if self.forced:
+            return [self.forced]
+        return [a for a in self.alternatives if a.cost and a.strategy.name != REWEIGHT]
 
     @property
     def reason(self) -> str:
@@ -298,6 +382,44 @@ class _Row:
         if self.wanted is None:
             return ""
         return "forced" if self.forced else f"{self.wanted} does not apply"
+
+
+def _rows(
+    sites: Sequence[Site],
+    fitted: Mapping[str, Fitted],
+    alternatives: Alternatives,
+    forced: str | Mapping[str, str],
+) -> list[_Row]:
+    """What there is to choose from by itself."""
+    joined, rows = _joined(sites), []
+    for site in sites:
+        for operand in site.operands:
+            signature = fitted[site.name].signatures[operand.name]
+            wanted = _wanted(site, forced)
+            if operand is not site.operands[0] and (wanted != REWEIGHT or not alternatives.norms_alone(signature)):
+                wanted = None
+            rows.append(_Row(site, operand.name, signature, alternatives.of(signature), wanted, joined[site.name]))
+    return rows
+
+
+def _with_second_runs(
+    rows: Sequence[_Row], alternatives: Alternatives, segments: Sequence[Segment]
+) -> tuple[list[_Row], list[Segment]]:
+    """And what goes for a whole segment; its operands share the time, those asked for or else all that may."""
+    by_site = {site: segment for segment in segments for site in segment.sites}
+    asked, able = Counter[str](), Counter[str]()
+    for row in rows:
+        segment = by_site.get(row.site.name)
+        if segment and not _no_second_run(segment, alternatives.norms_alone(row.signature), row.joined):
+            able[segment.exit] += 1
+            asked[segment.exit] += row.wanted == REWEIGHT
+    found = []
+    for row in rows:
+        segment = by_site.get(row.site.name)
+        share = 1 if segment is None else asked[segment.exit] or able[segment.exit]
+        own = alternatives.reweighted(row.signature, segment, share, row.joined)
+        found.append(replace(row, alternatives=(*row.alternatives, own)))
+    return found, [replace(s, is_bridge=not s.refusal and not able[s.exit]) for s in segments]
 
 
 def _joined(sites: Sequence[Site]) -> dict[str, str]:
@@ -323,7 +445,7 @@ def check_forced(sites: Sequence[Site], strategies: Sequence[Strategy], forced: 
     Raises:
         StrategyError: One does not.
     """
-    known = ["auto", *(strategy.name for strategy in strategies)]
+    known = ["auto", *(strategy.name for strategy in strategies), REWEIGHT]
     if not isinstance(forced, str | Mapping):
         raise ArgumentError(
             f"`strategy` should be one of {', '.join(known)}, or a dict from site to strategy. Found {forced!r}."

@@ -48,6 +48,13 @@ def pull_back_each(tape: Tape, key: tuple[str, str], expression: Expression, gra
     return dict(zip(expression.parameters, found, strict=True))
 
 
+def value_of(tape: Tape, key: tuple[str, str], expression: Expression) -> Tensor:
+    """An expression's value, without its history."""
+    if expression.function is None:
+        return tape.parameters[expression.parameters[0]].detach()
+    return _evaluated(tape, key, expression)[0].detach()
+
+
 def _evaluated(tape: Tape, key: tuple[str, str], expression: Expression) -> tuple[Tensor, list[Tensor]]:
     """An expression's value, and the copies of its parameters that it was computed from."""
     function, constants = expression.function, tape.constants[key]
@@ -74,8 +81,7 @@ def add_pulled(
     """Adds what a value contributes to each trained parameter."""
     pulled = {key[1]: value}
     if key[0]:
-        operand = next(operand for operand in tape.state.site(key[0]).operands if operand.name == key[1])
-        pulled = pull_back(tape, key, operand.expression, value)
+        pulled = pull_back(tape, key, tape.state.operand(key).expression, value)
     for name, part in pulled.items():
         if name in tape.active:
             sums[name] = sums[name] + part if name in sums else part

@@ -8,15 +8,16 @@ and when the clip node has summed them. The loss is not known; it is taken for a
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,9 +28,10 @@ from perexfx.ir.alternative import Alternative
 from perexfx.ir.cost import Cost
 from perexfx.ir.factors import Factors, Signature
 from perexfx.kernels import hidden_bytes, workspace_bytes
-from perexfx.plan import Key, Plan
+from perexfx.plan import REWEIGHT, Key, Plan
 from perexfx.quiet import quiet
 from perexfx.record import FakeInterpreter, fake_inputs, leaves_of
+from perexfx.segments import Rerun, Segment, cuts_of, reruns_of
 from perexfx.state import PerExample
 from perexfx.timeline import Span, Timeline
 from perexfx.tracer import TRACING, same_einsums
@@ -53,6 +55,36 @@ class HandedOver:
 
 
 @dataclass(frozen=True)
+class Passed:
+    """A value between two segments.
+
+    Attributes:
+        forward: The tick at which it was there.
+        backward: The tick at which its gradient was; past the end where it has none.
+        gradient: The storages of that.
+    """
+
+    forward: int
+    backward: int
+    gradient: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Where a step passes from one segment to the next.
+
+    Attributes:
+        cuts: Name of the value between them -> when it came and went.
+        values: Name of a value that segments read -> its storages.
+        results: The storages of the parameters' gradients.
+    """
+
+    cuts: Mapping[str, Passed]
+    values: Mapping[str, tuple[int, ...]]
+    results: frozenset[int]
+
+
+@dataclass(frozen=True)
 class Rehearsal:
     """The memory of one step, for one batch size and every choice of strategies.
 
@@ -61,12 +93,16 @@ class Rehearsal:
         ordinary: The step without clipping.
         clipped: The clipped step as if nothing were held for the clip node.
         handed_over: (site, operand) -> its factors; those whose strategy is a choice.
+        segments: The parts of the graph that may run a second time.
+        passages: Where the clipped step passes from one segment to the next.
     """
 
     n: int
     ordinary: Timeline
     clipped: Timeline
     handed_over: Mapping[Key, HandedOver]
+    segments: tuple[Segment, ...]
+    passages: Passages
 
     def bytes_added(self, chosen: Mapping[Key, Alternative]) -> int:
         """Peak memory of the clipped step less that of the ordinary step; below zero where clipping needs less."""
@@ -79,12 +115,14 @@ class Rehearsal:
 
     def clipped_bytes(self, chosen: Mapping[Key, Alternative]) -> int:
         """Peak memory of the clipped step with a choice of strategies."""
-        lives_until: dict[int, int] = {}
-        others: list[Span] = []
+        again = [key for key in self.handed_over if chosen[key].strategy.name == REWEIGHT]
+        lives_until, others = self._second_runs(reruns_of(again, self.segments)) if again else ({}, [])
         for key, handed in self.handed_over.items():
             cost = chosen[key].cost
             assert cost is not None
             others.append(Span(handed.at, handed.at + 1, cost.bytes_transient))
+            if key in again:
+                continue
             others.append(Span(handed.until, handed.until + 1, cost.bytes_summing))
             if cost.holds_factors:
                 lives_until |= {at: max(handed.until + 1, lives_until.get(at, 0)) for at in handed.storages}
@@ -92,13 +130,33 @@ class Rehearsal:
                 others.append(Span(handed.at, handed.until + 1, cost.bytes_held))
         return self.clipped.peak(lives_until, others)
 
+    def _second_runs(self, reruns: Sequence[Rerun]) -> tuple[dict[int, int], list[Span]]:
+        """What reruns keep until the clip node has summed all else, and what they hold then, one after another."""
+        cuts, values = self.passages.cuts, self.passages.values
+        end = max(handed.until for handed in self.handed_over.values())
+        kept = {name for cut in cuts_of(reruns, self.segments).values() for name in cut.keeps}
+        storages = [values[name] for name in kept if name in values]
+        storages += [cuts[self.segments[rerun.last].exit].gradient for rerun in reruns]
+        lives_until = {at: end + 1 for group in storages for at in group}
+        return lives_until, [Span(end, end + 1, max(map(self._second_run, reruns)))]
+
+    def _second_run(self, rerun: Rerun) -> int:
+        """The most that a rerun holds besides: what its part of the clipped step does, and its result."""
+        cuts, first = self.passages.cuts, self.segments[rerun.first]
+        begins = cuts[first.entry] if first.entry else Passed(0, self.clipped.ticks, ())
+        ends = cuts[self.segments[rerun.last].exit]
+        parts = [(begins.forward + 1, ends.forward), (ends.backward, begins.backward)]
+        result = sum(self.clipped.storages[at].bytes for at in ends.gradient)
+        return result + self.clipped.peak_of(parts, self.passages.results)
+
     def between(self, other: Rehearsal, n: int) -> Rehearsal | None:
         """The rehearsal for another batch size; None where the two differ in more than sizes."""
         ordinary = self.ordinary.between(self.n, other.ordinary, other.n, n)
         clipped = self.clipped.between(self.n, other.clipped, other.n, n)
-        if ordinary is None or clipped is None or self.handed_over != other.handed_over:
+        same = self.handed_over == other.handed_over and self.passages == other.passages
+        if ordinary is None or clipped is None or not same:
             return None
-        return Rehearsal(n, ordinary, clipped, self.handed_over)
+        return Rehearsal(n, ordinary, clipped, self.handed_over, self.segments, self.passages)
 
 
 @dataclass(frozen=True)
@@ -145,6 +203,8 @@ class Rehearsed:
         return known[n]
 
 
+NEVER = sys.maxsize
+
 REHEARSALS_KEPT = 8
 """Of one kind of input; from the first two the others follow."""
 
@@ -165,15 +225,22 @@ def rehearse(gm: fx.GraphModule, state: PerExample, plan: Plan, inputs: Inputs) 
         _step(gm, state.captured.graph, fake, given, ordinary)
         clipped = _Recorder()
         state.plans[inputs, plan.batch_size] = _watched(plan, clipped)
-        _step(gm, gm.graph, fake, given, clipped)
-    return Rehearsal(plan.batch_size, ordinary.timeline(), clipped.timeline(), clipped.handed_over())
+        passages = _step(gm, gm.graph, fake, given, clipped, plan.segments)
+    return Rehearsal(
+        plan.batch_size, ordinary.timeline(), clipped.timeline(), clipped.handed_over(), plan.segments, passages
+    )
 
 
 def _step(
-    gm: fx.GraphModule, graph: fx.Graph, fake: FakeTensorMode, given: Mapping[str, Tensor], recorder: _Recorder
-) -> None:
-    """Forward, loss and backward."""
-    interpreter = FakeInterpreter(gm, graph, fake, trains=True)
+    gm: fx.GraphModule,
+    graph: fx.Graph,
+    fake: FakeTensorMode,
+    given: Mapping[str, Tensor],
+    recorder: _Recorder,
+    segments: Sequence[Segment] = (),
+) -> Passages:
+    """Forward, loss and backward; where they pass from one segment to the next."""
+    interpreter = _Passing(gm, graph, fake, recorder, segments)
     parameters = [value for value in interpreter.fetch_attributes() if value.requires_grad]
     with fake:
         recorder.ignore([*given.values(), *interpreter.converted.values()])
@@ -181,7 +248,48 @@ def _step(
             loss = _loss(interpreter.run(*arguments_for(graph, given)))
             interpreter.env.clear()
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            results = recorder.storages_of(gradients)
             del loss, gradients
+    return interpreter.passages(results)
+
+
+class _Passing(FakeInterpreter):
+    """Notes when the values between segments come, when their gradients do, and where what segments read lies."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        graph: fx.Graph,
+        fake: FakeTensorMode,
+        recorder: _Recorder,
+        segments: Sequence[Segment],
+    ) -> None:
+        super().__init__(module, graph, fake, trains=True)
+        self.recorder = recorder
+        self.exits = {segment.exit for segment in segments}
+        self.read = {name for segment in segments for name in segment.given}
+        self.cuts: dict[str, Passed] = {}
+        self.values: dict[str, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One node."""
+        value = super().run_node(n)
+        if n.name in self.read:
+            self.values[n.name] = self.recorder.storages_of(value)
+        if n.name in self.exits:
+            self.cuts[n.name] = Passed(self.recorder.event(), NEVER, ())
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(partial(self._note_gradient, n.name))
+        return value
+
+    def _note_gradient(self, name: str, gradient: Tensor) -> None:
+        found = self.recorder.storages_of(gradient)
+        self.cuts[name] = replace(self.cuts[name], backward=self.recorder.event(), gradient=found)
+
+    def passages(self, results: Sequence[int]) -> Passages:
+        """All that was noted."""
+        ends = {name: replace(cut, backward=min(cut.backward, self.recorder.tick)) for name, cut in self.cuts.items()}
+        return Passages(ends, self.values, frozenset(results))
 
 
 def _loss(output: Any) -> Tensor:
@@ -241,10 +349,18 @@ class _Recorder(TorchDispatchMode):
         self.tick += 1
         return self.tick
 
+    def storages_of(self, value: Any) -> tuple[int, ...]:
+        """Where the tensors of a value lie, as far as the step has made them."""
+        places = (self._alive.get(_address(tensor)) for tensor in leaves_of(value))
+        return tuple(dict.fromkeys(place[0] for place in places if place is not None))
+
+    def event(self) -> int:
+        """A tick of its own."""
+        return self._next()
+
     def hand_over(self, key: Key, factors: Factors) -> None:
         """Notes that a site has left its factors."""
-        places = (self._alive.get(_address(tensor)) for tensor in leaves_of(factors))
-        self._handed[key] = self._next(), tuple(dict.fromkeys(place[0] for place in places if place is not None))
+        self._handed[key] = self._next(), self.storages_of(factors)
 
     def sum_up(self, key: Key) -> None:
         """Notes that the clip node has summed a site's factors."""

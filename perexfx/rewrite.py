@@ -22,7 +22,9 @@ from perexfx.formats import enter, leave
 from perexfx.ir.node import annotate, info_of
 from perexfx.ir.site import Site
 from perexfx.regions import Region, images_of, reads_either_format
+from perexfx.rerun import cut
 from perexfx.runtime import clip, norm, per_example
+from perexfx.segments import Segment
 from perexfx.state import PerExample
 
 STATE = "perexfx"
@@ -103,7 +105,8 @@ def rewrite(twin: nn.Module, captured: fx.Graph, state: PerExample) -> Transform
         state: What becomes `gm.perexfx`: the sites and regions of that graph.
     """
     body = {**twin.__dict__, "_modules": {**twin._modules, STATE: state.train(twin.training)}}
-    return Transformed(body, _rewritten(captured, state.sites, state.regions), type(twin).__name__)
+    segments = state.segments if state.settings.may_reweight else ()
+    return Transformed(body, _rewritten(captured, state.sites, state.regions, segments), type(twin).__name__)
 
 
 def twin_of(model: nn.Module, constants: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -128,7 +131,9 @@ def _shallow_twin(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
     return seen[id(module)]
 
 
-def _rewritten(captured: fx.Graph, sites: Sequence[Site], regions: Sequence[Region]) -> fx.Graph:
+def _rewritten(
+    captured: fx.Graph, sites: Sequence[Site], regions: Sequence[Region], segments: Sequence[Segment]
+) -> fx.Graph:
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     borders = _Borders(graph, regions)
@@ -140,16 +145,19 @@ def _rewritten(captured: fx.Graph, sites: Sequence[Site], regions: Sequence[Regi
         new[node] = by_name[node.name] = graph.node_copy(node)
     tape, token, parameters = _insert_clip(graph, [new[node] for node in inputs], clipped)
     borders.tape = tape
+    cuts = _Cuts(graph, captured, segments, (tape, token), new)
+    token = cuts.at_begin()
     tokens: dict[str, fx.Node] = {}
     for node in captured.nodes:
-        if node.op == "placeholder":
+        if node in new:
+            by_name[node.name] = new[node]
             continue
         if node.op == "get_attr" and node.target in parameters:
             new[node] = parameters[node.target]
             by_name[node.name] = new[node]
             continue
         site = by_node.get(node.name)
-        given = {read: borders.crossed(read, new[read], node) for read in node.all_input_nodes}
+        given = {read: borders.crossed(read, new[read], node, cuts.passed) for read in node.all_input_nodes}
         if site is None:
             new[node] = graph.node_copy(node, given.__getitem__)
         else:
@@ -173,36 +181,86 @@ def _rewritten(captured: fx.Graph, sites: Sequence[Site], regions: Sequence[Regi
             new[node].meta = dict(node.meta)
             annotate(new[node], replace(info_of(node), role="site", site=site.name))
         by_name[node.name] = new[node]
+        new[node] = cuts.after(node)
     return graph
 
 
+class _Cuts:
+    """Nodes between segments.
+
+    Attributes:
+        passed: How many segments lie behind.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        captured: fx.Graph,
+        segments: Sequence[Segment],
+        first: tuple[fx.Node, fx.Node],
+        new: dict[fx.Node, fx.Node],
+    ) -> None:
+        self.graph, self.segments, self.first, self.new, self.passed = graph, segments, first, new, 0
+        self.nodes = {node.name: node for node in captured.nodes}
+        self.exits = {segment.exit for segment in segments}
+
+    def at_begin(self) -> fx.Node:
+        """The token, behind the cut before the first segment."""
+        _, token = self.first
+        return self._cut(token) if self.segments else token
+
+    def after(self, node: fx.Node) -> fx.Node:
+        """What stands for a node of the captured graph, behind its cut where there is one."""
+        if node.name not in self.exits:
+            return self.new[node]
+        self.passed += 1
+        return self._cut(self.new[node])
+
+    def _cut(self, value: fx.Node) -> fx.Node:
+        tape, token = self.first
+        read = self.segments[self.passed].given if self.passed < len(self.segments) else ()
+        given = [self._given(self.nodes[name]) for name in read]
+        arguments = (tape, token, self.passed, value, *given)
+        node = self.graph.create_node("call_function", cut, arguments, name=f"{PREFIX}cut")
+        return annotate(node, replace(info_of(value), role="cut", site="", overwrites=False))
+
+    def _given(self, node: fx.Node) -> fx.Node:
+        """A value that a segment reads; what the module holds may be named later in the captured graph."""
+        if node not in self.new:
+            self.new[node] = self.graph.node_copy(node)
+        return self.new[node]
+
+
 class _Borders:
-    """Conversions where values cross the border of a region; one for all who read a value on the other side."""
+    """Conversions where values cross the border of a region; one for all in a segment who read a value on the other side."""
 
     def __init__(self, graph: fx.Graph, regions: Sequence[Region]) -> None:
         self.graph = graph
         self.tape: fx.Node | None = None
         self.regions = {name: at for at, region in enumerate(regions) for name in region.nodes}
-        self.converted: dict[tuple[str, int, bool], fx.Node] = {}
+        self.converted: dict[tuple[str, int, bool, int], fx.Node] = {}
 
-    def crossed(self, read: fx.Node, value: fx.Node, reader: fx.Node) -> fx.Node:
+    def crossed(self, read: fx.Node, value: fx.Node, reader: fx.Node, segment: int) -> fx.Node:
         """`value` as a reader takes it.
 
         Args:
             read: In the captured graph.
             value: The same in the new graph.
             reader: In the captured graph.
+            segment: Number of the reader's segment, which has conversions of its own.
         """
         inside = self.regions.get(read.name)
         wanted = self.regions.get(reader.name) if read in images_of(reader) else None
         if inside == wanted or (wanted is None and reads_either_format(reader)):
             return value
         if inside is not None:
-            value = self._converted(leave, read, value, inside)
-        return value if wanted is None else self._converted(enter, read, value, wanted)
+            value = self._converted(leave, read, value, inside, segment)
+        return value if wanted is None else self._converted(enter, read, value, wanted, segment)
 
-    def _converted(self, conversion: Callable[..., Any], read: fx.Node, value: fx.Node, region: int) -> fx.Node:
-        key = read.name, region, conversion is enter
+    def _converted(
+        self, conversion: Callable[..., Any], read: fx.Node, value: fx.Node, region: int, segment: int
+    ) -> fx.Node:
+        key = read.name, region, conversion is enter, segment
         if key not in self.converted:
             name = PREFIX + conversion.__name__
             node = self.graph.create_node("call_function", conversion, (self.tape, value, region), name=name)

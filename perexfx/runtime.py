@@ -27,6 +27,7 @@ from perexfx.ir.rule import Backward, Fitted, Shape
 from perexfx.ir.site import Operand, Site
 from perexfx.ir.tracing import is_watched
 from perexfx.pull_back import add_pulled, pull_back, pull_back_each
+from perexfx.rerun import SecondTape, sums_again
 from perexfx.state import PerExample
 from perexfx.tape import Tape
 from perexfx.waiting import may_wait, together
@@ -178,6 +179,9 @@ class _PerExampleOp(Function):
             operands=ctx.operands,
         )
         gradients, factors = call.fitted.rule.backward(given)
+        if isinstance(tape, SecondTape):
+            tape.add(site.name, factors)
+            return (None, None, *[gradients.get(name) for name in call.names])
         assert tape.plan is not None
         shared = {} if tape.state.one_by_one or is_watched() else tape.plan.left_users
         for name, found in factors.items():
@@ -204,7 +208,7 @@ def per_example(tape: Tape, token: Tensor, name: str, constants: Any, *args: Any
     """
     site = tape.state.site(name)
     arguments = site.rule.bind(site.target, args, kwargs)
-    if tape.plan is None or not tape.operands[name]:
+    if tape.plan is None or not tape.is_trained(name):
         return _call(site, args, kwargs)
     for operand, values in zip(site.operands, constants, strict=True):
         if values:
@@ -258,7 +262,10 @@ def _squared_norms(tape: Tape, group: str) -> Tensor | None:
                 tape.waiting[key] = factors
                 continue
             squared, held = tape.plan.strategies[key].squared_norms(factors)
-            tape.held[key] = held
+            if tape.cuts and key in tape.plan.reweighted:
+                tape.reweighted.add(key)
+            if key not in tape.reweighted or tape.state.keep_gradients:
+                tape.held[key] = held
             total = squared if total is None else total + squared
     if total is not None:
         tape.squared_norms[group] = total
@@ -303,12 +310,18 @@ def _clipped_sums(tape: Tape, total: Tensor | None) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     for key in list(tape.held):
         held = tape.held.pop(key)
+        if key in tape.reweighted:
+            continue
         if drops:
             held = held.without(lost)
         site = state.site(key[0]) if key[0] else _first_use(state, key[1])
         add_pulled(tape, key, held.weighted_sum(factors[site.group]), pull_back, sums)
     for small in waited:
         for key, value in (small.without(lost) if drops else small).weighted_sums(rows[0]):
+            add_pulled(tape, key, value, pull_back, sums)
+    assert tape.plan is not None
+    for rerun in tape.plan.reruns if tape.reweighted else ():  # when nothing else is held any more
+        for key, value in sums_again(tape, rerun, rows[0], lost if drops else None).items():
             add_pulled(tape, key, value, pull_back, sums)
     return {name: value.to(tape.parameters[name].dtype) for name, value in sums.items()}
 

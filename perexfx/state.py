@@ -20,9 +20,10 @@ from perexfx.analyze import Analysis
 from perexfx.capture import Captured
 from perexfx.inputs import Inputs, named_leaves
 from perexfx.ir.errors import ArgumentError, ModeError
-from perexfx.ir.site import Site, are_joined, grouped
-from perexfx.plan import Plan
+from perexfx.ir.site import Operand, Site, are_joined, grouped
+from perexfx.plan import REWEIGHT, Key, Plan
 from perexfx.regions import Region
+from perexfx.segments import Segment
 from perexfx.tape import Tape
 
 if TYPE_CHECKING:
@@ -45,6 +46,12 @@ class Settings:
     batch_dim: int
     cost_model: str
 
+    @property
+    def may_reweight(self) -> bool:
+        """Whether a plan may run parts of the graph a second time: under a memory budget, or where it is asked for."""
+        asked = self.strategy.values() if isinstance(self.strategy, Mapping) else (self.strategy,)
+        return self.memory_budget is not None or REWEIGHT in asked
+
 
 Planner = Callable[["PerExample", nn.Module, Inputs, int], Plan]
 
@@ -59,6 +66,7 @@ class PerExample(nn.Module):
     Attributes:
         sites: Every use of a trainable parameter, in graph order.
         regions: The parts of the graph whose images may lie with their channels last.
+        segments: The parts of the graph that a plan may have run a second time.
         groups: The sites that share parameters, by the name of the first.
         plans: Kind of input and batch size -> plan, of all that were made.
         proofs: Kind of input and batch size -> what `perexfx.verify` has proved of its plan.
@@ -81,6 +89,7 @@ class PerExample(nn.Module):
         self,
         sites: Sequence[Site],
         regions: Sequence[Region],
+        segments: Sequence[Segment],
         settings: Settings,
         captured: Captured,
         trainable: Sequence[str],
@@ -90,6 +99,7 @@ class PerExample(nn.Module):
         super().__init__()
         self.sites = tuple(sites)
         self.regions = tuple(regions)
+        self.segments = tuple(segments)
         self.settings = settings
         self.captured = captured
         self.trainable, self.frozen = tuple(trainable), tuple(frozen)
@@ -144,6 +154,10 @@ class PerExample(nn.Module):
     def site(self, name: str) -> Site:
         """A site by name."""
         return self._by_name[name]
+
+    def operand(self, key: Key) -> Operand:
+        """An operand of a site."""
+        return next(operand for operand in self.site(key[0]).operands if operand.name == key[1])
 
     def is_alone(self, group: str) -> bool:
         """Whether a group is one site."""

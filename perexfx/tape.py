@@ -16,9 +16,12 @@ from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import ModeError
 from perexfx.ir.factors import Factors, Gradient, Product, SharedGram
+from perexfx.ir.tracing import is_watched
 from perexfx.plan import Plan
+from perexfx.segments import Cut
 
 if TYPE_CHECKING:
+    from perexfx.rerun import AtCut
     from perexfx.state import PerExample
 
 
@@ -58,6 +61,10 @@ class Tape:
         self.versions: dict[str, int] = {}
         self.constants = Constants()
         self.left_alone: set[int] = set()
+        is_rerun = plan is not None and not is_watched()  # a graph has no second backward: it sums what is held
+        self.cuts: Mapping[int, Cut] = plan.cuts if is_rerun else {}
+        self.at_cuts: dict[int, AtCut] = {}
+        self.reweighted: set[tuple[str, str]] = set()
         self._task: int | None = None
         self.observed: dict[tuple[str, str], Factors] = {}
         self.held: dict[tuple[str, str], Factors] = {}
@@ -68,6 +75,10 @@ class Tape:
     def activate(self, parameters: frozenset[str]) -> None:
         """Notes which parameters are trained in this forward, and the operands of each site that depend on them."""
         self.active, self.operands = parameters, self.state.active_operands(parameters)
+
+    def is_trained(self, site: str) -> bool:
+        """Whether a site has trained parameters in this forward."""
+        return bool(self.operands[site])
 
     def enter_backward(self) -> None:
         """Forgets what an earlier backward of this forward left behind: it may have stopped before the clip node."""
@@ -94,6 +105,7 @@ class Tape:
     def release(self) -> None:
         """Lets go of everything that a backward left behind."""
         self.observed, self.held, self.waiting, self.squared_norms, self.left_grams = {}, {}, {}, {}, {}
+        self.at_cuts, self.reweighted = {}, set()
 
     @property
     def scale(self) -> int:

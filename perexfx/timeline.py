@@ -7,7 +7,7 @@ any batch size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -57,6 +57,21 @@ class Timeline:
             changes[start] += size
             changes[end] -= size
         return max(accumulate(changes))
+
+    def peak_of(self, parts: Sequence[tuple[int, int]], without: Collection[int] = ()) -> int:
+        """The most bytes held at once of what comes in some parts of the step, as if these were all of it.
+
+        Args:
+            parts: First and last tick of each, in order.
+            without: Storages that do not count.
+        """
+        changes = [0] * (self.ticks + 2)
+        for at, (start, end, size) in enumerate(self.storages):
+            if at not in without and any(first <= start <= last for first, last in parts):
+                changes[start] += size
+                changes[end] -= size
+        held = list(accumulate(changes))
+        return max((max(held[first : last + 1], default=0) for first, last in parts), default=0)
 
     @cached_property
     def _changes(self) -> list[int]:

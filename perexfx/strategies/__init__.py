@@ -11,6 +11,7 @@ from perexfx.strategies.grouped import Grouped
 from perexfx.strategies.loop import Loop
 from perexfx.strategies.materialize import Materialize
 from perexfx.strategies.outer import Outer
+from perexfx.strategies.reweight import Reweight
 
 STRATEGIES: tuple[Strategy, ...] = (
     Outer(),
@@ -23,6 +24,7 @@ STRATEGIES: tuple[Strategy, ...] = (
     Loop(keep=False),
     GramShift(),
 )
-"""In the order in which ties between equal costs are decided."""
+"""In the order in which ties between equal costs are decided. `Reweight` goes for whole segments of a graph, and so is
+the planner's to offer."""
 
-__all__ = ["STRATEGIES", "Direct", "Gram", "GramShift", "Grouped", "Loop", "Materialize", "Outer"]
+__all__ = ["STRATEGIES", "Direct", "Gram", "GramShift", "Grouped", "Loop", "Materialize", "Outer", "Reweight"]

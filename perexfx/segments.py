@@ -1,0 +1,287 @@
+"""Segments: the parts of a graph that can be run a second time by themselves.
+
+Promises: gradients enter a segment through one value and leave it through one, so that its second backward needs
+nothing of what lies above it; whatever else it reads is named. A segment that might not compute the same again is
+refused, with the reason. Together they are the whole graph, in order; each has a site.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import fx, nn
+
+from perexfx.analyze import Analysis
+from perexfx.classify import passes_no_gradient
+from perexfx.ir.convolution import ConvolutionSignature
+from perexfx.ir.cost import Cost, Work
+from perexfx.ir.layout import Layout
+from perexfx.ir.ordinary import ordinary_gradient
+from perexfx.ir.rule import Fitted
+from perexfx.ir.site import Site
+from perexfx.regions import convolution_work
+
+Key = tuple[str, str]
+"""A site and an operand, by name."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a graph, from one value through which all gradients pass to the next.
+
+    Attributes:
+        nodes: Names of its nodes, in graph order.
+        entry: The value through which gradients leave it; "" where it begins with the graph.
+        exit: The value through which they enter it.
+        given: The values from outside that its nodes read, parameters that are trained aside.
+        sites: Names of its sites.
+        layouts: Where each given value carries examples, per tensor; the exit's too. Known with an analysis.
+        is_random: Whether it draws random numbers.
+        refusal: Why it cannot be run a second time; "" where it can.
+        cost: Of a second forward and its input gradients.
+        is_bridge: Whether no clipped sum of its own could come from a second run: it is run with those around it.
+    """
+
+    nodes: tuple[str, ...]
+    entry: str
+    exit: str
+    given: tuple[str, ...]
+    sites: tuple[str, ...]
+    layouts: Mapping[str, tuple[Layout | None, ...]] = field(default_factory=dict)
+    is_random: bool = False
+    refusal: str = ""
+    cost: Cost = Cost((), 0)
+    is_bridge: bool = False
+
+    @property
+    def layout_of_exit(self) -> Layout:
+        """Where the value through which gradients enter carries examples."""
+        (layout,) = self.layouts[self.exit]
+        assert layout is not None
+        return layout
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """Segments that are run a second time, for the clipped sums of some of their operands.
+
+    Attributes:
+        first: Number of its first segment.
+        last: Number of its last segment.
+        keys: The operands, as (site, operand).
+    """
+
+    first: int
+    last: int
+    keys: frozenset[Key]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What the value between two segments is to the reruns of a plan.
+
+    Attributes:
+        keeps: The values that the segment after it reads, for a rerun.
+        begins: Whether a rerun begins here.
+        ends: Whether one ends here.
+        is_random: Whether the one that begins draws random numbers.
+    """
+
+    keeps: tuple[str, ...] = ()
+    begins: bool = False
+    ends: bool = False
+    is_random: bool = False
+
+
+def segments_of(graph: fx.Graph, sites: Sequence[Site], trainable: Collection[str]) -> tuple[Segment, ...]:
+    """The segments of a captured graph.
+
+    Args:
+        graph: In functional form.
+        sites: In graph order.
+        trainable: Names of the parameters that are trained.
+    """
+    nodes = list(graph.nodes)
+    order = {node: at for at, node in enumerate(nodes)}
+    at_sites = {site.node: site.name for site in sites}
+    cuts = _cuts(nodes, order, at_sites)
+    found, begin, entry = [], 0, ""
+    for cut in cuts:
+        end = order[cut] + 1
+        inside = [node for node in nodes[begin:end] if node.op not in ("placeholder", "get_attr")]
+        found.append(_segment(inside, entry, cut, at_sites, trainable))
+        begin, entry = end, cut.name
+    return tuple(found)
+
+
+def _cuts(nodes: Sequence[fx.Node], order: Mapping[fx.Node, int], at_sites: Mapping[str, str]) -> list[fx.Node]:
+    """The values that everything a gradient passes through depends on: the last of them before each site, and the one
+    that is returned.
+    """
+    carrying: set[fx.Node] = set()
+    live: set[fx.Node] = set()
+    cuts: list[fx.Node] = []
+    has_site = False
+    for node in nodes:
+        if node.name in at_sites or (carrying.intersection(node.all_input_nodes) and not passes_no_gradient(node)):
+            carrying.add(node)
+            live.add(node)
+        live = {value for value in live if _last_reader(value, order) > order[node]}
+        has_site = has_site or node.name in at_sites
+        if live != {node}:
+            continue
+        if has_site or not cuts:
+            cuts.append(node)
+        else:
+            cuts[-1] = node  # the later one: what the next site reads
+        has_site = False
+    return cuts
+
+
+def _last_reader(node: fx.Node, order: Mapping[fx.Node, int]) -> int:
+    """Of those that may send a gradient back."""
+    return max((order[user] for user in node.users if not passes_no_gradient(user)), default=-1)
+
+
+def _segment(
+    inside: Sequence[fx.Node], entry: str, cut: fx.Node, at_sites: Mapping[str, str], trainable: Collection[str]
+) -> Segment:
+    own = set(inside)
+    read = dict.fromkeys(value for node in inside for value in node.all_input_nodes if value not in own)
+    given = [value.name for value in read if value.op != "get_attr" or value.target not in trainable]
+    return Segment(
+        tuple(node.name for node in inside),
+        entry,
+        cut.name,
+        tuple(given),
+        tuple(at_sites[node.name] for node in inside if node.name in at_sites),
+    )
+
+
+def fit_segments(
+    segments: Sequence[Segment],
+    graph: fx.Graph,
+    module: nn.Module,
+    analysis: Analysis,
+    cost: Callable[[Segment], Cost],
+) -> tuple[Segment, ...]:
+    """Segments with what an analysis tells of them.
+
+    Args:
+        segments: Of the graph.
+        graph: In functional form.
+        module: Holds the parameter-free modules that the graph names.
+        analysis: Of the graph.
+        cost: Of a second run.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    order = {name: at for at, name in enumerate(nodes)}
+    found = []
+    for segment in segments:
+        named = (*segment.given, segment.exit)
+        layouts = {name: tuple(facts.layout for facts in analysis.nodes[name].tensors) for name in named}
+        is_random = not analysis.random.isdisjoint(segment.nodes)
+        refusal = _refusal(segment, nodes, order, module, analysis)
+        found.append(replace(segment, layouts=layouts, is_random=is_random, refusal=refusal, cost=cost(segment)))
+    return tuple(found)
+
+
+def _refusal(
+    segment: Segment, nodes: Mapping[str, fx.Node], order: Mapping[str, int], module: nn.Module, analysis: Analysis
+) -> str:
+    """Why a segment might not compute the same again, or ""."""
+    leaves = analysis.tensor(nodes[segment.exit])
+    if leaves is None or leaves.layout is None or not leaves.dtype.is_floating_point:
+        return f"gradients enter it through `{segment.exit}`, which is not one tensor of examples"
+    if any(order[writer] > order[segment.exit] for writer in analysis.written_by.get(segment.exit, ())):
+        return f"`{segment.exit}` is overwritten"
+    begins = order[segment.entry] if segment.entry else -1
+    for name in segment.given:
+        if any(order[writer] > begins for writer in analysis.written_by.get(name, ())):
+            return f"`{name}`, which it reads, is overwritten"
+        if any(facts.layout is None and facts.depends_on_batch_size for facts in analysis.nodes[name].tensors):
+            return f"the examples in `{name}`, which it reads, cannot be told apart"
+    for name in segment.nodes:
+        node = nodes[name]
+        if node.op == "call_module" and any(True for _ in module.get_submodule(str(node.target)).buffers()):
+            return f"`{node.target}` keeps state"
+        for value in node.all_input_nodes:
+            if value.op == "get_attr" and analysis.written_by.get(value.name):
+                return f"it writes into `{value.target}`"
+    return ""
+
+
+def rerun_cost(
+    segment: Segment, graph: fx.Graph, analysis: Analysis, fitted: Mapping[str, Fitted], n: int, itemsize: int
+) -> Cost:
+    """What a second forward and the input gradients of a segment cost.
+
+    Args:
+        segment: Of the graph.
+        graph: In functional form.
+        analysis: Of the graph.
+        fitted: Site name -> the site at its shapes.
+        n: Number of examples.
+        itemsize: Bytes per element.
+    """
+    work: list[Work] = []
+    sites = {site: fitted[site] for site in segment.sites}
+    for found in sites.values():
+        for signature in found.signatures.values():
+            if isinstance(signature, ConvolutionSignature):
+                work += convolution_work(signature, signature.channels_last)
+            else:
+                work += [replace(one, flops=2 * one.flops) for one in ordinary_gradient(signature, itemsize)]
+        work += found.rule.own_work(found.geometry, itemsize)
+    inside, elements = set(segment.nodes), 0
+    for node in graph.nodes:
+        if node.name in inside:
+            tensors = [facts for facts in analysis.nodes[node.name].tensors if facts.dtype.is_floating_point]
+            elements += sum(math.prod(facts.shape(n)) for facts in tensors)
+    work.append(Work("memory", bytes=PASSES * itemsize * elements, calls=2 * len(inside)))
+    return Cost(tuple(work), 0, bytes_summing=itemsize * elements)
+
+
+PASSES = 4
+"""How often the memory of a value is passed, forward and backward."""
+
+
+def reruns_of(keys: Iterable[Key], segments: Sequence[Segment]) -> tuple[Rerun, ...]:
+    """What must be run a second time for some operands: segments beside each other together, bridges between included.
+
+    Args:
+        keys: The operands, as (site, operand).
+        segments: All of the graph.
+    """
+    numbers = {site: at for at, segment in enumerate(segments) for site in segment.sites}
+    wanted: dict[int, set[Key]] = {}
+    for key in keys:
+        wanted.setdefault(numbers[key[0]], set()).add(key)
+    found: list[Rerun] = []
+    for at in sorted(wanted):
+        if found and all(segments[between].is_bridge for between in range(found[-1].last + 1, at)):
+            found[-1] = Rerun(found[-1].first, at, found[-1].keys | wanted[at])
+        else:
+            found.append(Rerun(at, at, frozenset(wanted[at])))
+    return tuple(found)
+
+
+def cuts_of(reruns: Iterable[Rerun], segments: Sequence[Segment]) -> dict[int, Cut]:
+    """Number of a segment -> the cut before it, where that is anything to a rerun; the last cut is after all."""
+    found: dict[int, Cut] = {}
+    for rerun in reruns:
+        numbers = range(rerun.first, rerun.last + 1)
+        is_random = any(segments[at].is_random for at in numbers)
+        computed: set[str] = set()
+        for at in numbers:
+            keeps = tuple(name for name in segments[at].given if name not in computed)
+            found[at] = replace(found.get(at, Cut()), keeps=keeps)
+            computed.update(segments[at].nodes)
+        found[rerun.first] = replace(found[rerun.first], begins=True, is_random=is_random)
+        found[rerun.last + 1] = Cut(ends=True)
+    return found
+
+
+__all__ = ["Cut", "Rerun", "Segment", "cuts_of", "fit_segments", "rerun_cost", "reruns_of", "segments_of"]
