@@ -101,9 +101,8 @@ def transform(
         check_forced(sites, STRATEGIES, strategy)
     regions = regions_of(captured.graph, twin, sites)
     segments = segments_of(captured.graph, sites, trainable)
-    state = PerExample(
-        sites, regions, segments, settings, captured, trainable, frozen, partial(_plan_for, tuple(rules))
-    )
+    planner = partial(_plan_for, tuple(rules))
+    state = PerExample(sites, regions, segments, settings, captured, trainable, frozen, planner)
     transformed = rewrite(twin, captured.graph, state)
     if known is not None:
         state.remember(known.kind, known.analysis)

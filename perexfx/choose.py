@@ -126,9 +126,7 @@ def _seconds(choice: Choice) -> float:
 
 
 def leanest(rows: Rows, bytes_added: Callable[[Choice], int], bundles: Bundles = ()) -> list[Alternative]:
-    """The choice that adds least to the peak: of the leanest alternatives by themselves, and those with bundles in a row
-    in the place of some; of equals the fastest.
-    """
+    """The choice that adds least to the peak: alternatives by themselves, or bundles in a row in the place of some."""
     choice = _leanest_alone(rows, bytes_added)
     tried = [choice, *(_replaced(choice, taken) for taken in _in_a_row(bundles))]
     return min(tried, key=lambda other: (bytes_added(other), _seconds(other)))

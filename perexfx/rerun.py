@@ -1,9 +1,9 @@
 """The second backward at run time: what the cuts between segments keep, and what the clip node makes of it.
 
 Promises: a segment that is run again computes what it has computed before, or it is an error: by the same nodes, from
-the same values, with the same random numbers, and the sums of its result are compared. Its gradients enter weighted, so that what reaches the
-parameters are clipped sums. Where examples are not finite, the rows of one that is stand for them, with gradients of
-zero.
+the same values, with the same random numbers, and the sums of its result are compared. Its gradients enter weighted, so
+that what reaches the parameters are clipped sums. Where examples are not finite, the rows of one that is stand for
+them, with gradients of zero.
 """
 
 from __future__ import annotations
@@ -280,9 +280,9 @@ def _check_same(
         differs = differs & ~lost
     if bool(differs.any()):
         raise ModeError(
-            f"The layers from `{first}` to `{last}` were run a second time for their clipped sums, and did not give what "
-            f"they gave before ({int(differs.sum())} of {len(size)} examples differ). Something in them depends on more "
-            "than their inputs. Raise `memory_budget`, or name another strategy than 'reweight' for these sites."
+            f"The layers from `{first}` to `{last}` were run a second time for their clipped sums, and did not give "
+            f"what they gave before ({int(differs.sum())} of {len(size)} examples differ). Something in them depends "
+            "on more than their inputs. Raise `memory_budget`, or name another strategy than 'reweight' for these sites."
         )
 
 

@@ -232,7 +232,7 @@ class _Cuts:
 
 
 class _Borders:
-    """Conversions where values cross the border of a region; one for all in a segment who read a value on the other side."""
+    """Conversions where values cross the border of a region; one for all in a segment who read a value beyond it."""
 
     def __init__(self, graph: fx.Graph, regions: Sequence[Region]) -> None:
         self.graph = graph

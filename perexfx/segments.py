@@ -52,7 +52,7 @@ class Segment:
     layouts: Mapping[str, tuple[Layout | None, ...]] = field(default_factory=dict)
     is_random: bool = False
     refusal: str = ""
-    cost: Cost = Cost((), 0)
+    cost: Cost = field(default_factory=lambda: Cost((), 0))
     is_bridge: bool = False
 
     @property

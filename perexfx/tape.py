@@ -61,8 +61,8 @@ class Tape:
         self.versions: dict[str, int] = {}
         self.constants = Constants()
         self.left_alone: set[int] = set()
-        is_rerun = plan is not None and not is_watched()  # a graph has no second backward: it sums what is held
-        self.cuts: Mapping[int, Cut] = plan.cuts if is_rerun else {}
+        # a graph has no second backward: it sums what is held
+        self.cuts: Mapping[int, Cut] = {} if plan is None or is_watched() else plan.cuts
         self.at_cuts: dict[int, AtCut] = {}
         self.reweighted: set[tuple[str, str]] = set()
         self._task: int | None = None
