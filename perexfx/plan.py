@@ -81,8 +81,9 @@ class Decision:
 
     @property
     def runner_up(self) -> Alternative | None:
-        """The fastest alternative that was not taken."""
+        """The fastest alternative that was not taken; what goes for whole segments is none."""
         rivals = [a for a in self.alternatives if a.cost is not None and a is not self.chosen]
+        rivals = [a for a in rivals if a.strategy.name != REWEIGHT]
         return min(rivals, key=lambda a: a.seconds, default=None)
 
 

@@ -282,7 +282,7 @@ def _check_same(
         raise ModeError(
             f"The layers from `{first}` to `{last}` were run a second time for their clipped sums, and did not give "
             f"what they gave before ({int(differs.sum())} of {len(size)} examples differ). Something in them depends "
-            "on more than their inputs. Raise `memory_budget`, or name another strategy than 'reweight' for these sites."
+            "on more than their inputs. Raise `memory_budget`, or name another strategy than 'reweight' for them."
         )
 
 

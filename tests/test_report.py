@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import perexfx
 from perexfx.bench.models import ResNet18, small_cnn
+from perexfx.plan import REWEIGHT
 from perexfx.strategies import STRATEGIES
 from perexfx.views import decisions
 from perexfx.views.words import megabytes
@@ -89,7 +90,7 @@ def test_rows_add_up_to_the_plan() -> None:
 
 def test_every_strategy_is_listed_at_every_operand() -> None:
     gm = perexfx.transform(Mixed(), torch.zeros(8, 12, dtype=torch.long))
-    names = [strategy.name for strategy in STRATEGIES]
+    names = [*(strategy.name for strategy in STRATEGIES), REWEIGHT]
     for row in perexfx.report(gm).rows:
         for choice in row.choices:
             assert [option.strategy for option in choice.options] == names

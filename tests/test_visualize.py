@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import perexfx
 from perexfx.bench.models import LanguageModel, ResNet18, small_cnn
 from perexfx.ir.node import info_of
+from perexfx.plan import REWEIGHT
 from perexfx.strategies import STRATEGIES
 from perexfx.views import palette
 from perexfx.views.dot import SHOWN, to_dot
@@ -340,5 +341,5 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_strategy_has_a_colour_of_its_own() -> None:
-    assert set(palette.STRATEGIES) == {strategy.name for strategy in STRATEGIES}
-    assert len(set(palette.STRATEGIES.values())) == len(STRATEGIES)
+    assert set(palette.STRATEGIES) == {strategy.name for strategy in STRATEGIES} | {REWEIGHT}
+    assert len(set(palette.STRATEGIES.values())) == len(STRATEGIES) + 1

@@ -20,7 +20,7 @@ class NodeInfo:
         source: `file.py:line` in the user's code.
         stops_gradient: Recorded under `torch.no_grad()`.
         overwrites: Was written in place: its value must have the shape and dtype of its first argument.
-        role: What the rewrite made of it: "model" (untouched), "tape", "clip", "norm", "format" or "site".
+        role: What the rewrite made of it: "model" (untouched), "tape", "clip", "norm", "cut", "format" or "site".
         site: Name of the site it belongs to, or "".
     """
 

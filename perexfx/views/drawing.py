@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 
@@ -37,7 +37,7 @@ class Node:
         id: Its name in the graph; the same on both sides.
         label: What it does.
         role: "input", "output", "model", "number" (sizes and what is computed of them), "unused" (what the output does
-            not depend on), "site", "clip", "norm", "format" or "culprit".
+            not depend on), "site", "clip", "norm", "cut", "format" or "culprit".
         modules: The modules whose boxes it is in, the outermost first, by path.
         module: Path of the module in whose forward it was recorded.
         source: `file.py:line`, where that is known.
@@ -225,6 +225,12 @@ def _rewritten_side(gm: Any, known: Mapping[str, Node], state: PerExample) -> Si
         elif info.role == "format":
             label = "channels last" if node.target.__name__ == "enter" else "channels first"
             nodes.append(Node(node.name, label, "format", _paths(info.module), info.module))
+        elif info.role == "cut":
+            label, value = _label_of_cut(node, state), node.args[3]
+            if not label:
+                stands_for[node] = stands_for[cast(fx.Node, value)]
+                continue
+            nodes.append(Node(node.name, label, "cut", _paths(info.module), info.module))
         elif info.role == "site":
             parameters = state.site(info.site).parameters
             nodes.append(replace(known[node.name], role="site", parameters=parameters))
@@ -238,6 +244,15 @@ def _rewritten_side(gm: Any, known: Mapping[str, Node], state: PerExample) -> Si
             is_clipping = source == CLIP or info_of(read).role == "norm"
             edges.append(Edge(source, own, "clip" if is_clipping else "data"))
     return Side(tuple(nodes), tuple(dict.fromkeys(edges)))
+
+
+def _label_of_cut(node: fx.Node, state: PerExample) -> str:
+    """What a cut is to the plan; "" where it is nothing."""
+    found = None if state.plan is None else state.plan.cuts.get(cast(int, node.args[2]))
+    if found is None or node.args[2] == 0:
+        return ""
+    words = [word for word, holds in (("ends", found.ends), ("begins", found.begins)) if holds]
+    return f"second run {' and '.join(words)}" if words else ""
 
 
 def _numbers(graph: fx.Graph) -> set[fx.Node]:

@@ -1,8 +1,8 @@
 """One colour per strategy, the same in every view.
 
 Related strategies have related colours: Gram matrices are blue, formed gradients orange, torch's own kernels green, a
-kernel of ours lime. All keep their contrast with black text, and differ in lightness too, for readers who do not tell
-hues apart.
+kernel of ours lime, second backwards turquoise. All keep their contrast with black text, and differ in lightness too,
+for readers who do not tell hues apart.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ STRATEGIES = {
     "grouped": "#5ec29a",
     "loop": "#a5dfb4",
     "loop_norms": "#d3efc6",
+    "reweight": "#83d3d0",
 }
 """Strategy -> colour."""
 
@@ -26,6 +27,7 @@ OTHER = "#d5d8de"
 CLIP = "#e5484d"
 NORM = "#f7c9cc"
 FORMAT = "#e6e0f8"
+CUT = "#d2f0ee"
 MODEL = "#ffffff"
 FOLDED = "#eef1f6"
 """Of a module that is folded into a node and has no sites."""
@@ -44,6 +46,7 @@ def color_of(strategy: str) -> str:
 PARTS = {
     "clip": CLIP,
     "norm": NORM,
+    "cut": CUT,
     "format": FORMAT,
     "folded": FOLDED,
     "box": BOX,
@@ -57,6 +60,7 @@ PARTS = {
 __all__ = [
     "BOX",
     "CLIP",
+    "CUT",
     "EDGE",
     "FAINT",
     "FOLDED",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from perexfx.views.decisions import Row
 from perexfx.views.drawing import Node
-from perexfx.views.palette import CLIP, FAINT, FORMAT, INK, MODEL, NORM, color_of
+from perexfx.views.palette import CLIP, CUT, FAINT, FORMAT, INK, MODEL, NORM, color_of
 from perexfx.views.words import counted
 
 
@@ -30,6 +30,8 @@ def style_of(node: Node, row: Row | None) -> Style:
             return Style("ellipse", NORM, CLIP, INK, ("norm",))
         case "format":
             return Style("box", FORMAT, "#9a8fd0", INK, (node.label,))
+        case "cut":
+            return Style("box", CUT, "#3d8f8b", INK, (node.label,))
         case "culprit":
             return Style("box", CLIP, "#7a0c12", "#ffffff", (node.label, "refused"))
         case "input" | "output":

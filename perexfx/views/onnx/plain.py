@@ -139,6 +139,8 @@ class _Call(nn.Module):
             args = args[4:]
         elif self.role in ("norm", "format"):  # both return their second argument
             return args[1]
+        elif self.role == "cut":
+            return args[3]
         elif self.role == "tape":
             return None
         elif self.target is clip:

@@ -50,6 +50,7 @@ const words = {
   norm: (node) => `norm node of ${node.site}: its gradient is the squared norms`,
   clip: () => "clip node: hands out the parameters; its backward clips and returns their sums",
   format: () => "conversion of the memory format",
+  cut: (node) => `between two segments: a ${node.label} here, for the clipped sums of sites with reweight`,
   number: () => "a size, or computed of sizes",
   unused: (node) => `${node.label}: the output does not depend on it`,
   culprit: (node) => `${node.label}: refused`,
@@ -129,7 +130,7 @@ function showLegend() {
       element("i", { style: `background:${data.colors[name] ?? data.colors[""]}` }), name, element("span", {}, `${rows.length} · ${ms(sum)} ms`));
   });
   const roles = new Set([...last.nodes.values()].map((node) => node.role));
-  const marks = [["clip", "clip", "clip node"], ["norm", "norm", "norm node"], ["format", "format", "memory format"], ["culprit", "clip", "refused"]];
+  const marks = [["clip", "clip", "clip node"], ["norm", "norm", "norm node"], ["format", "format", "memory format"], ["cut", "cut", "second run"], ["culprit", "clip", "refused"]];
   for (const [role, part, name] of marks) {
     if (roles.has(role)) entries.push(element("div", { class: "entry" }, element("i", { style: `background:${data.parts[part]}` }), name));
   }
