@@ -100,7 +100,7 @@ def transform(
     with _drawn(captured.graph, twin):
         check_forced(sites, STRATEGIES, strategy)
     regions = regions_of(captured.graph, twin, sites)
-    segments = segments_of(captured.graph, sites, trainable)
+    segments = segments_of(captured.graph, sites)
     planner = partial(_plan_for, tuple(rules))
     state = PerExample(sites, regions, segments, settings, captured, trainable, frozen, planner)
     transformed = rewrite(twin, captured.graph, state)

@@ -8,6 +8,7 @@ refused, with the reason. Together they are the whole graph, in order; each has 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -35,7 +36,7 @@ class Segment:
         nodes: Names of its nodes, in graph order.
         entry: The value through which gradients leave it; "" where it begins with the graph.
         exit: The value through which they enter it.
-        given: The values from outside that its nodes read, parameters that are trained aside.
+        given: The values from outside that its nodes read, but for those that come from the clip node.
         sites: Names of its sites.
         layouts: Where each given value carries examples, per tensor; the exit's too. Known with an analysis.
         is_random: Whether it draws random numbers.
@@ -95,14 +96,14 @@ class Cut:
     is_random: bool = False
 
 
-def segments_of(graph: fx.Graph, sites: Sequence[Site], trainable: Collection[str]) -> tuple[Segment, ...]:
+def segments_of(graph: fx.Graph, sites: Sequence[Site]) -> tuple[Segment, ...]:
     """The segments of a captured graph.
 
     Args:
         graph: In functional form.
         sites: In graph order.
-        trainable: Names of the parameters that are trained.
     """
+    clipped = {name for site in sites for name in site.parameters}
     nodes = list(graph.nodes)
     order = {node: at for at, node in enumerate(nodes)}
     at_sites = {site.node: site.name for site in sites}
@@ -111,7 +112,7 @@ def segments_of(graph: fx.Graph, sites: Sequence[Site], trainable: Collection[st
     for cut in cuts:
         end = order[cut] + 1
         inside = [node for node in nodes[begin:end] if node.op not in ("placeholder", "get_attr")]
-        found.append(_segment(inside, entry, cut, at_sites, trainable))
+        found.append(_segment(inside, entry, cut, at_sites, clipped))
         begin, entry = end, cut.name
     return tuple(found)
 
@@ -130,7 +131,7 @@ def _cuts(nodes: Sequence[fx.Node], order: Mapping[fx.Node, int], at_sites: Mapp
             live.add(node)
         live = {value for value in live if _last_reader(value, order) > order[node]}
         has_site = has_site or node.name in at_sites
-        if live != {node}:
+        if live != {node} or all(user.target is operator.getitem for user in node.users):  # may be several values
             continue
         if has_site or not cuts:
             cuts.append(node)
@@ -146,11 +147,11 @@ def _last_reader(node: fx.Node, order: Mapping[fx.Node, int]) -> int:
 
 
 def _segment(
-    inside: Sequence[fx.Node], entry: str, cut: fx.Node, at_sites: Mapping[str, str], trainable: Collection[str]
+    inside: Sequence[fx.Node], entry: str, cut: fx.Node, at_sites: Mapping[str, str], clipped: Collection[str]
 ) -> Segment:
     own = set(inside)
     read = dict.fromkeys(value for node in inside for value in node.all_input_nodes if value not in own)
-    given = [value.name for value in read if value.op != "get_attr" or value.target not in trainable]
+    given = [value.name for value in read if value.op != "get_attr" or value.target not in clipped]
     return Segment(
         tuple(node.name for node in inside),
         entry,
@@ -192,9 +193,10 @@ def _refusal(
     segment: Segment, nodes: Mapping[str, fx.Node], order: Mapping[str, int], module: nn.Module, analysis: Analysis
 ) -> str:
     """Why a segment might not compute the same again, or ""."""
-    leaves = analysis.tensor(nodes[segment.exit])
-    if leaves is None or leaves.layout is None or not leaves.dtype.is_floating_point:
-        return f"gradients enter it through `{segment.exit}`, which is not one tensor of examples"
+    for name in (segment.entry, segment.exit) if segment.entry else (segment.exit,):
+        facts = analysis.tensor(nodes[name])
+        if facts is None or facts.layout is None or not facts.dtype.is_floating_point:
+            return f"`{name}`, which gradients pass it through, is not one tensor of examples"
     if any(order[writer] > order[segment.exit] for writer in analysis.written_by.get(segment.exit, ())):
         return f"`{segment.exit}` is overwritten"
     begins = order[segment.entry] if segment.entry else -1

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import perexfx
 from perexfx.layers import RULES
+from perexfx.plan import REWEIGHT
 from perexfx.strategies import STRATEGIES
 
 TOLERANCE = 1e-9
@@ -66,6 +67,11 @@ def check(case: Case, strategy: str | dict[str, str], *, ahead: bool) -> None:
 @pytest.mark.parametrize(("name", "site", "strategy"), PAIRS)
 def test_every_accepted_pair_is_exact(name: str, site: str, strategy: str) -> None:
     check(BY_NAME[name], {site: strategy}, ahead=True)
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _, strategy in PAIRS if strategy == REWEIGHT}))
+def test_a_second_backward_of_whole_models(name: str) -> None:
+    check(BY_NAME[name], REWEIGHT, ahead=False)
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -168,4 +174,4 @@ def test_every_rule_and_every_strategy_is_among_the_pairs() -> None:
         gm = perexfx.transform(case.build(), batch_dim=case.batch_dim)
         kinds |= {site.kind for site in gm.perexfx.sites}
     assert kinds - {"fallback"} == {rule.kind for rule in RULES}
-    assert {strategy for _, _, strategy in PAIRS} == {strategy.name for strategy in STRATEGIES}
+    assert {strategy for _, _, strategy in PAIRS} == {*(strategy.name for strategy in STRATEGIES), REWEIGHT}
