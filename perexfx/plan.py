@@ -408,10 +408,13 @@ def _with_second_runs(
 ) -> tuple[list[_Row], list[Segment]]:
     """And what goes for a whole segment; its operands share the time, those asked for or else all that may."""
     by_site = {site: segment for segment in segments for site in segment.sites}
-    asked, able = Counter[str](), Counter[str]()
+    asked, able, factored = Counter[str](), Counter[str](), Counter[str]()
     for row in rows:
-        segment = by_site.get(row.site.name)
-        if segment and not _no_second_run(segment, alternatives.norms_alone(row.signature), row.joined):
+        segment, norms = by_site.get(row.site.name), alternatives.norms_alone(row.signature)
+        if segment is None:
+            continue
+        factored[segment.exit] += norms is not None
+        if not _no_second_run(segment, norms, row.joined):
             able[segment.exit] += 1
             asked[segment.exit] += row.wanted == REWEIGHT
     found = []
@@ -420,7 +423,7 @@ def _with_second_runs(
         share = 1 if segment is None else asked[segment.exit] or able[segment.exit]
         own = alternatives.reweighted(row.signature, segment, share, row.joined)
         found.append(replace(row, alternatives=(*row.alternatives, own)))
-    return found, [replace(s, is_bridge=not s.refusal and not able[s.exit]) for s in segments]
+    return found, [replace(s, is_bridge=not s.refusal and not factored[s.exit]) for s in segments]
 
 
 def _joined(sites: Sequence[Site]) -> dict[str, str]:

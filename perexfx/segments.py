@@ -42,7 +42,7 @@ class Segment:
         is_random: Whether it draws random numbers.
         refusal: Why it cannot be run a second time; "" where it can.
         cost: Of a second forward and its input gradients.
-        is_bridge: Whether no clipped sum of its own could come from a second run: it is run with those around it.
+        is_bridge: Whether all of its sites have small gradients at hand: it is run again with those around it.
     """
 
     nodes: tuple[str, ...]
