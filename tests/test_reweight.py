@@ -222,8 +222,10 @@ def test_gradients_of_inputs_and_of_each_example() -> None:
     (found,) = torch.autograd.grad(F.cross_entropy(gm(x), batch.targets), [x])
     (expected,) = torch.autograd.grad(F.cross_entropy(model(x), batch.targets), [x])
     assert_close({"x": found}, {"x": expected}, 1e-11, "x")
-    each = perexfx.per_example_grads(gm, F.cross_entropy, batch.inputs, batch.targets)
-    assert_close(each, one_at_a_time(model, batch, F.cross_entropy), 1e-9, "each")
+    gm.perexfx.keep_gradients = True
+    found = train_step(gm, batch, F.cross_entropy)
+    assert_close(found, train_step(perexfx.transform(model), batch, F.cross_entropy), 1e-11, "sums")
+    assert_close(gm.perexfx.gradients, one_at_a_time(model, batch, F.cross_entropy), 1e-9, "each")
 
 
 def test_freezing_after_the_transform() -> None:
