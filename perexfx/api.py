@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from perexfx.alternatives import Alternatives
 from perexfx.analyze import Analysis, analyze
 from perexfx.capture import Captured, capture
 from perexfx.inputs import GivenInputs, Inputs, arguments_of, batch_sizes, bind_inputs, by_name, named_leaves
@@ -22,7 +23,8 @@ from perexfx.ir.site import Site
 from perexfx.layers import RULES, Fallback
 from perexfx.match import confirm, match
 from perexfx.measured import Measured
-from perexfx.plan import Alternatives, Plan, check_forced, make_plan
+from perexfx.plan import Plan
+from perexfx.planner import check_forced, make_plan
 from perexfx.profiles import current
 from perexfx.refuse import refuse_batch_statistics, refuse_other_trainables
 from perexfx.regions import faster_with_channels_last, regions_of, with_formats

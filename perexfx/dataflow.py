@@ -26,7 +26,8 @@ from perexfx.ir.errors import CaptureError
 from perexfx.ir.factors import Factors, Product
 from perexfx.ir.node import place_of
 from perexfx.ir.rule import Arguments, Backward, Fitted, Geometry, Wrapped
-from perexfx.plan import Key, Plan
+from perexfx.ir.site import Key
+from perexfx.plan import Plan
 from perexfx.quiet import quiet
 from perexfx.record import FakeInterpreter, fake_inputs, leaves_of
 from perexfx.rewrite import Transformed

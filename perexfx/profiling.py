@@ -24,10 +24,11 @@ from perexfx.ir.cost import Cost
 from perexfx.ir.errors import ArgumentError
 from perexfx.ir.factors import Factors, Signature
 from perexfx.ir.rule import Backward, Wrapped
-from perexfx.ir.strategy import Strategy
+from perexfx.ir.strategy import REWEIGHT, Strategy
 from perexfx.plan import Plan
 from perexfx.record import leaves_of
 from perexfx.rewrite import Transformed
+from perexfx.segments import Rerun
 from perexfx.state import PerExample, state_of
 from perexfx.step import LossFunction, checked_loss
 from perexfx.step import call as forward_of
@@ -39,7 +40,8 @@ class SiteTime:
 
     Attributes:
         name: Of the site.
-        seconds: Of its strategies, from factors to norms and from held factors to clipped sums; median.
+        seconds: Of its strategies, from factors to norms and from held factors to clipped sums; median. Of a second
+            backward an equal part for each that asks for it.
         bytes_held: The memory of what it held between the two; None where that is held for several sites together.
     """
 
@@ -109,7 +111,7 @@ def profile(gm: Transformed, loss_fn: LossFunction, x: GivenInputs, y: Any, *, s
         ordinary, clipped = _in_turn(
             [lambda: _step(gm, plain.forward, loss_fn, x, y), lambda: _step(gm, gm, loss_fn, x, y)], steps, clock
         )
-        state.plans[kind, n], state.one_by_one = _timed(plan, state, clock), True
+        state.plans[kind, n], state.one_by_one, state.around_rerun = _timed(plan, state, clock), True, clock.runs_again
         for at in range(WARM_UP + steps):
             clock.held.clear()
             _step(gm, gm, loss_fn, x, y)
@@ -185,6 +187,15 @@ class _Clock:
         yield
         self._step[site] = self._step.get(site, 0.0) + self.now() - start
 
+    @contextmanager
+    def runs_again(self, rerun: Rerun) -> Iterator[None]:
+        """What runs inside belongs to the sites of a second backward, each an equal part."""
+        start = self.now()
+        yield
+        share = (self.now() - start) / len(rerun.keys)
+        for site, _ in rerun.keys:
+            self._step[site] = self._step.get(site, 0.0) + share
+
     def holds(self, site: str, count: int) -> None:
         """Notes how many bytes an operand of a site holds in this step."""
         self.held[site] = self.held.get(site, 0) + count
@@ -225,7 +236,8 @@ class _TimedStrategy:
         """The strategy's own, timed."""
         with self.clock.runs(self.site):
             squared, held = self.strategy.squared_norms(factors)
-        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in leaves_of(held)}
+        is_held = self.name != REWEIGHT
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in leaves_of(held) if is_held}
         self.clock.holds(self.site, sum(storages.values()))
         return squared, _TimedFactors(held, self.site, self.clock)
 

@@ -27,8 +27,10 @@ from perexfx.ir import native
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.cost import Cost
 from perexfx.ir.factors import Factors, Signature
+from perexfx.ir.site import Key
+from perexfx.ir.strategy import REWEIGHT
 from perexfx.kernels import hidden_bytes, workspace_bytes
-from perexfx.plan import REWEIGHT, Key, Plan
+from perexfx.plan import Plan
 from perexfx.quiet import quiet
 from perexfx.record import FakeInterpreter, fake_inputs, leaves_of
 from perexfx.segments import Rerun, Segment, cuts_of, reruns_of
@@ -47,11 +49,13 @@ class HandedOver:
         at: The tick at which the site handed them over.
         until: The tick at which the clip node has summed them.
         storages: Where they lie, of the clipped step's timeline.
+        total: Where their sum lies.
     """
 
     at: int
     until: int
     storages: tuple[int, ...]
+    total: int
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,8 @@ class Rehearsal:
             assert cost is not None
             others.append(Span(handed.at, handed.at + 1, cost.bytes_transient))
             if key in again:
+                total = self.clipped.storages[handed.total]
+                others.append(total._replace(bytes=-total.bytes))  # it is part of the second run
                 continue
             others.append(Span(handed.until, handed.until + 1, cost.bytes_summing))
             if cost.holds_factors:
@@ -141,13 +147,15 @@ class Rehearsal:
         return lives_until, [Span(end, end + 1, max(map(self._second_run, reruns)))]
 
     def _second_run(self, rerun: Rerun) -> int:
-        """The most that a rerun holds besides: what its part of the clipped step does, and its result."""
+        """The most that a rerun holds besides: what its part of the clipped step does, its result, and its sums."""
         cuts, first = self.passages.cuts, self.segments[rerun.first]
         begins = cuts[first.entry] if first.entry else Passed(0, self.clipped.ticks, ())
         ends = cuts[self.segments[rerun.last].exit]
         parts = [(begins.forward + 1, ends.forward), (ends.backward, begins.backward)]
         result = sum(self.clipped.storages[at].bytes for at in ends.gradient)
-        return result + self.clipped.peak_of(parts, self.passages.results)
+        handed = [self.handed_over[key] for key in rerun.keys]
+        sums = [Span(one.at, self.clipped.ticks, self.clipped.storages[one.total].bytes) for one in handed]
+        return result + self.clipped.peak_of(parts, self.passages.results, sums)
 
     def between(self, other: Rehearsal, n: int) -> Rehearsal | None:
         """The rehearsal for another batch size; None where the two differ in more than sizes."""
@@ -316,7 +324,7 @@ class _Recorder(TorchDispatchMode):
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}
         self._ignored: set[int] = set()
         self._handed: dict[Key, tuple[int, tuple[int, ...]]] = {}
-        self._summed: dict[Key, int] = {}
+        self._summed: dict[Key, tuple[int, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -362,13 +370,18 @@ class _Recorder(TorchDispatchMode):
         """Notes that a site has left its factors."""
         self._handed[key] = self._next(), self.storages_of(factors)
 
-    def sum_up(self, key: Key) -> None:
+    def sum_up(self, key: Key, total: Tensor) -> None:
         """Notes that the clip node has summed a site's factors."""
-        self._summed[key] = self._next()
+        at, _ = self._alive[_address(total)]
+        self._summed[key] = self._next(), at
 
     def handed_over(self) -> dict[Key, HandedOver]:
         """What was handed over, by (site, operand)."""
-        return {key: HandedOver(at, self._summed[key], storages) for key, (at, storages) in self._handed.items()}
+        found = {}
+        for key, (at, storages) in self._handed.items():
+            until, total = self._summed[key]
+            found[key] = HandedOver(at, until, storages, total)
+        return found
 
     def timeline(self) -> Timeline:
         """All storages; those that are still there live to the end."""
@@ -420,7 +433,7 @@ class _Left:
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Zeros of the parameter's shape."""
         total = weights.new_zeros(self.signature.shape, dtype=self.dtype)
-        self.recorder.sum_up(self.key)
+        self.recorder.sum_up(self.key, total)
         return total
 
     def without(self, dropped: Tensor) -> _Left:

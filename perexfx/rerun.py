@@ -23,7 +23,7 @@ from perexfx.ir.errors import ModeError
 from perexfx.ir.factors import Factors
 from perexfx.ir.layout import Layout
 from perexfx.ir.node import info_of
-from perexfx.plan import Key
+from perexfx.ir.site import Key
 from perexfx.pull_back import value_of
 from perexfx.segments import Rerun
 from perexfx.tape import Tape

@@ -321,7 +321,9 @@ def _clipped_sums(tape: Tape, total: Tensor | None) -> dict[str, Tensor]:
             add_pulled(tape, key, value, pull_back, sums)
     assert tape.plan is not None
     for rerun in tape.plan.reruns if tape.reweighted else ():  # when nothing else is held any more
-        for key, value in sums_again(tape, rerun, rows[0], lost if drops else None).items():
+        with state.around_rerun(rerun):
+            found = sums_again(tape, rerun, rows[0], lost if drops else None)
+        for key, value in found.items():
             add_pulled(tape, key, value, pull_back, sums)
     return {name: value.to(tape.parameters[name].dtype) for name, value in sums.items()}
 

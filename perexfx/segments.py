@@ -21,11 +21,8 @@ from perexfx.ir.cost import Cost, Work
 from perexfx.ir.layout import Layout
 from perexfx.ir.ordinary import ordinary_gradient
 from perexfx.ir.rule import Fitted
-from perexfx.ir.site import Site
+from perexfx.ir.site import Key, Site
 from perexfx.regions import convolution_work
-
-Key = tuple[str, str]
-"""A site and an operand, by name."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,11 @@ from perexfx.analyze import Analysis
 from perexfx.capture import Captured
 from perexfx.inputs import Inputs, named_leaves
 from perexfx.ir.errors import ArgumentError, ModeError
-from perexfx.ir.site import Operand, Site, are_joined, grouped
-from perexfx.plan import REWEIGHT, Key, Plan
+from perexfx.ir.site import Key, Operand, Site, are_joined, grouped
+from perexfx.ir.strategy import REWEIGHT
+from perexfx.plan import Plan
 from perexfx.regions import Region
-from perexfx.segments import Segment
+from perexfx.segments import Rerun, Segment
 from perexfx.tape import Tape
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class PerExample(nn.Module):
         norms: Gradient norm of each example of the last backward, before clipping. Shape `[B]`.
         keep_gradients: Keep each example's gradients too, B times the memory of the parameters.
         one_by_one: Let sites share nothing, so that each can be timed.
+        around_rerun: The context that a second run of segments runs in, so that it can be timed.
         gradients: Then, after a backward: parameter name -> gradient of each example's own loss, `[B, *shape]`.
         clip_factors: What each example's gradient was multiplied with. Shape `[B]`; with `clipping="per_layer"`
             `[groups, B]`, a row per group of sites that share parameters, in graph order.
@@ -109,6 +111,7 @@ class PerExample(nn.Module):
         self.clip_factors: Tensor | None = None
         self.keep_gradients = False
         self.one_by_one = False
+        self.around_rerun: Callable[[Rerun], AbstractContextManager[Any]] = nullcontext
         self.gradients: dict[str, Tensor] | None = None
         self._planner = planner
         self._analyses: dict[Inputs, Analysis] = {}

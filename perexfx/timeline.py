@@ -58,14 +58,20 @@ class Timeline:
             changes[end] -= size
         return max(accumulate(changes))
 
-    def peak_of(self, parts: Sequence[tuple[int, int]], without: Collection[int] = ()) -> int:
+    def peak_of(
+        self, parts: Sequence[tuple[int, int]], without: Collection[int] = (), others: Iterable[Span] = ()
+    ) -> int:
         """The most bytes held at once of what comes in some parts of the step, as if these were all of it.
 
         Args:
             parts: First and last tick of each, in order.
             without: Storages that do not count.
+            others: What is held besides.
         """
         changes = [0] * (self.ticks + 2)
+        for start, end, size in others:
+            changes[start] += size
+            changes[end] -= size
         for at, (start, end, size) in enumerate(self.storages):
             if at not in without and any(first <= start <= last for first, last in parts):
                 changes[start] += size

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import networkx as nx
 from torch import nn
 
 from perexfx.dataflow import Dataflow, Operation, dataflow
 from perexfx.ir.errors import ArgumentError, ProofError
+from perexfx.ir.site import Key
 from perexfx.linear_operations import ADDED, MOVES, ZEROS, is_linear, is_multiplied, is_product, keeps_fractions
-from perexfx.plan import Key
 from perexfx.rewrite import Transformed
 from perexfx.state import PerExample, Settings, planned
 
@@ -35,6 +35,7 @@ class Proof:
         products: Operation -> how many of them multiply what belongs to examples with the clip factors.
         handed_over: How many tensors the sites hand over to norms and clipped sums.
         sites: How many sites.
+        reweighted: Of how many operands the clipped sums come from a second backward.
     """
 
     batch_size: int
@@ -45,6 +46,7 @@ class Proof:
     products: Mapping[str, int]
     handed_over: int
     sites: int
+    reweighted: int = 0
 
     def __str__(self) -> str:
         if not self.gradients:
@@ -64,6 +66,17 @@ class Proof:
             f"2. Every such path passes the norms, or what the parameter's own sites hand over ({counted} "
             f"of {sites}), and all of that enters the norms{enters}.\n"
             f"3. Every path from a parameter to an output passes an operation of one of its sites, or is detached."
+            f"{self._second_backward}"
+        )
+
+    @property
+    def _second_backward(self) -> str:
+        if not self.reweighted:
+            return ""
+        sums = "1 clipped sum comes" if self.reweighted == 1 else f"{self.reweighted} clipped sums come"
+        return (
+            f"\n{sums} from a second backward, which runs while nobody watches: the proof is of the sums of what the "
+            "sites leave, in its place."
         )
 
 
@@ -83,7 +96,7 @@ def verify(gm: nn.Module) -> Proof:
         What is proved is that nothing goes around: that no value of an example reaches a gradient but multiplied with
         the clip factors, and that the norms, which factors are made of, depend on all that is multiplied. Not proved,
         but tried by `perexfx.check` and the tests: the arithmetic of norms and factors themselves, what else products
-        multiply with, that a factor is not another example's, kernels that replace operations while nobody watches,
+        multiply with, that a factor is not another example's, kernels and second backwards while nobody watches,
         and that no operation mixes examples. Hooks and what an optimizer does come after. It takes for granted that
         the loss joins examples by a sum or mean.
 
@@ -101,6 +114,7 @@ def verify(gm: nn.Module) -> Proof:
     state.proofs.pop((kind, plan.batch_size), None)
     flow = dataflow(gm, plan, kind)
     proof = prove(flow, _own_sites(state), batch_size=plan.batch_size, factors=_said_of_factors(state.settings))
+    proof = replace(proof, reweighted=len(plan.reweighted))
     state.proofs[kind, plan.batch_size] = proof
     return proof
 

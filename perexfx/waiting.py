@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from perexfx.ir.factors import Factors, Gradient, squared_norms_of
-from perexfx.plan import Key
+from perexfx.ir.site import Key
 
 SMALL = 1 << 14
 """Elements, of all examples, that may wait."""

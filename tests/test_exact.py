@@ -11,8 +11,8 @@ from oracle import Batch, assert_close, norms_of, one_at_a_time, train_step, wei
 from torch import Tensor, nn
 
 import perexfx
+from perexfx.ir.strategy import REWEIGHT
 from perexfx.layers import RULES
-from perexfx.plan import REWEIGHT
 from perexfx.strategies import STRATEGIES
 
 TOLERANCE = 1e-9

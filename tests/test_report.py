@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import perexfx
 from perexfx.bench.models import ResNet18, small_cnn
-from perexfx.plan import REWEIGHT
+from perexfx.ir.strategy import REWEIGHT
 from perexfx.strategies import STRATEGIES
 from perexfx.views import decisions
 from perexfx.views.words import megabytes

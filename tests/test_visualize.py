@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import perexfx
 from perexfx.bench.models import LanguageModel, ResNet18, small_cnn
 from perexfx.ir.node import info_of
-from perexfx.plan import REWEIGHT
+from perexfx.ir.strategy import REWEIGHT
 from perexfx.strategies import STRATEGIES
 from perexfx.views import palette
 from perexfx.views.dot import SHOWN, to_dot

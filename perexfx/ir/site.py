@@ -11,6 +11,9 @@ from torch import fx
 from perexfx.ir.refusal import Place
 from perexfx.ir.rule import Rule, Target
 
+Key = tuple[str, str]
+"""A site and an operand, by name."""
+
 
 @dataclass(frozen=True)
 class Expression:

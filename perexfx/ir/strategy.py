@@ -9,6 +9,9 @@ from torch import Tensor
 from perexfx.ir.cost import Cost
 from perexfx.ir.factors import Factors, Signature
 
+REWEIGHT = "reweight"
+"""Name of the strategy whose clipped sums come from a second backward."""
+
 
 class Strategy(Protocol):
     """One exact way to get a site's squared norms, and the factors its clipped sum is made of.

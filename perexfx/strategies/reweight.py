@@ -8,7 +8,7 @@ from torch import Tensor
 
 from perexfx.ir.cost import Cost
 from perexfx.ir.factors import Factors, Signature
-from perexfx.ir.strategy import Strategy
+from perexfx.ir.strategy import REWEIGHT, Strategy
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Reweight:
     """
 
     norms: Strategy
-    name: str = "reweight"
+    name: str = REWEIGHT
 
     def refuses(self, signature: Signature) -> str | None:
         """What the other strategy refuses."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from perexfx.inputs import Inputs
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.errors import BudgetError
-from perexfx.ir.site import Site
-from perexfx.plan import Decision, Key, Plan
+from perexfx.ir.site import Key, Site
+from perexfx.plan import Decision, Plan
 from perexfx.state import PerExample
 from perexfx.views.words import megabytes
 

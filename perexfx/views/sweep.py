@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from perexfx.inputs import Inputs
 from perexfx.ir.errors import ArgumentError
-from perexfx.plan import Key, Plan
+from perexfx.ir.site import Key
+from perexfx.plan import Plan
 from perexfx.state import PerExample
 from perexfx.views.decisions import decided, plans_for
 from perexfx.views.pages import Viewed
