@@ -6,7 +6,7 @@ import gc
 import keyword
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -207,8 +207,6 @@ def _plan_for(rules: tuple[Rule, ...], state: PerExample, module: nn.Module, kin
         analysis,
         lambda segment: rerun_cost(segment, graph, analysis, fitted, n, dtype.itemsize),
     )
-    if settings.clipping == "per_layer":
-        segments = tuple(replace(segment, refusal=ONE_FACTOR) for segment in segments)
     with _drawn(graph, module):
         plan = make_plan(
             state.sites,
@@ -221,8 +219,6 @@ def _plan_for(rules: tuple[Rule, ...], state: PerExample, module: nn.Module, kin
         )
     return plan if settings.memory_budget is None else plan.within(settings.memory_budget)
 
-
-ONE_FACTOR = "layers have factors of their own, and a second backward has one for each example"
 
 COST_MODELS = ("profile", "measured")
 

@@ -2,22 +2,22 @@
 
 Promises: the choice fits the budget. Over bytes that add up it is the fastest that fits, exactly; a peak is less than
 their sum, so the sum may be as large as the peak allows, and then every single change that makes the step faster and
-fits is made. Alternatives that go together are tried beside each other. A budget that nothing fits raises, and names
-the least that would.
+fits is made. So it is with alternatives that go together, from all of them on. A budget that nothing was found to fit
+raises, and names the least that was.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.errors import BudgetError
 
 Rows = Sequence[Sequence[Alternative]]
 Choice = Sequence[Alternative]
-Bundles = Sequence[Mapping[int, Alternative] | None]
+Bundles = Sequence[Mapping[int, Alternative]]
 
 HALVINGS = 12
 """How closely the bound on the sum is brought to the one that the peak allows."""
@@ -37,7 +37,7 @@ def choose(
         rows: The alternatives.
         budget: Bytes that may be added.
         bytes_added: What a choice adds.
-        bundles: More alternatives, that go together: per bundle by the number of their row; None parts those beside it.
+        bundles: More alternatives, that go together or not at all: by the number of their row.
 
     Raises:
         BudgetError: The budget is too small; the message names the least that suffices.
@@ -45,12 +45,13 @@ def choose(
     fastest = [min(row, key=lambda a: a.seconds) for row in rows]
     if bytes_added(fastest) <= budget:
         return fastest
-    bundled = _first_that_fits(fastest, bundles, budget, bytes_added)
-    fitting = [bundled, _choose_alone(rows, fastest, budget, bytes_added)]
-    if found := min((choice for choice in fitting if choice is not None), key=_seconds, default=None):
-        return found
-    found = leanest(rows, bytes_added, bundles)
-    if (least := bytes_added(found)) > budget:
+    fitting = [
+        _choose_bundles(rows, fastest, budget, bytes_added, bundles) if bundles else None,
+        _choose_alone(rows, fastest, budget, bytes_added),
+    ]
+    found = min((choice for choice in fitting if choice is not None), key=_seconds, default=None)
+    if found is None:
+        least = bytes_added(leanest(rows, bytes_added, bundles))
         raise BudgetError(
             f"No plan fits memory_budget={budget:,} bytes. The least that would do is {least:,} "
             "bytes at this batch size. Raise the budget or lower the batch size."
@@ -58,28 +59,22 @@ def choose(
     return found
 
 
-def _first_that_fits(
-    choice: Choice, bundles: Bundles, budget: int, bytes_added: Callable[[Choice], int]
+def _choose_bundles(
+    rows: Rows, fastest: Choice, budget: int, bytes_added: Callable[[Choice], int], bundles: Bundles
 ) -> list[Alternative] | None:
-    """The fastest choice that fits with bundles in a row in place of its own alternatives."""
-    tried = sorted((_replaced(choice, taken) for taken in _in_a_row(bundles)), key=_seconds)
-    return next((other for other in tried if bytes_added(other) <= budget), None)
+    """From all bundles, or where these do not fit from the leanest choice: every change that is faster and fits."""
+    choice = _replaced(fastest, *bundles)
+    if bytes_added(choice) > budget:
+        choice = leanest(rows, bytes_added, bundles)
+        if bytes_added(choice) > budget:
+            return None
+    return _improved(rows, choice, budget, bytes_added, bundles)
 
 
-def _in_a_row(bundles: Bundles) -> Iterator[Mapping[int, Alternative]]:
-    """Every bundle, and all that are beside each other."""
-    for first in range(len(bundles)):
-        taken: dict[int, Alternative] = {}
-        for bundle in bundles[first:]:
-            if bundle is None or not (bundle or taken):
-                break
-            taken |= bundle
-            if bundle:
-                yield dict(taken)
-
-
-def _replaced(choice: Choice, taken: Mapping[int, Alternative]) -> list[Alternative]:
-    return [taken.get(at, alternative) for at, alternative in enumerate(choice)]
+def _replaced(choice: Choice, *changes: Mapping[int, Alternative]) -> list[Alternative]:
+    """A choice with other alternatives at some rows, by their numbers."""
+    changed = {at: alternative for change in changes for at, alternative in change.items()}
+    return [changed.get(at, alternative) for at, alternative in enumerate(choice)]
 
 
 def _choose_alone(
@@ -126,10 +121,21 @@ def _seconds(choice: Choice) -> float:
 
 
 def leanest(rows: Rows, bytes_added: Callable[[Choice], int], bundles: Bundles = ()) -> list[Alternative]:
-    """The choice that adds least to the peak: alternatives by themselves, or bundles in a row in the place of some."""
-    choice = _leanest_alone(rows, bytes_added)
-    tried = [choice, *(_replaced(choice, taken) for taken in _in_a_row(bundles))]
-    return min(tried, key=lambda other: (bytes_added(other), _seconds(other)))
+    """The choice that adds least to the peak: alternatives by themselves, or bundles in the place of some.
+
+    From all bundles every single one is given up, or taken again, that adds less so.
+    """
+    alone = _leanest_alone(rows, bytes_added)
+    choice, improves = _replaced(alone, *bundles), bool(bundles)
+    added = bytes_added(choice)
+    while improves:
+        improves = False
+        for bundle in bundles:
+            is_taken = all(choice[at] is alternative for at, alternative in bundle.items())
+            tried = _replaced(choice, {at: alone[at] for at in bundle} if is_taken else bundle)
+            if (less := bytes_added(tried)) < added:
+                choice, added, improves = tried, less, True
+    return min(alone, choice, key=lambda other: (bytes_added(other), _seconds(other)))
 
 
 def _leanest_alone(rows: Rows, bytes_added: Callable[[Choice], int]) -> list[Alternative]:
@@ -148,20 +154,33 @@ def _leanest_alone(rows: Rows, bytes_added: Callable[[Choice], int]) -> list[Alt
 
 
 def _improved(
-    rows: Rows, choice: list[Alternative], budget: int, bytes_added: Callable[[Choice], int]
+    rows: Rows,
+    choice: list[Alternative],
+    budget: int,
+    bytes_added: Callable[[Choice], int],
+    bundles: Bundles = (),
 ) -> list[Alternative]:
-    """The choice after every single change that is faster and fits, those that gain most first."""
-    gains = sorted(
-        ((choice[at].seconds - a.seconds, at, a) for at, row in enumerate(rows) for a in row),
-        key=lambda gain: -gain[0],
-    )
+    """The choice after every single change that is faster and fits, those that gain most first.
+
+    A change is another alternative at one row, or the fastest ones in the place of a bundle.
+    """
+    fastest = {at: min(row, key=lambda a: a.seconds) for at, row in enumerate(rows)}
+    changes = [{at: a} for at, row in enumerate(rows) for a in row]
+    changes += [{at: fastest[at] for at in bundle} for bundle in bundles]
+    parts = {at: a for bundle in bundles if len(bundle) > 1 for at, a in bundle.items()}
+
+    def gain(change: Mapping[int, Alternative]) -> float:
+        return sum(choice[at].seconds - a.seconds for at, a in change.items())
+
     improves = True
     while improves:
         improves = False
-        for _, at, other in gains:
-            tried = [*choice[:at], other, *choice[at + 1 :]]
-            if other.seconds < choice[at].seconds and bytes_added(tried) <= budget:
-                choice, improves = tried, True
+        for change in sorted(changes, key=gain, reverse=True):
+            parts_one = len(change) == 1 and any(parts.get(at) is choice[at] for at in change)
+            if gain(change) > 0 and not parts_one:
+                tried = _replaced(choice, change)
+                if bytes_added(tried) <= budget:
+                    choice, improves = tried, True
     return choice
 
 

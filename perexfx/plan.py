@@ -19,7 +19,8 @@ from perexfx.ir.factors import Signature
 from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Key
 from perexfx.ir.strategy import REWEIGHT, Strategy
-from perexfx.segments import Cut, Rerun, Segment, cuts_of, reruns_of
+from perexfx.reruns import Cut, Rerun, cuts_of, reruns_of
+from perexfx.segments import Segment
 
 
 @dataclass(frozen=True)
@@ -186,14 +187,19 @@ class Plan:
         return [decision.candidates for decision in self.decisions]
 
     @property
-    def _bundles(self) -> list[dict[int, Alternative] | None]:
-        """Per segment the alternatives that go together, by the number of their row; None where it cannot run again."""
+    def _bundles(self) -> list[dict[int, Alternative]]:
+        """Per segment the alternatives that go together, by the number of their row.
+
+        None at all where the memory is not known: what second runs take must be.
+        """
+        if self.ordinary_bytes is None:
+            return []
         numbers = {site: at for at, segment in enumerate(self.segments) for site in segment.sites}
         found: list[dict[int, Alternative]] = [{} for _ in self.segments]
         for row, decision in enumerate(self.decisions):
             if decision.reweighted is not None:
                 found[numbers[decision.site]][row] = decision.reweighted
-        return [own if own or s.is_bridge else None for own, s in zip(found, self.segments, strict=True)]
+        return [bundle for bundle in found if bundle]
 
     def _with(self, choice: Choice, memory_budget: int) -> Plan:
         decisions = tuple(replace(d, chosen=taken) for d, taken in zip(self.decisions, choice, strict=True))

@@ -27,8 +27,8 @@ from perexfx.ir.rule import Backward, Wrapped
 from perexfx.ir.strategy import REWEIGHT, Strategy
 from perexfx.plan import Plan
 from perexfx.record import leaves_of
+from perexfx.reruns import Rerun
 from perexfx.rewrite import Transformed
-from perexfx.segments import Rerun
 from perexfx.state import PerExample, state_of
 from perexfx.step import LossFunction, checked_loss
 from perexfx.step import call as forward_of

@@ -7,7 +7,7 @@ since the forward is an error.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,11 +48,14 @@ def pull_back_each(tape: Tape, key: tuple[str, str], expression: Expression, gra
     return dict(zip(expression.parameters, found, strict=True))
 
 
-def value_of(tape: Tape, key: tuple[str, str], expression: Expression) -> Tensor:
-    """An expression's value, without its history."""
-    if expression.function is None:
-        return tape.parameters[expression.parameters[0]].detach()
-    return _evaluated(tape, key, expression)[0].detach()
+def check_unchanged(tape: Tape, names: Iterable[str]) -> None:
+    """Raises: ModeError where a parameter was changed since the forward."""
+    for name in names:
+        if tape.parameters[name]._version != tape.versions[name]:
+            raise ModeError(
+                f"Parameter `{name}` was changed between the forward and the backward, which needs its old value. "
+                "Call `backward()` before `optimizer.step()`."
+            )
 
 
 def _evaluated(tape: Tape, key: tuple[str, str], expression: Expression) -> tuple[Tensor, list[Tensor]]:
@@ -60,12 +63,7 @@ def _evaluated(tape: Tape, key: tuple[str, str], expression: Expression) -> tupl
     function, constants = expression.function, tape.constants[key]
     assert function is not None
     values = [tape.parameters[name] for name in expression.parameters]
-    for name, value in zip(expression.parameters, values, strict=True):
-        if value._version != tape.versions[name]:
-            raise ModeError(
-                f"Parameter `{name}` was changed between the forward and the backward, which needs its old value. "
-                "Call `backward()` before `optimizer.step()`."
-            )
+    check_unchanged(tape, expression.parameters)
     with torch.enable_grad():
         leaves = [value.detach().requires_grad_() for value in values]
         return function(*leaves, *constants), leaves

@@ -33,7 +33,8 @@ from perexfx.kernels import hidden_bytes, workspace_bytes
 from perexfx.plan import Plan
 from perexfx.quiet import quiet
 from perexfx.record import FakeInterpreter, fake_inputs, leaves_of
-from perexfx.segments import Rerun, Segment, cuts_of, reruns_of
+from perexfx.reruns import Rerun, cuts_of, reruns_of
+from perexfx.segments import Segment
 from perexfx.state import PerExample
 from perexfx.timeline import Span, Timeline
 from perexfx.tracer import TRACING, same_einsums

@@ -22,8 +22,8 @@ from perexfx.formats import enter, leave
 from perexfx.ir.node import annotate, info_of
 from perexfx.ir.site import Site
 from perexfx.regions import Region, images_of, reads_either_format
-from perexfx.rerun import cut
 from perexfx.runtime import clip, norm, per_example
+from perexfx.second_run import cut
 from perexfx.segments import Segment
 from perexfx.state import PerExample
 

@@ -22,12 +22,12 @@ from torch.utils import _pytree as pytree
 
 from perexfx.clipping import clip_factors_of
 from perexfx.ir.errors import ShapeError
-from perexfx.ir.factors import Gradient, squared_norms_of
+from perexfx.ir.factors import Factors, Gradient, squared_norms_of
 from perexfx.ir.rule import Backward, Fitted, Shape
 from perexfx.ir.site import Operand, Site
 from perexfx.ir.tracing import is_watched
 from perexfx.pull_back import add_pulled, pull_back, pull_back_each
-from perexfx.rerun import SecondTape, sums_again
+from perexfx.second_run import SecondTape, sums_again
 from perexfx.state import PerExample
 from perexfx.tape import Tape
 from perexfx.waiting import may_wait, together
@@ -47,7 +47,8 @@ class _Clip(Function):
         token = torch.zeros(tape.n, dtype=dtype, device=parameters[0].device)
         given = tuple([parameter.detach() for parameter in parameters])
         tape.parameters = dict(zip(names, given, strict=True))
-        tape.versions = {name: tape.parameters[name]._version for name in tape.state.evaluated}
+        needed = names if tape.cuts else tape.state.evaluated
+        tape.versions = {name: tape.parameters[name]._version for name in needed}
         ctx.mark_non_differentiable(*given)
         return (token, *given)
 
@@ -307,22 +308,27 @@ def _clipped_sums(tape: Tape, total: Tensor | None) -> dict[str, Tensor]:
     state.clip_factors = torch.stack(rows) if state.settings.clipping == "per_layer" else rows[0]
     if state.keep_gradients:
         state.gradients = _per_example_gradients(tape)
+
+    def weighted_sum(group: str, held: Factors) -> Tensor:
+        return (held.without(lost) if drops else held).weighted_sum(factors[group])
+
     sums: dict[str, Tensor] = {}
     for key in list(tape.held):
         held = tape.held.pop(key)
         if key in tape.reweighted:
             continue
-        if drops:
-            held = held.without(lost)
         site = state.site(key[0]) if key[0] else _first_use(state, key[1])
-        add_pulled(tape, key, held.weighted_sum(factors[site.group]), pull_back, sums)
+        add_pulled(tape, key, weighted_sum(site.group, held), pull_back, sums)
+        del held
     for small in waited:
         for key, value in (small.without(lost) if drops else small).weighted_sums(rows[0]):
             add_pulled(tape, key, value, pull_back, sums)
     assert tape.plan is not None
     for rerun in tape.plan.reruns if tape.reweighted else ():  # when nothing else is held any more
+        if tape.reweighted.isdisjoint(rerun.keys):
+            continue
         with state.around_rerun(rerun):
-            found = sums_again(tape, rerun, rows[0], lost if drops else None)
+            found = sums_again(tape, rerun, weighted_sum, lost)
         for key, value in found.items():
             add_pulled(tape, key, value, pull_back, sums)
     return {name: value.to(tape.parameters[name].dtype) for name, value in sums.items()}

@@ -2,14 +2,15 @@
 
 Promises: gradients enter a segment through one value and leave it through one, so that its second backward needs
 nothing of what lies above it; whatever else it reads is named. A segment that might not compute the same again is
-refused, with the reason. Together they are the whole graph, in order; each has a site.
+refused, with the reason. They follow each other from the beginning of the graph, and each has a site; what comes after
+the last value that carries all gradients is in none.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
@@ -21,7 +22,7 @@ from perexfx.ir.cost import Cost, Work
 from perexfx.ir.layout import Layout
 from perexfx.ir.ordinary import ordinary_gradient
 from perexfx.ir.rule import Fitted
-from perexfx.ir.site import Key, Site
+from perexfx.ir.site import Site
 from perexfx.regions import convolution_work
 
 
@@ -35,8 +36,7 @@ class Segment:
         exit: The value through which they enter it.
         given: The values from outside that its nodes read, but for those that come from the clip node.
         sites: Names of its sites.
-        layouts: Where each given value carries examples, per tensor; the exit's too. Known with an analysis.
-        is_random: Whether it draws random numbers.
+        layout_of_exit: Where that carries examples; known with an analysis.
         refusal: Why it cannot be run a second time; "" where it can.
         cost: Of a second forward and its input gradients.
         is_bridge: Whether all of its sites have small gradients at hand: it is run again with those around it.
@@ -47,50 +47,10 @@ class Segment:
     exit: str
     given: tuple[str, ...]
     sites: tuple[str, ...]
-    layouts: Mapping[str, tuple[Layout | None, ...]] = field(default_factory=dict)
-    is_random: bool = False
+    layout_of_exit: Layout = field(default_factory=lambda: Layout(0))
     refusal: str = ""
     cost: Cost = field(default_factory=lambda: Cost((), 0))
     is_bridge: bool = False
-
-    @property
-    def layout_of_exit(self) -> Layout:
-        """Where the value through which gradients enter carries examples."""
-        (layout,) = self.layouts[self.exit]
-        assert layout is not None
-        return layout
-
-
-@dataclass(frozen=True)
-class Rerun:
-    """Segments that are run a second time, for the clipped sums of some of their operands.
-
-    Attributes:
-        first: Number of its first segment.
-        last: Number of its last segment.
-        keys: The operands, as (site, operand).
-    """
-
-    first: int
-    last: int
-    keys: frozenset[Key]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What the value between two segments is to the reruns of a plan.
-
-    Attributes:
-        keeps: The values that the segment after it reads, for a rerun.
-        begins: Whether a rerun begins here.
-        ends: Whether one ends here.
-        is_random: Whether the one that begins draws random numbers.
-    """
-
-    keeps: tuple[str, ...] = ()
-    begins: bool = False
-    ends: bool = False
-    is_random: bool = False
 
 
 def segments_of(graph: fx.Graph, sites: Sequence[Site]) -> tuple[Segment, ...]:
@@ -178,11 +138,9 @@ def fit_segments(
     order = {name: at for at, name in enumerate(nodes)}
     found = []
     for segment in segments:
-        named = (*segment.given, segment.exit)
-        layouts = {name: tuple(facts.layout for facts in analysis.nodes[name].tensors) for name in named}
-        is_random = not analysis.random.isdisjoint(segment.nodes)
-        refusal = _refusal(segment, nodes, order, module, analysis)
-        found.append(replace(segment, layouts=layouts, is_random=is_random, refusal=refusal, cost=cost(segment)))
+        facts, refusal = analysis.tensor(nodes[segment.exit]), _refusal(segment, nodes, order, module, analysis)
+        layout = segment.layout_of_exit if facts is None or facts.layout is None else facts.layout
+        found.append(replace(segment, layout_of_exit=layout, refusal=refusal, cost=cost(segment)))
     return tuple(found)
 
 
@@ -200,8 +158,6 @@ def _refusal(
     for name in segment.given:
         if any(order[writer] > begins for writer in analysis.written_by.get(name, ())):
             return f"`{name}`, which it reads, is overwritten"
-        if any(facts.layout is None and facts.depends_on_batch_size for facts in analysis.nodes[name].tensors):
-            return f"the examples in `{name}`, which it reads, cannot be told apart"
     for name in segment.nodes:
         node = nodes[name]
         if node.op == "call_module" and any(True for _ in module.get_submodule(str(node.target)).buffers()):
@@ -247,40 +203,4 @@ PASSES = 4
 """How often the memory of a value is passed, forward and backward."""
 
 
-def reruns_of(keys: Iterable[Key], segments: Sequence[Segment]) -> tuple[Rerun, ...]:
-    """What must be run a second time for some operands: segments beside each other together, bridges between included.
-
-    Args:
-        keys: The operands, as (site, operand).
-        segments: All of the graph.
-    """
-    numbers = {site: at for at, segment in enumerate(segments) for site in segment.sites}
-    wanted: dict[int, set[Key]] = {}
-    for key in keys:
-        wanted.setdefault(numbers[key[0]], set()).add(key)
-    found: list[Rerun] = []
-    for at in sorted(wanted):
-        if found and all(segments[between].is_bridge for between in range(found[-1].last + 1, at)):
-            found[-1] = Rerun(found[-1].first, at, found[-1].keys | wanted[at])
-        else:
-            found.append(Rerun(at, at, frozenset(wanted[at])))
-    return tuple(found)
-
-
-def cuts_of(reruns: Iterable[Rerun], segments: Sequence[Segment]) -> dict[int, Cut]:
-    """Number of a segment -> the cut before it, where that is anything to a rerun; the last cut is after all."""
-    found: dict[int, Cut] = {}
-    for rerun in reruns:
-        numbers = range(rerun.first, rerun.last + 1)
-        is_random = any(segments[at].is_random for at in numbers)
-        computed: set[str] = set()
-        for at in numbers:
-            keeps = tuple(name for name in segments[at].given if name not in computed)
-            found[at] = replace(found.get(at, Cut()), keeps=keeps)
-            computed.update(segments[at].nodes)
-        found[rerun.first] = replace(found[rerun.first], begins=True, is_random=is_random)
-        found[rerun.last + 1] = Cut(ends=True)
-    return found
-
-
-__all__ = ["Cut", "Rerun", "Segment", "cuts_of", "fit_segments", "rerun_cost", "reruns_of", "segments_of"]
+__all__ = ["Segment", "fit_segments", "rerun_cost", "segments_of"]

@@ -24,7 +24,8 @@ from perexfx.ir.site import Key, Operand, Site, are_joined, grouped
 from perexfx.ir.strategy import REWEIGHT
 from perexfx.plan import Plan
 from perexfx.regions import Region
-from perexfx.segments import Rerun, Segment
+from perexfx.reruns import Rerun
+from perexfx.segments import Segment
 from perexfx.tape import Tape
 
 if TYPE_CHECKING:

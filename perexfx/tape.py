@@ -18,10 +18,10 @@ from perexfx.ir.errors import ModeError
 from perexfx.ir.factors import Factors, Gradient, Product, SharedGram
 from perexfx.ir.tracing import is_watched
 from perexfx.plan import Plan
-from perexfx.segments import Cut
+from perexfx.reruns import Cut
 
 if TYPE_CHECKING:
-    from perexfx.rerun import AtCut
+    from perexfx.second_run import AtCut
     from perexfx.state import PerExample
 
 

@@ -30,6 +30,11 @@ class Layout:
         """How many positions of the axis belong to each example."""
         return self.before * self.after
 
+    def apart(self, value: Tensor) -> Tensor:
+        """`value` with its example axis as three, `before`, examples and `after`: a view."""
+        n = value.shape[self.axis] // self.repeats
+        return value.unflatten(self.axis, (self.before, n, self.after))
+
     def examples_first(self, value: Tensor) -> Tensor:
         """`value` as `[n, repeats, *other axes]`: a view where torch can make one.
 
@@ -38,16 +43,12 @@ class Layout:
         """
         if self.axis == 0 and self.repeats == 1:
             return value.unsqueeze(1)
-        n = value.shape[self.axis] // self.repeats
-        split = value.unflatten(self.axis, (self.before, n, self.after))
-        first = split.movedim((self.axis + 1, self.axis, self.axis + 2), (0, 1, 2))
-        return first.reshape(n, self.repeats, *first.shape[3:])
+        first = self.apart(value).movedim((self.axis + 1, self.axis, self.axis + 2), (0, 1, 2))
+        return first.reshape(first.shape[0], self.repeats, *first.shape[3:])
 
     def split(self, value: Tensor) -> Tensor:
         """`value` as `[n, ...]`, where the example axis keeps its place and one example's `repeats` positions."""
-        n = value.shape[self.axis] // self.repeats
-        apart = value.unflatten(self.axis, (self.before, n, self.after)).movedim(self.axis + 1, 0)
-        return apart.flatten(self.axis + 1, self.axis + 2)
+        return self.apart(value).movedim(self.axis + 1, 0).flatten(self.axis + 1, self.axis + 2)
 
     def __str__(self) -> str:
         if self.repeats == 1:

@@ -1,0 +1,305 @@
+"""Second runs: what the cuts between segments keep for them, and what the clip node gets from them.
+
+Promises: a segment that is run again computes what it has computed before, or it is an error: the same nodes run in the
+same order, on the same values, with the same random numbers and parameters, and the sums of the result are compared.
+Its sites leave the factors that they have left before, which are weighted and summed as those that others hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+from perexfx.ir.errors import ModeError
+from perexfx.ir.factors import Factors
+from perexfx.ir.layout import Layout
+from perexfx.ir.node import info_of
+from perexfx.ir.site import Key
+from perexfx.pull_back import check_unchanged
+from perexfx.reruns import Rerun
+from perexfx.tape import Tape
+
+# What cuts keep
+
+
+@dataclass(frozen=True)
+class AtCut:
+    """What a backward finds at a cut.
+
+    Attributes:
+        gradient: Of the value there, where a rerun ends; None where it has none.
+        values: What the segment after it reads, by name, where it is to run again.
+        sums: Of the value per example, where a rerun ends.
+        states: Of the random number generators of CPU and device, where a rerun begins.
+    """
+
+    gradient: Tensor | None
+    values: Mapping[str, Any]
+    sums: Sums | None
+    states: tuple[Tensor, ...]
+
+
+class _Cut(Function):
+    """Identity on the value between two segments. What reruns need is saved as all else is for a backward."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, at: int, _token: Tensor, value: Tensor, kept: Mapping[str, Any]) -> Tensor:
+        assert tape.plan is not None
+        found = tape.cuts[at]
+        leaves, ctx.spec = pytree.tree_flatten(dict(kept))
+        ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.are_tensors = [isinstance(leaf, Tensor) for leaf in leaves]
+        ctx.save_for_backward(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        ctx.tape, ctx.at = tape, at
+        ctx.sums = Sums.of(value, tape.plan.segments[at - 1].layout_of_exit) if found.ends else None
+        ctx.states = _states(value.device) if found.begins else ()
+        ctx.set_materialize_grads(False)
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides names)
+        tape: Tape = ctx.tape
+        tape.enter_backward()
+        saved = iter(ctx.saved_tensors)
+        pairs = zip(ctx.are_tensors, ctx.others, strict=True)
+        leaves = [next(saved).detach() if is_tensor else other for is_tensor, other in pairs]
+        values = pytree.tree_unflatten(leaves, ctx.spec)
+        (gradient,) = grad_outputs
+        tape.at_cuts[ctx.at] = AtCut(None if ctx.sums is None else gradient, values, ctx.sums, ctx.states)
+        return None, None, None, gradient, None
+
+
+def cut(tape: Tape, token: Tensor, at: int, value: Any, *given: Any) -> Any:
+    """The value between two segments.
+
+    Args:
+        tape: Of this forward.
+        token: From the clip node.
+        at: Number of the segment after it.
+        value: What gradients pass through; the token before the first segment.
+        given: The values that the segment after it reads, in its order.
+    """
+    if at not in tape.cuts:
+        return value
+    named = dict(zip(tape.state.segments[at].given, given, strict=True)) if given else {}
+    return _Cut.apply(tape, at, token, value, {name: named[name] for name in tape.cuts[at].keeps})
+
+
+# What comes of them
+
+
+class SecondTape(Tape):
+    """The tape of a rerun, on which sites leave their factors to be summed at once.
+
+    Attributes:
+        first: The tape of the forward that is run again.
+        weighted_sum: Group -> the clipped sum of factors.
+        sums: (site, operand) -> its clipped sum.
+    """
+
+    def __init__(self, first: Tape, rerun: Rerun, weighted_sum: Callable[[str, Factors], Tensor]) -> None:
+        super().__init__(first.state, first.plan, first.n)
+        self.first, self.left_alone, self.cuts = first, first.left_alone, {}
+        self.active, self.weighted_sum = first.active, weighted_sum
+        keys = rerun.keys & first.reweighted
+        self.operands = {site: frozenset(name for at, name in keys if at == site) for site in first.operands}
+        self.sums: dict[Key, Tensor] = {}
+
+    def is_trained(self, site: str) -> bool:
+        """As in the first forward."""
+        return self.first.is_trained(site)
+
+    def enter_backward(self) -> None:
+        """Nothing is left behind by others."""
+
+    def add(self, site: str, factors: Mapping[str, Factors]) -> None:
+        """Sums what a site leaves, where it was asked for."""
+        group = self.state.site(site).group
+        for name in self.operands[site]:
+            self.sums[site, name] = self.weighted_sum(group, factors[name])
+
+
+def sums_again(
+    tape: Tape, rerun: Rerun, weighted_sum: Callable[[str, Factors], Tensor], lost: Tensor
+) -> Mapping[Key, Tensor]:
+    """The clipped sums of what is run again: (site, operand) -> gradient of its value.
+
+    Args:
+        tape: Of the forward; the backward has passed the cuts.
+        rerun: What to run.
+        weighted_sum: Group and factors -> their clipped sum.
+        lost: Which examples are not finite. Shape `[B]`.
+
+    Raises:
+        ModeError: The second forward does not give what the first gave.
+    """
+    plan = tape.plan
+    assert plan is not None
+    check_unchanged(tape, tape.versions)
+    last, end = plan.segments[rerun.last], tape.at_cuts.pop(rerun.last + 1)
+    second = SecondTape(tape, rerun, weighted_sum)
+    token = torch.zeros(tape.n, device=lost.device, requires_grad=True)
+    values: dict[str, Any] = {}
+    states = tape.at_cuts[rerun.first].states
+    for at in range(rerun.first, rerun.last + 1):
+        values |= tape.at_cuts.pop(at).values
+    with _random_numbers_of(states, token.device), torch.enable_grad():
+        result = _run(second, token, values, rerun, last.exit)
+    assert end.sums is not None
+    end.sums.check(Sums.of(result.detach(), last.layout_of_exit), lost, _first_site(tape, rerun), last.sites[-1])
+    if end.gradient is not None:
+        torch.autograd.grad(result, token, end.gradient, allow_unused=True)
+    return second.sums
+
+
+def _first_site(tape: Tape, rerun: Rerun) -> str:
+    assert tape.plan is not None
+    return tape.plan.segments[rerun.first].sites[0]
+
+
+def _run(tape: SecondTape, token: Tensor, values: dict[str, Any], rerun: Rerun, wanted: str) -> Tensor:
+    """The value of the last node of some segments.
+
+    Args:
+        tape: In the place of the first.
+        token: In the place of all tokens.
+        values: Name of a node -> its value: what is given. Empty afterwards.
+        rerun: Which segments.
+        wanted: Name of the node.
+    """
+    owner = tape.state.owner
+    graph = owner.graph
+    assert isinstance(graph, fx.Graph)
+    nodes = _nodes_of(graph, rerun)
+    last_reader = {name: node for node in nodes for name in map(_name_of, node.all_input_nodes)} | {wanted: None}
+
+    def value_of(read: fx.Node) -> Any:
+        name = _name_of(read)
+        return values[name] if name in values else _stand_in(tape, token, read)
+
+    for node in nodes:
+        args, kwargs = node.args, dict(node.kwargs)
+        if info_of(node).role == "site":  # whose parameter expressions are not evaluated again
+            args = (*args[:3], tuple(() for _ in tape.state.site(str(args[2])).operands), *args[4:])
+        given: Any
+        given, kwargs = fx.map_arg((args, kwargs), value_of)
+        values[node.name] = _call(owner, node, given, kwargs)
+        del given, kwargs
+        for name in (node.name, *map(_name_of, node.all_input_nodes)):
+            if last_reader.get(name, node) is node:
+                values.pop(name, None)
+    return values.pop(wanted)
+
+
+def _name_of(read: fx.Node) -> str:
+    """Name of a node; of the value there, where it is a cut."""
+    value = read.args[3] if info_of(read).role == "cut" else read
+    return value.name if isinstance(value, fx.Node) else read.name
+
+
+def _nodes_of(graph: fx.Graph, rerun: Rerun) -> list[fx.Node]:
+    """The nodes of some segments that compute something, in order."""
+    found: list[fx.Node] = []
+    at = -1
+    for node in graph.nodes:
+        role = info_of(node).role
+        if role == "cut":
+            at += 1
+        elif rerun.first <= at <= rerun.last and role != "norm" and node.op not in ("get_attr", "output"):
+            found.append(node)
+    return found
+
+
+def _stand_in(tape: SecondTape, token: Tensor, node: fx.Node) -> Any:
+    """What a rerun takes in the place of tape, tokens and parameters."""
+    role = info_of(node).role
+    if role == "tape":
+        return tape
+    if role in ("norm", "cut") or node.args[1] == 0:
+        return token
+    clip, at = node.args
+    assert isinstance(clip, fx.Node)
+    assert isinstance(at, int)
+    names: Any = clip.args[1]
+    return tape.first.parameters[names[at - 1]]
+
+
+def _call(owner: nn.Module, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if node.op == "call_module":
+        return owner.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+# Whether it is the same
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What tells one value from another: each example's sum, and the size of its numbers.
+
+    Attributes:
+        sums: Shape `[B]`.
+        sizes: The 2-norms: what rounding, and other numbers, would change the sums by. Shape `[B]`.
+        dtype: Of the value.
+    """
+
+    sums: Tensor
+    sizes: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, value: Tensor, layout: Layout) -> Sums:
+        """Of a value whose layout is known."""
+        apart = layout.apart(value)
+        others = [axis for axis in range(apart.dim()) if axis != layout.axis + 1]
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        sizes = torch.linalg.vector_norm(apart, 2, others, dtype=dtype)
+        return cls(apart.sum(others, dtype=dtype), sizes, value.dtype)
+
+    def check(self, found: Sums, lost: Tensor, first: str, last: str) -> None:
+        """Raises: ModeError, where other sums were found."""
+        is_close = (found.sums - self.sums).abs() <= torch.finfo(self.dtype).eps ** 0.5 * self.sizes
+        is_same = (found.sums == self.sums) | (found.sums.isnan() & self.sums.isnan())
+        differs = ~(is_close | is_same | lost)
+        if bool(differs.any()):
+            raise ModeError(
+                f"The layers from `{first}` to `{last}` were run a second time for their clipped sums, and gave other "
+                f"values than before for {int(differs.sum())} of {len(differs)} examples. Something in them depends on "
+                "more than their inputs. Raise `memory_budget`, or name another strategy than 'reweight' for them."
+            )
+
+
+# Random numbers
+
+
+def _states(device: torch.device) -> tuple[Tensor, ...]:
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return tuple(states)
+
+
+@contextmanager
+def _random_numbers_of(states: Sequence[Tensor], device: torch.device) -> Iterator[None]:
+    """With the generators as they were; afterwards they are as before."""
+    is_cpu = device.type == "cpu"
+    with torch.random.fork_rng([] if is_cpu else [device], device_type="cuda" if is_cpu else device.type):
+        torch.set_rng_state(states[0])
+        if not is_cpu:
+            torch.get_device_module(device).set_rng_state(states[1], device)
+        yield
+
+
+__all__ = ["AtCut", "SecondTape", "Sums", "cut", "sums_again"]
