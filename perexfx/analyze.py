@@ -58,11 +58,13 @@ class NodeFacts:
         tensors: Its tensors, in pytree order.
         numbers_depend: Whether a number in it changes with the batch size.
         numbers: Its numbers at each of `SIZES`.
+        is_tensor: Whether it is a tensor itself, and not something around one.
     """
 
     tensors: tuple[TensorFacts, ...]
     numbers_depend: bool
     numbers: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+    is_tensor: bool = False
 
     @property
     def carries_examples(self) -> bool:
@@ -218,4 +220,4 @@ def _facts(runs: Sequence[Run], name: str, layouts: Mapping[int, Layout], number
     )
     numbers = tuple(tuple(leaf for leaf in found if isinstance(leaf, int | float)) for found in (small, large))
     depend = numbers_follow or len(small) != len(large)
-    return NodeFacts(tensors, depend, (numbers[0], numbers[1]))
+    return NodeFacts(tensors, depend, (numbers[0], numbers[1]), isinstance(runs[0].values[name], Tensor))

@@ -98,6 +98,10 @@ class CompiledStep:
 
     def _candidates(self, x: Any, y: Any) -> dict[str, Step]:
         """The ways beside the eager one that there are for a batch, by name."""
+        state = self.gm.perexfx
+        if state.settings.memory_budget is not None and state.plan is not None and state.plan.reruns:
+            _logger.info("The step stays eager: a graph has no second backward, which the memory budget asks for.")
+            return {}
         try:
             graph = traced(self.gm, self._step, x, y)
         except CaptureError as error:

@@ -146,7 +146,6 @@ def _rewritten(
     tape, token, parameters = _insert_clip(graph, [new[node] for node in inputs], clipped)
     borders.tape = tape
     cuts = _Cuts(graph, captured, segments, (tape, token), new)
-    token = cuts.at_begin()
     tokens: dict[str, fx.Node] = {}
     for node in captured.nodes:
         if node in new:
@@ -163,7 +162,7 @@ def _rewritten(
         else:
             if site.group not in tokens:
                 tokens[site.group] = graph.create_node(
-                    "call_function", norm, (tape, token, site.group), name=f"{PREFIX}norm"
+                    "call_function", norm, (tape, cuts.token, site.group), name=f"{PREFIX}norm"
                 )
                 annotate(tokens[site.group], replace(info_of(node), role="norm", site=site.group))
             constants = tuple(
@@ -189,6 +188,7 @@ class _Cuts:
     """Nodes between segments.
 
     Attributes:
+        token: For the sites of the segment at hand.
         passed: How many segments lie behind.
     """
 
@@ -200,14 +200,12 @@ class _Cuts:
         first: tuple[fx.Node, fx.Node],
         new: dict[fx.Node, fx.Node],
     ) -> None:
-        self.graph, self.segments, self.first, self.new, self.passed = graph, segments, first, new, 0
+        self.graph, self.segments, self.new, self.passed = graph, segments, new, 0
+        self.tape, self.token = first
         self.nodes = {node.name: node for node in captured.nodes}
         self.exits = {segment.exit for segment in segments}
-
-    def at_begin(self) -> fx.Node:
-        """The token, behind the cut before the first segment."""
-        _, token = self.first
-        return self._cut(token) if self.segments else token
+        if segments:
+            self._cut(self.token)
 
     def after(self, node: fx.Node) -> fx.Node:
         """What stands for a node of the captured graph, behind its cut where there is one."""
@@ -217,12 +215,16 @@ class _Cuts:
         return self._cut(self.new[node])
 
     def _cut(self, value: fx.Node) -> fx.Node:
-        tape, token = self.first
         read = self.segments[self.passed].given if self.passed < len(self.segments) else ()
         given = [self._given(self.nodes[name]) for name in read]
-        arguments = (tape, token, self.passed, value, *given)
-        node = self.graph.create_node("call_function", cut, arguments, name=f"{PREFIX}cut")
-        return annotate(node, replace(info_of(value), role="cut", site="", overwrites=False))
+        info = replace(info_of(value), role="cut", site="", overwrites=False)
+        arguments = (self.tape, self.token, self.passed, value, *given)
+        node = annotate(self.graph.create_node("call_function", cut, arguments, name=f"{PREFIX}cut"), info)
+        self.token, value = (
+            annotate(self.graph.create_node("call_function", operator.getitem, (node, at), name=PREFIX + name), info)
+            for at, name in enumerate(("token", "passed"))
+        )
+        return value
 
     def _given(self, node: fx.Node) -> fx.Node:
         """A value that a segment reads; what the module holds may be named later in the captured graph."""

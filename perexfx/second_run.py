@@ -35,34 +35,38 @@ class AtCut:
     """What a backward finds at a cut.
 
     Attributes:
-        gradient: Of the value there, where a rerun ends; None where it has none.
+        gradient: Of the value there, and its version, where a rerun ends; None where it has none.
         values: What the segment after it reads, by name, where it is to run again.
         sums: Of the value per example, where a rerun ends.
         states: Of the random number generators of CPU and device, where a rerun begins.
     """
 
-    gradient: Tensor | None
+    gradient: tuple[Tensor, int] | None
     values: Mapping[str, Any]
     sums: Sums | None
     states: tuple[Tensor, ...]
 
 
 class _Cut(Function):
-    """Identity on the value between two segments. What reruns need is saved as all else is for a backward."""
+    """Identity on token and value. What reruns need is saved as all else is for a backward.
+
+    The sites above have the token that comes out, so that their squared norms pass here whatever else does.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, at: int, _token: Tensor, value: Tensor, kept: Mapping[str, Any]) -> Tensor:
+    def forward(ctx: Any, tape: Tape, at: int, token: Tensor, value: Tensor, kept: Mapping[str, Any]) -> Any:
         assert tape.plan is not None
-        found = tape.cuts[at]
+        found, segments = tape.cuts[at], tape.plan.segments
         leaves, ctx.spec = pytree.tree_flatten(dict(kept))
         ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         ctx.are_tensors = [isinstance(leaf, Tensor) for leaf in leaves]
         ctx.save_for_backward(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
         ctx.tape, ctx.at = tape, at
-        ctx.sums = Sums.of(value, tape.plan.segments[at - 1].layout_of_exit) if found.ends else None
+        ctx.sums = Sums.of(value, segments[at - 1].layout_of_exit) if found.ends else None
         ctx.states = _states(value.device) if found.begins else ()
         ctx.set_materialize_grads(False)
-        return value.view_as(value)
+        is_returned = at == len(segments)  # and may be changed in place
+        return token.view_as(token), value.clone() if is_returned else value.view_as(value)
 
     @staticmethod
     @once_differentiable
@@ -73,23 +77,24 @@ class _Cut(Function):
         pairs = zip(ctx.are_tensors, ctx.others, strict=True)
         leaves = [next(saved).detach() if is_tensor else other for is_tensor, other in pairs]
         values = pytree.tree_unflatten(leaves, ctx.spec)
-        (gradient,) = grad_outputs
-        tape.at_cuts[ctx.at] = AtCut(None if ctx.sums is None else gradient, values, ctx.sums, ctx.states)
-        return None, None, None, gradient, None
+        squared, gradient = grad_outputs
+        kept = None if ctx.sums is None or gradient is None else (gradient, gradient._version)
+        tape.at_cuts[ctx.at] = AtCut(kept, values, ctx.sums, ctx.states)
+        return None, None, squared, gradient, None
 
 
-def cut(tape: Tape, token: Tensor, at: int, value: Any, *given: Any) -> Any:
-    """The value between two segments.
+def cut(tape: Tape, token: Tensor, at: int, value: Any, *given: Any) -> tuple[Tensor, Any]:
+    """The token for what lies above, and the value between two segments.
 
     Args:
         tape: Of this forward.
-        token: From the clip node.
+        token: From the clip node, or the cut before.
         at: Number of the segment after it.
-        value: What gradients pass through; the token before the first segment.
+        value: What gradients pass through; before the first segment the token again.
         given: The values that the segment after it reads, in its order.
     """
     if at not in tape.cuts:
-        return value
+        return token, value
     named = dict(zip(tape.state.segments[at].given, given, strict=True)) if given else {}
     return _Cut.apply(tape, at, token, value, {name: named[name] for name in tape.cuts[at].keeps})
 
@@ -155,9 +160,16 @@ def sums_again(
     with _random_numbers_of(states, token.device), torch.enable_grad():
         result = _run(second, token, values, rerun, last.exit)
     assert end.sums is not None
-    end.sums.check(Sums.of(result.detach(), last.layout_of_exit), lost, _first_site(tape, rerun), last.sites[-1])
+    end.sums.check(Sums.of(result, last.layout_of_exit), lost, _first_site(tape, rerun), last.sites[-1])
     if end.gradient is not None:
-        torch.autograd.grad(result, token, end.gradient, allow_unused=True)
+        gradient, version = end.gradient
+        if gradient._version != version:
+            raise ModeError(
+                f"The gradient that arrives at `{last.exit}` was overwritten by a backward below, and is needed for "
+                "the second one. Let that backward return a new tensor, or name another strategy than 'reweight' for "
+                f"the layers from `{_first_site(tape, rerun)}` to `{last.sites[-1]}`."
+            )
+        torch.autograd.grad(result, token, gradient, allow_unused=True)
     return second.sums
 
 
@@ -176,7 +188,8 @@ def _run(tape: SecondTape, token: Tensor, values: dict[str, Any], rerun: Rerun, 
         rerun: Which segments.
         wanted: Name of the node.
     """
-    owner = tape.state.owner
+    owner = tape.first.owner
+    assert owner is not None
     graph = owner.graph
     assert isinstance(graph, fx.Graph)
     nodes = _nodes_of(graph, rerun)
@@ -201,9 +214,14 @@ def _run(tape: SecondTape, token: Tensor, values: dict[str, Any], rerun: Rerun, 
 
 
 def _name_of(read: fx.Node) -> str:
-    """Name of a node; of the value there, where it is a cut."""
-    value = read.args[3] if info_of(read).role == "cut" else read
-    return value.name if isinstance(value, fx.Node) else read.name
+    """Name of a node; where it is what comes out of a cut, of what goes in."""
+    if info_of(read).role != "cut":
+        return read.name
+    through, at = read.args[:2]
+    assert isinstance(through, fx.Node)
+    value = through.args[1 if at == 0 else 3]
+    assert isinstance(value, fx.Node)
+    return _name_of(value)
 
 
 def _nodes_of(graph: fx.Graph, rerun: Rerun) -> list[fx.Node]:
@@ -212,9 +230,9 @@ def _nodes_of(graph: fx.Graph, rerun: Rerun) -> list[fx.Node]:
     at = -1
     for node in graph.nodes:
         role = info_of(node).role
-        if role == "cut":
+        if node.target is cut:
             at += 1
-        elif rerun.first <= at <= rerun.last and role != "norm" and node.op not in ("get_attr", "output"):
+        elif rerun.first <= at <= rerun.last and role not in ("cut", "norm") and node.op not in ("get_attr", "output"):
             found.append(node)
     return found
 
@@ -245,12 +263,16 @@ def _call(owner: nn.Module, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
 # Whether it is the same
 
 
+GOLDEN = 0.6180339887498949
+"""Multiples of the golden ratio, without their integer parts, are spread evenly and never repeat."""
+
+
 @dataclass(frozen=True)
 class Sums:
-    """What tells one value from another: each example's sum, and the size of its numbers.
+    """What tells one value from another: a weighted sum of each example's numbers, and their size.
 
     Attributes:
-        sums: Shape `[B]`.
+        sums: With weights that no layer knows: plain sums of softmax and norm layers are always the same. Shape `[B]`.
         sizes: The 2-norms: what rounding, and other numbers, would change the sums by. Shape `[B]`.
         dtype: Of the value.
     """
@@ -262,11 +284,11 @@ class Sums:
     @classmethod
     def of(cls, value: Tensor, layout: Layout) -> Sums:
         """Of a value whose layout is known."""
-        apart = layout.apart(value)
-        others = [axis for axis in range(apart.dim()) if axis != layout.axis + 1]
-        dtype = torch.promote_types(value.dtype, torch.float32)
-        sizes = torch.linalg.vector_norm(apart, 2, others, dtype=dtype)
-        return cls(apart.sum(others, dtype=dtype), sizes, value.dtype)
+        rows = layout.examples_first(value.detach()).flatten(1)
+        rows = rows.to(torch.promote_types(value.dtype, torch.float32))
+        places = torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device)
+        weights = torch.frac(places * GOLDEN) - 0.5
+        return cls(rows @ weights, torch.linalg.vector_norm(rows, 2, 1), value.dtype)
 
     def check(self, found: Sums, lost: Tensor, first: str, last: str) -> None:
         """Raises: ModeError, where other sums were found."""

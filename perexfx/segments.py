@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
@@ -88,7 +88,7 @@ def _cuts(nodes: Sequence[fx.Node], order: Mapping[fx.Node, int], at_sites: Mapp
             live.add(node)
         live = {value for value in live if _last_reader(value, order) > order[node]}
         has_site = has_site or node.name in at_sites
-        if live != {node} or all(user.target is operator.getitem for user in node.users):  # may be several values
+        if live != {node} or _may_be_several(node):
             continue
         if has_site or not cuts:
             cuts.append(node)
@@ -96,6 +96,11 @@ def _cuts(nodes: Sequence[fx.Node], order: Mapping[fx.Node, int], at_sites: Mapp
             cuts[-1] = node  # the later one: what the next site reads
         has_site = False
     return cuts
+
+
+def _may_be_several(node: fx.Node) -> bool:
+    """Whether a node's value may be several tensors, or an object around them."""
+    return isinstance(node.target, type) or all(user.target is operator.getitem for user in node.users)
 
 
 def _last_reader(node: fx.Node, order: Mapping[fx.Node, int]) -> int:
@@ -136,12 +141,38 @@ def fit_segments(
     """
     nodes = {node.name: node for node in graph.nodes}
     order = {name: at for at, name in enumerate(nodes)}
+    unseen = list(_unseen(nodes, order, analysis))
     found = []
     for segment in segments:
         facts, refusal = analysis.tensor(nodes[segment.exit]), _refusal(segment, nodes, order, module, analysis)
+        refusal = refusal or next(
+            (why for ends, why in unseen if not ends.isdisjoint((segment.entry, segment.exit))), ""
+        )
         layout = segment.layout_of_exit if facts is None or facts.layout is None else facts.layout
         found.append(replace(segment, layout_of_exit=layout, refusal=refusal, cost=cost(segment)))
     return tuple(found)
+
+
+def _unseen(
+    nodes: Mapping[str, fx.Node], order: Mapping[str, int], analysis: Analysis
+) -> Iterator[tuple[frozenset[str], str]]:
+    """Nodes that a gradient may pass beside, through memory that is written into before and read after them."""
+    for name, writers in analysis.written_by.items():
+        last = max((order[user.name] for user in nodes[name].users), default=-1)
+        for writer in writers:
+            if order[writer] < last and nodes[name] not in _following(nodes[writer]):
+                beside = frozenset(between for between, at in order.items() if order[writer] <= at < last)
+                yield beside, f"`{writer}` writes into `{name}`, which is read beyond its segment"
+
+
+def _following(node: fx.Node) -> set[fx.Node]:
+    """A node and all that depends on its value."""
+    found, left = {node}, [node]
+    while left:
+        new = [user for user in left.pop().users if user not in found]
+        found.update(new)
+        left += new
+    return found
 
 
 def _refusal(
@@ -150,7 +181,7 @@ def _refusal(
     """Why a segment might not compute the same again, or ""."""
     for name in (segment.entry, segment.exit) if segment.entry else (segment.exit,):
         facts = analysis.tensor(nodes[name])
-        if facts is None or facts.layout is None or not facts.dtype.is_floating_point:
+        if not analysis.nodes[name].is_tensor or facts is None or facts.layout is None:
             return f"`{name}`, which gradients pass it through, is not one tensor of examples"
     if any(order[writer] > order[segment.exit] for writer in analysis.written_by.get(segment.exit, ())):
         return f"`{segment.exit}` is overwritten"

@@ -63,6 +63,7 @@ class Tape:
         self.left_alone: set[int] = set()
         # a graph has no second backward: it sums what is held
         self.cuts: Mapping[int, Cut] = {} if plan is None or is_watched() else plan.cuts
+        self.owner = state.owner if self.cuts else None  # for a second run, which may be all that is left to use it
         self.at_cuts: dict[int, AtCut] = {}
         self.reweighted: set[tuple[str, str]] = set()
         self._task: int | None = None

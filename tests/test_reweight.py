@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -286,7 +286,7 @@ def test_nodes_are_there_only_where_they_may_be_needed() -> None:
 
     assert "cut" not in roles()
     assert "cut" not in roles(strategy="materialize")
-    assert roles(strategy={"stem": "reweight"}).count("cut") == roles(memory_budget=1 << 30).count("cut") == 8
+    assert roles(strategy={"stem": "reweight"}).count("cut") == roles(memory_budget=1 << 30).count("cut") == 3 * 8
 
 
 def test_views(tmp_path: Path) -> None:
@@ -296,6 +296,175 @@ def test_views(tmp_path: Path) -> None:
     assert drawn.count("second run begins") == drawn.count("second run ends") == 1
     assert "reweight" in str(perexfx.report(gm))
     assert "reweight" in perexfx.report(gm).explain("convs.1")
+
+
+# Whatever a forward does
+
+
+class Forward(nn.Module):
+    """Three layers, a dropout, and a forward that is given."""
+
+    def __init__(self, forward: Callable[[Forward, Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+        self.drop, self.relu, self.run = nn.Dropout(0.5), nn.ReLU(inplace=True), forward
+        self.register_buffer("mask", (torch.arange(8) % 3 > 0).float())
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+
+def interleaved(m: Forward, x: Tensor) -> Tensor:
+    v = m.a(x)
+    h = torch.zeros_like(v)
+    h[:, ::2] = v[:, ::2]
+    h[:, 1::2] = v[:, 1::2].tanh()
+    return m.c(m.b(h))
+
+
+def written_and_not_read(m: Forward, x: Tensor) -> Tensor:
+    kept = x.new_ones(x.shape)
+    kept.mul_(0.5)
+    return m.c(F.layer_norm(m.b(m.a(x) * kept), (8,)))
+
+
+def overwritten_by_a_module(m: Forward, x: Tensor) -> Tensor:
+    return m.c(m.relu(m.b(m.relu(m.a(x)))))
+
+
+def for_a_later_segment(m: Forward, x: Tensor) -> Tensor:
+    h = F.relu(m.a(x))
+    noise = torch.rand_like(h)
+    h = torch.softmax(m.b(m.drop(h)), 1)
+    return m.c(h * noise)
+
+
+def sums_that_are_always_the_same(m: Forward, x: Tensor) -> Tensor:
+    return m.c(torch.softmax(m.b(F.layer_norm(m.drop(m.a(x)), (8,))), 1))
+
+
+def no_gradient_below(m: Forward, x: Tensor) -> Tensor:
+    return m.c(m.b(m.a(x)).detach())
+
+
+def without_a_reader(m: Forward, x: Tensor) -> Tensor:
+    h = m.a(x)
+    m.b(h)
+    return m.c(x)
+
+
+def codes(m: Forward, x: Tensor) -> Tensor:
+    return m.c((m.b(m.a(x)) > 0).to(x.dtype))
+
+
+def an_earlier_exit_without_gradient(m: Forward, x: Tensor) -> Tensor:
+    kept = x > 0
+    h = torch.tanh(m.a(x))
+    g = torch.tanh(m.b(h) * kept)
+    return m.c(g) * torch.sigmoid(g.detach().sum(1, keepdim=True) + h.detach().sum(1, keepdim=True))
+
+
+def an_expression_made_early(m: Forward, x: Tensor) -> Tensor:
+    weight = m.c.weight * m.mask
+    h = torch.tanh(m.a(x))
+    return F.linear(h, weight) + m.b(h).sum(1, keepdim=True)
+
+
+class Logits(NamedTuple):
+    logits: Tensor
+
+
+FORWARDS = (
+    *(interleaved, written_and_not_read, overwritten_by_a_module, for_a_later_segment, sums_that_are_always_the_same),
+    *(no_gradient_below, without_a_reader, codes, an_earlier_exit_without_gradient, an_expression_made_early),
+)
+
+
+@pytest.mark.parametrize("strategy", ["reweight", "a", "b", "c", "budget"])
+@pytest.mark.parametrize("forward", FORWARDS, ids=lambda forward: forward.__name__)
+@pytest.mark.parametrize("mode", ["train", "eval", "eval first"])
+def test_whatever_a_forward_does(forward: Callable[[Forward, Tensor], Any], strategy: str, mode: str) -> None:
+    torch.manual_seed(0)
+    model = Forward(forward).double().train(mode == "train")
+    batch = Batch((torch.randn(6, 8).double(),), torch.randint(0, 5, (6,)))
+    plain = perexfx.transform(model, batch.inputs, clip_norm=0.05)
+    options: dict[str, Any] = {"strategy": strategy if strategy == "reweight" else {strategy: "reweight"}}
+    if strategy == "budget":
+        options = {"memory_budget": max(0, plain.perexfx.plan.leanest().bytes_added) + 1024}
+    try:
+        gm = perexfx.transform(model, batch.inputs, clip_norm=0.05, **options)
+    except perexfx.StrategyError:
+        return  # it says that there is none
+    for module in (gm, plain):
+        module.train(mode != "eval")
+    assert_close(seeded_step(gm, batch), seeded_step(plain, batch), 1e-9, forward.__name__)
+
+
+def test_writes_that_gradients_pass_beside_a_cut_are_seen() -> None:
+    gm = perexfx.transform(Forward(interleaved), torch.randn(6, 8))
+    refusals = {d.site: d.alternatives[-1].refusal for d in gm.perexfx.plan.decisions[::-1]}
+    assert "which is read beyond its segment" in refusals["a"]
+    assert not refusals["c"]
+
+
+def test_outputs_as_people_return_and_use_them() -> None:
+    torch.manual_seed(0)
+    batch = Batch((torch.randn(6, 8).double(),), torch.randint(0, 5, (6,)))
+    model = Forward(lambda m, x: Logits(m.c(m.b(m.a(x))))).double()
+    gm = perexfx.transform(model, batch.inputs, clip_norm=0.05, strategy="reweight")
+    plain = perexfx.transform(model, batch.inputs, clip_norm=0.05)
+
+    def loss(output: Logits, targets: Tensor) -> Tensor:
+        scaled = output.logits
+        scaled[:, 0] += 1
+        return F.cross_entropy(scaled.mul_(0.5), targets)
+
+    assert_close(train_step(gm, batch, loss), train_step(plain, batch, loss), 1e-11, "changed in place")
+
+
+def test_a_loss_outlives_the_module() -> None:
+    torch.manual_seed(0)
+    model, x, y = Forward(overwritten_by_a_module).double(), torch.randn(6, 8).double(), torch.randint(0, 5, (6,))
+    loss = F.cross_entropy(perexfx.transform(model, x, strategy="reweight", clip_norm=0.05)(x), y)
+    loss.backward()
+    assert_close(
+        {name: parameter.grad for name, parameter in model.named_parameters()},
+        train_step(perexfx.transform(model, x, clip_norm=0.05), Batch((x,), y), F.cross_entropy),
+        1e-11,
+        "outlived",
+    )
+
+
+def test_values_of_less_precision_in_between() -> None:
+    torch.manual_seed(0)
+    model = Forward(lambda m, x: m.c(torch.tanh(m.a(x))).to(torch.float16))
+    batch = Batch((torch.randn(64, 8),), torch.randint(0, 5, (64,)))
+    expected = train_step(perexfx.transform(model, batch.inputs, clip_norm=1e-4), batch, F.cross_entropy)
+    gm = perexfx.transform(model, batch.inputs, clip_norm=1e-4, strategy="reweight")
+    assert_close(train_step(gm, batch, F.cross_entropy), expected, 1e-5, "half")
+
+
+def test_compiled_steps_keep_the_budget() -> None:
+    torch.manual_seed(0)
+    model, x = deep(), torch.randn(16, 48, 96)
+    free = perexfx.transform(model, x)
+    gm = perexfx.transform(model, x, memory_budget=free.perexfx.plan.bytes_added // 4)
+    step = perexfx.compile_step(gm, lambda output, y: F.cross_entropy(output.flatten(0, -2), y))
+    step(x, torch.randint(0, 10, (16 * 48,)))
+    assert list(step.ways.values()) == ["eager"]
+
+
+def test_a_tied_layer_in_the_middle_parts_the_graph() -> None:
+    torch.manual_seed(0)
+    tied = nn.Linear(96, 96)
+    layers = [layer for at in range(12) for layer in (tied if at in (5, 6) else nn.Linear(96, 96), nn.ReLU())]
+    model, x = nn.Sequential(*layers, nn.Linear(96, 10)), torch.randn(16, 48, 96)
+    everywhere = perexfx.transform(model, x, strategy="reweight")
+    assert reruns(everywhere) == [(0, 4), (7, 12)]
+    most = everywhere.perexfx.plan
+    gm = perexfx.transform(model, x, memory_budget=most.bytes_added)
+    assert gm.perexfx.plan.bytes_added <= most.bytes_added
+    assert gm.perexfx.plan.seconds <= most.seconds
 
 
 # Less memory
@@ -408,6 +577,36 @@ def test_what_does_not_compute_the_same_again_is_an_error(monkeypatch: pytest.Mo
     with pytest.raises(perexfx.ModeError, match=r"layers from `first` to `second` were run a second time.*3 of 3"):
         loss.backward()
     assert all(parameter.grad is None for parameter in gm.parameters())
+
+
+def test_a_parameter_that_is_changed_in_between_is_an_error() -> None:
+    torch.manual_seed(0)
+    model, x = Forward(overwritten_by_a_module).double(), torch.randn(3, 8).double()
+    gm = perexfx.transform(model, x, strategy="reweight")
+    loss = F.cross_entropy(gm(x), torch.tensor([0, 1, 2]))
+    with torch.no_grad():
+        model.a.bias.mul_(1 + 1e-9)
+    with pytest.raises(perexfx.ModeError, match=r"Parameter `a.bias` was changed between the forward and the backward"):
+        loss.backward()
+
+
+class Negating(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad_outputs[0].neg_()
+
+
+def test_a_gradient_that_is_overwritten_is_an_error() -> None:
+    torch.manual_seed(0)
+    model = Forward(lambda m, x: m.c(Negating.apply(m.a(x))))
+    gm = perexfx.transform(model, torch.randn(3, 8), strategy={"a": "reweight"})
+    loss = F.cross_entropy(gm(torch.randn(3, 8)), torch.tensor([0, 1, 2]))
+    with pytest.raises(perexfx.ModeError, match=r"was overwritten by a backward below.*layers from `a` to `a`"):
+        loss.backward()
 
 
 def test_a_value_that_is_overwritten_in_between_is_an_error() -> None:

@@ -21,6 +21,7 @@ from perexfx.ir.errors import ArgumentError, RefusedError
 from perexfx.ir.node import info_of
 from perexfx.ir.refusal import Refusal
 from perexfx.runtime import clip
+from perexfx.second_run import cut
 from perexfx.state import PerExample, state_of
 from perexfx.views.decisions import Row, rows_of
 from perexfx.views.words import clipping_in_words, counted
@@ -226,9 +227,9 @@ def _rewritten_side(gm: Any, known: Mapping[str, Node], state: PerExample) -> Si
             label = "channels last" if node.target.__name__ == "enter" else "channels first"
             nodes.append(Node(node.name, label, "format", _paths(info.module), info.module))
         elif info.role == "cut":
-            label, value = _label_of_cut(node, state), node.args[3]
+            label = _label_of_cut(node, state)
             if not label:
-                stands_for[node] = stands_for[cast(fx.Node, value)]
+                stands_for[node] = stands_for[_passed_by(node)]
                 continue
             nodes.append(Node(node.name, label, "cut", _paths(info.module), info.module))
         elif info.role == "site":
@@ -237,7 +238,7 @@ def _rewritten_side(gm: Any, known: Mapping[str, Node], state: PerExample) -> Si
         else:
             nodes.append(known[node.name])
         own = stands_for.setdefault(node, node.name)
-        for read in node.all_input_nodes:
+        for read in [_passed_by(node)] if info.role == "cut" else node.all_input_nodes:
             source = stands_for.get(read)
             if source is None or (source == CLIP and info.role == "site"):
                 continue  # the tape, constants, and parameters, which come with the norm
@@ -247,12 +248,20 @@ def _rewritten_side(gm: Any, known: Mapping[str, Node], state: PerExample) -> Si
 
 
 def _label_of_cut(node: fx.Node, state: PerExample) -> str:
-    """What a cut is to the plan; "" where it is nothing."""
-    found = None if state.plan is None else state.plan.cuts.get(cast(int, node.args[2]))
-    if found is None or node.args[2] == 0:
+    """What a cut's value is to the plan; "" where it is nothing, and for its token."""
+    if node.target is cut or node.args[1] == 0 or state.plan is None:
         return ""
-    words = [word for word, holds in (("ends", found.ends), ("begins", found.begins)) if holds]
-    return f"second run {' and '.join(words)}" if words else ""
+    through = cast(fx.Node, node.args[0])
+    found = state.plan.cuts.get(cast(int, through.args[2]))
+    if found is None or not (found.begins or found.ends):
+        return ""
+    return f"second run {'begins' if found.begins else 'ends'}"
+
+
+def _passed_by(node: fx.Node) -> fx.Node:
+    """What goes into a cut, for a node of it."""
+    through, at = (node, 1) if node.target is cut else (cast(fx.Node, node.args[0]), node.args[1])
+    return cast(fx.Node, through.args[3 if at else 1])
 
 
 def _numbers(graph: fx.Graph) -> set[fx.Node]:

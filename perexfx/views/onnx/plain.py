@@ -21,6 +21,7 @@ from perexfx.ir.node import info_of
 from perexfx.ir.recurrent import lstm_layer
 from perexfx.rewrite import Transformed
 from perexfx.runtime import clip
+from perexfx.second_run import cut
 from perexfx.views.onnx.recurrent import lstm_in_torch_or_steps
 from perexfx.views.onnx.translate import free_name
 
@@ -139,8 +140,8 @@ class _Call(nn.Module):
             args = args[4:]
         elif self.role in ("norm", "format"):  # both return their second argument
             return args[1]
-        elif self.role == "cut":
-            return args[3]
+        elif self.target is cut:
+            return args[1], args[3]
         elif self.role == "tape":
             return None
         elif self.target is clip:
