@@ -68,7 +68,8 @@ def transform(
             group of sites that share parameters is clipped on its own, to `C / sqrt(number of groups)`. Or a function
             from norms `[B]` to factors `[B]`.
         loss_reduction: How the loss joins the examples: "mean" or "sum". It must be what the loss does.
-        strategy: "auto", one strategy's name for every site it applies to, or {site name: strategy name}.
+        strategy: "auto", one strategy's name for every site it applies to, or {site name: strategy name}. "reweight"
+            has the part of the graph around a site run a second time, for the memory that this saves.
         memory_budget: Bytes by which the rewrite may raise the peak memory of a step, by prediction; None: no bound.
         batch_dim: The example axis of the inputs.
         cost_model: What "auto" goes by. "profile": predictions, by this machine's profile where `perexfx calibrate` has

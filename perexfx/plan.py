@@ -64,19 +64,18 @@ class Decision:
         """What might have been chosen for this operand by itself."""
         if not self.has_choice:
             return (self.chosen,)
-        return tuple(a for a in self.alternatives if a.cost is not None and a.strategy.name != REWEIGHT)
+        return tuple(a for a in self.alternatives if a.cost is not None and not a.is_second_run)
 
     @property
     def reweighted(self) -> Alternative | None:
         """What might have been chosen for the operands of a whole segment."""
-        found = (a for a in self.alternatives if a.cost is not None and a.strategy.name == REWEIGHT)
+        found = (a for a in self.alternatives if a.cost is not None and a.is_second_run)
         return next(found, None) if self.has_choice else None
 
     @property
     def runner_up(self) -> Alternative | None:
         """The fastest alternative that was not taken; what goes for whole segments is none."""
-        rivals = [a for a in self.alternatives if a.cost is not None and a is not self.chosen]
-        rivals = [a for a in rivals if a.strategy.name != REWEIGHT]
+        rivals = [a for a in self.alternatives if a.cost and a is not self.chosen and not a.is_second_run]
         return min(rivals, key=lambda a: a.seconds, default=None)
 
 

@@ -99,7 +99,7 @@ class _Row:
             return [a for a in self.alternatives if a.strategy.name == "materialize"]
         if self.forced:
             return [self.forced]
-        return [a for a in self.alternatives if a.cost and a.strategy.name != REWEIGHT]
+        return [a for a in self.alternatives if a.cost and not a.is_second_run]
 
     @property
     def reason(self) -> str:

@@ -1,8 +1,8 @@
-"""Rehearsal: what an ordinary and a clipped step hold at every moment, with fake tensors.
+"""Rehearsing: what an ordinary and a clipped step hold at every moment, with fake tensors.
 
-Promises: nothing is computed, and the module and its state are left as they are. A rehearsal is made once and tells
-the memory of every choice of strategies: it notes when each site hands over its factors, in which storages they lie,
-and when the clip node has summed them. The loss is not known; it is taken for a cross-entropy over the last axis.
+Promises: nothing is computed, and the module and its state are left as they are. It is noted when each site hands over
+its factors, in which storages they lie, when the clip node has summed them, and where the step passes from one segment
+to the next. The loss is not known; it is taken for a cross-entropy over the last axis.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,144 +28,17 @@ from perexfx.ir.alternative import Alternative
 from perexfx.ir.cost import Cost
 from perexfx.ir.factors import Factors, Signature
 from perexfx.ir.site import Key
-from perexfx.ir.strategy import REWEIGHT
 from perexfx.kernels import hidden_bytes, workspace_bytes
 from perexfx.plan import Plan
 from perexfx.quiet import quiet
 from perexfx.record import FakeInterpreter, fake_inputs, leaves_of
-from perexfx.reruns import Rerun, cuts_of, reruns_of
+from perexfx.rehearsal import HandedOver, Passages, Passed, Rehearsal
 from perexfx.segments import Segment
 from perexfx.state import PerExample
 from perexfx.timeline import Span, Timeline
 from perexfx.tracer import TRACING, same_einsums
 
 _logger = logging.getLogger("perexfx")
-
-
-@dataclass(frozen=True)
-class HandedOver:
-    """The factors of one operand of one site.
-
-    Attributes:
-        at: The tick at which the site handed them over.
-        until: The tick at which the clip node has summed them.
-        storages: Where they lie, of the clipped step's timeline.
-        total: Where their sum lies.
-    """
-
-    at: int
-    until: int
-    storages: tuple[int, ...]
-    total: int
-
-
-@dataclass(frozen=True)
-class Passed:
-    """A value between two segments.
-
-    Attributes:
-        forward: The tick at which it was there.
-        backward: The tick at which its gradient was; past the end where it has none.
-        gradient: The storages of that.
-    """
-
-    forward: int
-    backward: int
-    gradient: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Passages:
-    """Where a step passes from one segment to the next.
-
-    Attributes:
-        cuts: Name of the value between them -> when it came and went.
-        values: Name of a value that segments read -> its storages.
-        results: The storages of the parameters' gradients.
-    """
-
-    cuts: Mapping[str, Passed]
-    values: Mapping[str, tuple[int, ...]]
-    results: frozenset[int]
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """The memory of one step, for one batch size and every choice of strategies.
-
-    Attributes:
-        n: Number of examples.
-        ordinary: The step without clipping.
-        clipped: The clipped step as if nothing were held for the clip node.
-        handed_over: (site, operand) -> its factors; those whose strategy is a choice.
-        segments: The parts of the graph that may run a second time.
-        passages: Where the clipped step passes from one segment to the next.
-    """
-
-    n: int
-    ordinary: Timeline
-    clipped: Timeline
-    handed_over: Mapping[Key, HandedOver]
-    segments: tuple[Segment, ...]
-    passages: Passages
-
-    def bytes_added(self, chosen: Mapping[Key, Alternative]) -> int:
-        """Peak memory of the clipped step less that of the ordinary step; below zero where clipping needs less."""
-        return self.clipped_bytes(chosen) - self.ordinary_bytes
-
-    @cached_property
-    def ordinary_bytes(self) -> int:
-        """Peak memory of the ordinary step."""
-        return self.ordinary.peak()
-
-    def clipped_bytes(self, chosen: Mapping[Key, Alternative]) -> int:
-        """Peak memory of the clipped step with a choice of strategies."""
-        again = [key for key in self.handed_over if chosen[key].strategy.name == REWEIGHT]
-        lives_until, others = self._second_runs(reruns_of(again, self.segments)) if again else ({}, [])
-        for key, handed in self.handed_over.items():
-            cost = chosen[key].cost
-            assert cost is not None
-            others.append(Span(handed.at, handed.at + 1, cost.bytes_transient))
-            if key in again:
-                total = self.clipped.storages[handed.total]
-                others.append(total._replace(bytes=-total.bytes))  # it is part of the second run
-                continue
-            others.append(Span(handed.until, handed.until + 1, cost.bytes_summing))
-            if cost.holds_factors:
-                lives_until |= {at: max(handed.until + 1, lives_until.get(at, 0)) for at in handed.storages}
-            else:
-                others.append(Span(handed.at, handed.until + 1, cost.bytes_held))
-        return self.clipped.peak(lives_until, others)
-
-    def _second_runs(self, reruns: Sequence[Rerun]) -> tuple[dict[int, int], list[Span]]:
-        """What reruns keep until the clip node has summed all else, and what they hold then, one after another."""
-        cuts, values = self.passages.cuts, self.passages.values
-        end = max(handed.until for handed in self.handed_over.values())
-        kept = {name for cut in cuts_of(reruns, self.segments).values() for name in cut.keeps}
-        storages = [values[name] for name in kept if name in values]
-        storages += [cuts[self.segments[rerun.last].exit].gradient for rerun in reruns]
-        lives_until = {at: end + 1 for group in storages for at in group}
-        return lives_until, [Span(end, end + 1, max(map(self._second_run, reruns)))]
-
-    def _second_run(self, rerun: Rerun) -> int:
-        """The most that a rerun holds besides: what its part of the clipped step does, its result, and its sums."""
-        cuts, first = self.passages.cuts, self.segments[rerun.first]
-        begins = cuts[first.entry] if first.entry else Passed(0, self.clipped.ticks, ())
-        ends = cuts[self.segments[rerun.last].exit]
-        parts = [(begins.forward + 1, ends.forward), (ends.backward, begins.backward)]
-        result = sum(self.clipped.storages[at].bytes for at in ends.gradient)
-        handed = [self.handed_over[key] for key in rerun.keys]
-        sums = [Span(one.at, self.clipped.ticks, self.clipped.storages[one.total].bytes) for one in handed]
-        return result + self.clipped.peak_of(parts, self.passages.results, sums)
-
-    def between(self, other: Rehearsal, n: int) -> Rehearsal | None:
-        """The rehearsal for another batch size; None where the two differ in more than sizes."""
-        ordinary = self.ordinary.between(self.n, other.ordinary, other.n, n)
-        clipped = self.clipped.between(self.n, other.clipped, other.n, n)
-        same = self.handed_over == other.handed_over and self.passages == other.passages
-        if ordinary is None or clipped is None or not same:
-            return None
-        return Rehearsal(n, ordinary, clipped, self.handed_over, self.segments, self.passages)
 
 
 @dataclass(frozen=True)
@@ -450,4 +323,4 @@ def _watched(plan: Plan, recorder: _Recorder) -> Plan:
     return replace(plan, decisions=decisions)
 
 
-__all__ = ["HandedOver", "Rehearsal", "Rehearsed", "rehearse"]
+__all__ = ["Rehearsed", "rehearse"]

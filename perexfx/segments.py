@@ -90,7 +90,7 @@ def _cuts(nodes: Sequence[fx.Node], order: Mapping[fx.Node, int], at_sites: Mapp
         has_site = has_site or node.name in at_sites
         if live != {node} or _may_be_several(node):
             continue
-        if has_site or not cuts:
+        if has_site:
             cuts.append(node)
         else:
             cuts[-1] = node  # the later one: what the next site reads

@@ -20,7 +20,8 @@ import perexfx
 from perexfx.bench.memory import peak_allocation
 from perexfx.bench.models import LanguageModel, ResNet18, SequenceClassifier, ViT
 from perexfx.ir.errors import BudgetError
-from perexfx.rehearse import Rehearsal, rehearse
+from perexfx.rehearsal import Rehearsal
+from perexfx.rehearse import rehearse
 from perexfx.rewrite import Transformed
 from perexfx.timeline import Span, Timeline
 

@@ -249,7 +249,18 @@ def test_check_and_verify() -> None:
     gm = perexfx.transform(model, batch.inputs, clip_norm=0.05, strategy="reweight")
     result = perexfx.check(gm, batch.inputs, model=model, loss_fn=F.cross_entropy, targets=batch.targets)
     assert result.ok, str(result)
-    assert "Proved on the dataflow" in str(perexfx.verify(gm))
+    assert "5 clipped sums come from a second backward, which runs while nobody watches" in str(perexfx.verify(gm))
+
+
+def test_profiles_time_second_runs() -> None:
+    model, batch = blocks(p=0.0), batch_of()
+    gm = perexfx.transform(model, batch.inputs, strategy={"convs.0": "reweight", "convs.1": "reweight"})
+    sites = {
+        site.name: site for site in perexfx.profile(gm, F.cross_entropy, *batch.inputs, batch.targets, steps=2).sites
+    }
+    assert sites["convs.0"].seconds > 0
+    assert sites["convs.0"].bytes_held == 6 * 8 * 8  # its bias
+    assert sites["convs.2"].bytes_held > 6 * 8 * 8
 
 
 def test_graphs_of_steps_sum_what_is_held() -> None:

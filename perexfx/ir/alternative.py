@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from perexfx.ir.cost import Cost
-from perexfx.ir.strategy import Strategy
+from perexfx.ir.strategy import REWEIGHT, Strategy
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Alternative:
     seconds: float = math.inf
     cost: Cost | None = None
     refusal: str = ""
+
+    @property
+    def is_second_run(self) -> bool:
+        """Whether it goes for a whole segment of the graph, or not at all."""
+        return self.strategy.name == REWEIGHT
 
     @property
     def bytes_held(self) -> int:
