@@ -7,7 +7,6 @@ second backward, is priced by what is shared.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.cost import Cost
@@ -72,8 +71,8 @@ class Alternatives:
         assert norms is not None
         assert segment is not None
         strategy = self.reweight(norms.strategy)
-        cost = replace(strategy.cost(signature, self.itemsize), bytes_summing=segment.cost.bytes_summing)
-        return Alternative(strategy, norms.seconds + self.machine.seconds(segment.cost) / share, cost)
+        seconds = norms.seconds + self.machine.seconds(segment.cost) / share
+        return Alternative(strategy, seconds, strategy.cost(signature, self.itemsize))
 
     def least_seconds(self, signature: Signature) -> float:
         """Of the best strategy."""

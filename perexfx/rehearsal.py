@@ -98,7 +98,8 @@ class Rehearsal:
     def clipped_bytes(self, chosen: Mapping[Key, Alternative]) -> int:
         """Peak memory of the clipped step with a choice of strategies."""
         again = [key for key in self.handed_over if chosen[key].strategy.name == REWEIGHT]
-        lives_until, others = self._second_runs(reruns_of(again, self.segments)) if again else ({}, [])
+        sums = {key: self._sum_again(key, chosen[key]) for key in again}
+        lives_until, others = self._second_runs(reruns_of(again, self.segments), sums) if again else ({}, [])
         for key, handed in self.handed_over.items():
             cost = chosen[key].cost
             assert cost is not None
@@ -114,7 +115,15 @@ class Rehearsal:
                 others.append(Span(handed.at, handed.until + 1, cost.bytes_held))
         return self.clipped.peak(lives_until, others)
 
-    def _second_runs(self, reruns: Sequence[Rerun]) -> tuple[dict[int, int], list[Span]]:
+    def _sum_again(self, key: Key, chosen: Alternative) -> tuple[Span, Span]:
+        """A clipped sum of a second run, and what is held for a moment as it is formed."""
+        handed, end = self.handed_over[key], self.clipped.ticks
+        total = Span(handed.at, end, self.clipped.storages[handed.total].bytes)
+        return total, Span(handed.at, handed.at + 1, chosen.bytes_summing)
+
+    def _second_runs(
+        self, reruns: Sequence[Rerun], sums: Mapping[Key, tuple[Span, Span]]
+    ) -> tuple[dict[int, int], list[Span]]:
         """What reruns keep until the clip node has summed all else, and what they hold then, one after another."""
         cuts, values = self.passages.cuts, self.passages.values
         end = max(handed.until for handed in self.handed_over.values())
@@ -122,18 +131,17 @@ class Rehearsal:
         storages = [values[name] for name in kept if name in values]
         storages += [cuts[self.segments[rerun.last].exit].gradient for rerun in reruns]
         lives_until = {at: end + 1 for group in storages for at in group}
-        return lives_until, [Span(end, end + 1, max(map(self._second_run, reruns)))]
+        return lives_until, [Span(end, end + 1, max(self._second_run(rerun, sums) for rerun in reruns))]
 
-    def _second_run(self, rerun: Rerun) -> int:
+    def _second_run(self, rerun: Rerun, sums: Mapping[Key, tuple[Span, Span]]) -> int:
         """The most that a rerun holds besides: what its part of the clipped step does, its result, and its sums."""
         cuts, first = self.passages.cuts, self.segments[rerun.first]
         begins = cuts[first.entry] if first.entry else Passed(0, self.clipped.ticks, ())
         ends = cuts[self.segments[rerun.last].exit]
         parts = [(begins.forward + 1, ends.forward), (ends.backward, begins.backward)]
         result = sum(self.clipped.storages[at].bytes for at in ends.gradient)
-        handed = [self.handed_over[key] for key in rerun.keys]
-        sums = [Span(one.at, self.clipped.ticks, self.clipped.storages[one.total].bytes) for one in handed]
-        return result + self.clipped.peak_of(parts, self.passages.results, sums)
+        formed = [span for key in rerun.keys for span in sums[key]]
+        return result + self.clipped.peak_of(parts, self.passages.results, formed)
 
     def between(self, other: Rehearsal, n: int) -> Rehearsal | None:
         """The rehearsal for another batch size; None where the two differ in more than sizes."""

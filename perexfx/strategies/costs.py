@@ -5,7 +5,7 @@ from __future__ import annotations
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import ProductSignature, RowsSignature, Signature
-from perexfx.ir.gemm import SMALL_EACH
+from perexfx.ir.gemm import SMALL_EACH, onednn_is_faster
 from perexfx.ir.kept import PIECE_BYTES
 from perexfx.ir.ordinary import ordinary_gradient, parameter_elements
 
@@ -66,7 +66,7 @@ HAD_BYTES = 4 << 20
 
 
 def _summing_elements(signature: Signature) -> int:
-    """Elements of the scaled factor, and of the unfolded input where there is one."""
+    """Elements of the scaled factor, of what a library copies, and of the unfolded input where there is one."""
     if isinstance(signature, ConvolutionSignature):
         if signature.is_sum_by_kernel:
             return parameter_elements(signature)
@@ -75,7 +75,10 @@ def _summing_elements(signature: Signature) -> int:
         scaled = min(signature.input_elements, signature.output_elements)
         return scaled + kernel_gradient_elements(signature, signature.n)
     if isinstance(signature, ProductSignature):
-        return signature.n * signature.g * signature.t * min(signature.i, signature.o)
+        narrower = signature.n * signature.g * signature.t * min(signature.i, signature.o)
+        if signature.g > 1 or not onednn_is_faster():
+            return narrower
+        return 2 * narrower + (signature.i * signature.o if signature.o > signature.i else 0)  # `transposed_product`
     assert isinstance(signature, RowsSignature)
     return signature.n * signature.t * signature.d
 

@@ -31,9 +31,9 @@ class Reweight:
         return self.norms.refuses(signature)
 
     def cost(self, signature: Signature, itemsize: int) -> Cost:
-        """Of the other strategy, with nothing held: its product is the one of the second backward."""
+        """Of the other strategy, with nothing held: its clipped sum is formed in the second backward."""
         found = self.norms.cost(signature, itemsize)
-        return Cost(found.work, 0, found.bytes_transient)
+        return Cost(found.work, 0, found.bytes_transient, found.bytes_summing)
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
         """As the other strategy has them."""
