@@ -6,7 +6,7 @@ Promises: they follow from the operands that are asked for alone; no two are bes
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from perexfx.ir.site import Key
 from perexfx.segments import Segment
@@ -34,11 +34,13 @@ class Cut:
     Attributes:
         keeps: The values that the segment after it reads, for a rerun.
         begins: Whether a rerun begins here.
+        modules: Paths of the modules that this calls.
         ends: Whether one ends here.
     """
 
     keeps: tuple[str, ...] = ()
     begins: bool = False
+    modules: tuple[str, ...] = ()
     ends: bool = False
 
 
@@ -69,8 +71,10 @@ def cuts_of(reruns: Iterable[Rerun], segments: Sequence[Segment]) -> dict[int, C
         computed: set[str] = set()
         for at in range(rerun.first, rerun.last + 1):
             keeps = tuple(name for name in segments[at].given if name not in computed)
-            found[at] = Cut(keeps, begins=at == rerun.first)
+            found[at] = Cut(keeps)
             computed.update(segments[at].nodes)
+        modules = (path for segment in segments[rerun.first : rerun.last + 1] for path in segment.modules)
+        found[rerun.first] = replace(found[rerun.first], begins=True, modules=tuple(dict.fromkeys(modules)))
         found[rerun.last + 1] = Cut(ends=True)
     return found
 

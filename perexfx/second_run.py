@@ -35,16 +35,18 @@ class AtCut:
     """What a backward finds at a cut.
 
     Attributes:
-        gradient: Of the value there, and its version, where a rerun ends; None where it has none.
+        gradient: Of the value there, and what tells it from others, where a rerun ends; None where it has none.
         values: What the segment after it reads, by name, where it is to run again.
-        sums: Of the value per example, where a rerun ends.
+        trace: What tells the value from others, where a rerun ends.
         states: Of the random number generators of CPU and device, where a rerun begins.
+        settings: Of the modules that it calls, where a rerun begins.
     """
 
-    gradient: tuple[Tensor, int] | None
+    gradient: tuple[Tensor, Trace] | None
     values: Mapping[str, Any]
-    sums: Sums | None
+    trace: Trace | None
     states: tuple[Tensor, ...]
+    settings: Mapping[str, Mapping[str, Any]]
 
 
 class _Cut(Function):
@@ -62,8 +64,10 @@ class _Cut(Function):
         ctx.are_tensors = [isinstance(leaf, Tensor) for leaf in leaves]
         ctx.save_for_backward(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
         ctx.tape, ctx.at = tape, at
-        ctx.sums = Sums.of(value, segments[at - 1].layout_of_exit) if found.ends else None
+        ctx.trace = Trace.of(value, segments[at - 1].layout_of_exit) if found.ends else None
         ctx.states = _states(value.device) if found.begins else ()
+        assert tape.owner is not None
+        ctx.settings = _settings_of(tape.owner, found.modules)
         ctx.set_materialize_grads(False)
         is_returned = at == len(segments)  # and may be changed in place
         return token.view_as(token), value.clone() if is_returned else value.view_as(value)
@@ -78,8 +82,11 @@ class _Cut(Function):
         leaves = [next(saved).detach() if is_tensor else other for is_tensor, other in pairs]
         values = pytree.tree_unflatten(leaves, ctx.spec)
         squared, gradient = grad_outputs
-        kept = None if ctx.sums is None or gradient is None else (gradient, gradient._version)
-        tape.at_cuts[ctx.at] = AtCut(kept, values, ctx.sums, ctx.states)
+        kept = None
+        if ctx.trace is not None and gradient is not None:
+            assert tape.plan is not None
+            kept = gradient, Trace.of(gradient, tape.plan.segments[ctx.at - 1].layout_of_exit)
+        tape.at_cuts[ctx.at] = AtCut(kept, values, ctx.trace, ctx.states, ctx.settings)
         return None, None, squared, gradient, None
 
 
@@ -153,29 +160,28 @@ def sums_again(
     last, end = plan.segments[rerun.last], tape.at_cuts.pop(rerun.last + 1)
     second = SecondTape(tape, rerun, weighted_sum)
     token = torch.zeros(tape.n, device=lost.device, requires_grad=True)
-    values: dict[str, Any] = {}
-    states = tape.at_cuts[rerun.first].states
+    begin, values = tape.at_cuts[rerun.first], dict[str, Any]()
+    layers = f"from `{plan.segments[rerun.first].sites[0]}` to `{last.sites[-1]}`"
+    assert tape.owner is not None
+    _check_settings(begin.settings, tape.owner, layers)
     for at in range(rerun.first, rerun.last + 1):
         values |= tape.at_cuts.pop(at).values
+    states = begin.states
+    del begin
     with _random_numbers_of(states, token.device), torch.enable_grad():
         result = _run(second, token, values, rerun, last.exit)
-    assert end.sums is not None
-    end.sums.check(Sums.of(result, last.layout_of_exit), lost, _first_site(tape, rerun), last.sites[-1])
+    assert end.trace is not None
+    _check_same(end.trace, Trace.of(result, last.layout_of_exit), lost, layers)
     if end.gradient is not None:
-        gradient, version = end.gradient
-        if gradient._version != version:
+        gradient, trace = end.gradient
+        if bool((trace.differs(Trace.of(gradient, last.layout_of_exit)) & ~lost).any()):
             raise ModeError(
                 f"The gradient that arrives at `{last.exit}` was overwritten by a backward below, and is needed for "
-                "the second one. Let that backward return a new tensor, or name another strategy than 'reweight' for "
-                f"the layers from `{_first_site(tape, rerun)}` to `{last.sites[-1]}`."
+                f"the second one of the layers {layers}. Let that backward return a new tensor, or name another "
+                "strategy than 'reweight' for them."
             )
         torch.autograd.grad(result, token, gradient, allow_unused=True)
     return second.sums
-
-
-def _first_site(tape: Tape, rerun: Rerun) -> str:
-    assert tape.plan is not None
-    return tape.plan.segments[rerun.first].sites[0]
 
 
 def _run(tape: SecondTape, token: Tensor, values: dict[str, Any], rerun: Rerun, wanted: str) -> Tensor:
@@ -263,44 +269,83 @@ def _call(owner: nn.Module, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
 # Whether it is the same
 
 
-GOLDEN = 0.6180339887498949
-"""Multiples of the golden ratio, without their integer parts, are spread evenly and never repeat."""
-
-
 @dataclass(frozen=True)
-class Sums:
-    """What tells one value from another: a weighted sum of each example's numbers, and their size.
+class Trace:
+    """What tells one value from another.
 
     Attributes:
-        sums: With weights that no layer knows: plain sums of softmax and norm layers are always the same. Shape `[B]`.
-        sizes: The 2-norms: what rounding, and other numbers, would change the sums by. Shape `[B]`.
+        numbers: Some of each example's. Shape `[B, SAMPLES]` at most.
+        sums: Of all, with weights that no layer knows: plain sums of softmax and norm layers are always the same.
+            Shape `[B]`.
+        sizes: The 2-norms: what other numbers would change the sums by. Shape `[B]`.
         dtype: Of the value.
     """
 
+    numbers: Tensor
     sums: Tensor
     sizes: Tensor
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, value: Tensor, layout: Layout) -> Sums:
+    def of(cls, value: Tensor, layout: Layout) -> Trace:
         """Of a value whose layout is known."""
         rows = layout.examples_first(value.detach()).flatten(1)
         rows = rows.to(torch.promote_types(value.dtype, torch.float32))
         places = torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device)
-        weights = torch.frac(places * GOLDEN) - 0.5
-        return cls(rows @ weights, torch.linalg.vector_norm(rows, 2, 1), value.dtype)
+        sums = rows @ (torch.frac(places * GOLDEN) - 0.5)
+        step = max(1, rows.shape[1] // SAMPLES)
+        return cls(rows[:, ::step].clone(), sums, torch.linalg.vector_norm(rows, 2, 1), value.dtype)
 
-    def check(self, found: Sums, lost: Tensor, first: str, last: str) -> None:
-        """Raises: ModeError, where other sums were found."""
-        is_close = (found.sums - self.sums).abs() <= torch.finfo(self.dtype).eps ** 0.5 * self.sizes
-        is_same = (found.sums == self.sums) | (found.sums.isnan() & self.sums.isnan())
-        differs = ~(is_close | is_same | lost)
-        if bool(differs.any()):
-            raise ModeError(
-                f"The layers from `{first}` to `{last}` were run a second time for their clipped sums, and gave other "
-                f"values than before for {int(differs.sum())} of {len(differs)} examples. Something in them depends on "
-                "more than their inputs. Raise `memory_budget`, or name another strategy than 'reweight' for them."
-            )
+    def differs(self, other: Trace) -> Tensor:
+        """Which examples differ by more than rounding. Shape `[B]`."""
+        tolerance = torch.finfo(self.dtype).eps ** 0.5
+        numbers = self.numbers.abs()
+        usual = numbers.nanmedian(1, keepdim=True).values if numbers.shape[1] else numbers
+        known, found = (self.numbers, self.sums), (other.numbers, other.sums)
+        sizes = numbers + usual, self.sizes
+        numbers_differ, sums_differ = (
+            ~(((b - a).abs() <= tolerance * size) | (a == b) | (a.isnan() & b.isnan()))
+            for a, b, size in zip(known, found, sizes, strict=True)
+        )
+        return numbers_differ.any(1) | sums_differ
+
+
+GOLDEN = 0.6180339887498949
+"""Multiples of the golden ratio, without their integer parts, are spread evenly and never repeat."""
+SAMPLES = 64
+
+
+def _check_same(known: Trace, found: Trace, lost: Tensor, layers: str) -> None:
+    """Raises: ModeError, where a second run has given another value."""
+    differs = known.differs(found) & ~lost
+    if bool(differs.any()):
+        raise ModeError(
+            f"The layers {layers} were run a second time for their clipped sums, and gave other values than before for "
+            f"{int(differs.sum())} of {len(differs)} examples. Something in them depends on more than their inputs. "
+            "Raise `memory_budget`, or name another strategy than 'reweight' for them."
+        )
+
+
+def _settings_of(owner: nn.Module, paths: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Path of a module -> its modes and numbers, and how many hooks it has."""
+    found = {}
+    for path in paths:
+        attributes = vars(owner.get_submodule(path)).items()
+        plain = {name: value for name, value in attributes if isinstance(value, bool | int | float | str | tuple)}
+        hooks = {name: len(value) for name, value in attributes if name.endswith("_hooks") and value}
+        found[path] = plain | hooks
+    return found
+
+
+def _check_settings(known: Mapping[str, Mapping[str, Any]], owner: nn.Module, layers: str) -> None:
+    """Raises: ModeError, where a module has other settings than it had."""
+    found = _settings_of(owner, list(known))
+    changed = [path for path, before in known.items() if before != found[path]]
+    if changed:
+        raise ModeError(
+            f"Module `{changed[0]}` was changed between the forward and the backward, which runs the layers {layers} a "
+            "second time. Change it after the backward, or name another strategy than 'reweight' for them."
+        )
 
 
 # Random numbers
@@ -324,4 +369,4 @@ def _random_numbers_of(states: Sequence[Tensor], device: torch.device) -> Iterat
         yield
 
 
-__all__ = ["AtCut", "SecondTape", "Sums", "cut", "sums_again"]
+__all__ = ["AtCut", "SecondTape", "Trace", "cut", "sums_again"]

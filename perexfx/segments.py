@@ -36,6 +36,7 @@ class Segment:
         exit: The value through which they enter it.
         given: The values from outside that its nodes read, but for those that come from the clip node.
         sites: Names of its sites.
+        modules: Paths of the modules that its nodes call.
         layout_of_exit: Where that carries examples; known with an analysis.
         refusal: Why it cannot be run a second time; "" where it can.
         cost: Of a second forward and its input gradients.
@@ -47,6 +48,7 @@ class Segment:
     exit: str
     given: tuple[str, ...]
     sites: tuple[str, ...]
+    modules: tuple[str, ...] = ()
     layout_of_exit: Layout = field(default_factory=lambda: Layout(0))
     refusal: str = ""
     cost: Cost = field(default_factory=lambda: Cost((), 0))
@@ -120,6 +122,7 @@ def _segment(
         cut.name,
         tuple(given),
         tuple(at_sites[node.name] for node in inside if node.name in at_sites),
+        tuple(dict.fromkeys(str(node.target) for node in inside if node.op == "call_module")),
     )
 
 
@@ -181,7 +184,8 @@ def _refusal(
     """Why a segment might not compute the same again, or ""."""
     for name in (segment.entry, segment.exit) if segment.entry else (segment.exit,):
         facts = analysis.tensor(nodes[name])
-        if not analysis.nodes[name].is_tensor or facts is None or facts.layout is None:
+        is_tensor = analysis.nodes[name].is_tensor
+        if not is_tensor or facts is None or facts.layout is None or not facts.dtype.is_floating_point:
             return f"`{name}`, which gradients pass it through, is not one tensor of examples"
     if any(order[writer] > order[segment.exit] for writer in analysis.written_by.get(segment.exit, ())):
         return f"`{segment.exit}` is overwritten"

@@ -608,7 +608,8 @@ class Negating(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad_outputs[0].neg_()
+        grad_outputs[0].data.neg_()
+        return grad_outputs[0]
 
 
 def test_a_gradient_that_is_overwritten_is_an_error() -> None:
@@ -674,3 +675,40 @@ def test_a_cut_whose_value_is_overwritten_is_none() -> None:
     refusals = {d.site: d.alternatives[-1].refusal for d in gm.perexfx.plan.decisions[::-1]}
     assert "is overwritten" in refusals["first"]
     check(gm, model, batch, 0.1)
+
+
+@pytest.mark.parametrize("fill", [-1e9, float("-inf"), 0.0])
+@pytest.mark.parametrize("change", ["eval", "p", "hook"])
+def test_a_module_that_is_changed_in_between_is_an_error(change: str, fill: float) -> None:
+    torch.manual_seed(0)
+    model = Forward(lambda m, x: m.c(m.drop(torch.tanh(m.a(x)))).masked_fill(torch.arange(5) > 3, fill)).double()
+    x = torch.randn(6, 8).double()
+    gm = perexfx.transform(model, x, strategy="reweight")
+    loss = F.cross_entropy(gm(x), torch.randint(0, 4, (6,)))
+    if change == "eval":
+        gm.eval()
+    elif change == "p":
+        gm.get_submodule("drop").p = 0.1
+    else:
+        gm.get_submodule("drop").register_forward_hook(lambda *_: None)
+    with pytest.raises(perexfx.ModeError, match=r"Module `drop` was changed between the forward and the backward"):
+        loss.backward()
+
+
+def test_outliers_do_not_hide_other_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    mask = torch.arange(5) > 3
+    model = Forward(lambda m, x: m.c(Changing.apply(m.a(x))).masked_fill(mask, float("-inf"))).double()
+    x = torch.randn(6, 8).double()
+    gm = perexfx.transform(model, x, strategy="reweight")
+    loss = F.cross_entropy(gm(x), torch.randint(0, 4, (6,)))
+    monkeypatch.setattr(Changing, "factor", 1.01)
+    with pytest.raises(perexfx.ModeError, match="6 of 6 examples"):
+        loss.backward()
+
+
+def test_complex_results_end_no_segment() -> None:
+    model, x = Forward(lambda m, x: torch.fft.fft(m.c(m.a(x)))).double(), torch.randn(6, 8).double()
+    gm = perexfx.transform(model, x, memory_budget=1 << 20)
+    assert "not one tensor of examples" in gm.perexfx.plan.decisions[-2].alternatives[-1].refusal
+    gm(x).abs().sum().backward()
