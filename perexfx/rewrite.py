@@ -205,26 +205,29 @@ class _Cuts:
         self.nodes = {node.name: node for node in captured.nodes}
         self.exits = {segment.exit for segment in segments}
         if segments:
-            self._cut(self.token)
+            self._pass(self.token)
 
     def after(self, node: fx.Node) -> fx.Node:
         """What stands for a node of the captured graph, behind its cut where there is one."""
         if node.name not in self.exits:
             return self.new[node]
         self.passed += 1
-        return self._cut(self.new[node])
+        return self._taken(self._pass(self.new[node]), 1, "passed")
 
-    def _cut(self, value: fx.Node) -> fx.Node:
+    def _pass(self, value: fx.Node) -> fx.Node:
+        """A cut, and the token that comes out of it."""
         read = self.segments[self.passed].given if self.passed < len(self.segments) else ()
         given = [self._given(self.nodes[name]) for name in read]
-        info = replace(info_of(value), role="cut", site="", overwrites=False)
         arguments = (self.tape, self.token, self.passed, value, *given)
-        node = annotate(self.graph.create_node("call_function", cut, arguments, name=f"{PREFIX}cut"), info)
-        self.token, value = (
-            annotate(self.graph.create_node("call_function", operator.getitem, (node, at), name=PREFIX + name), info)
-            for at, name in enumerate(("token", "passed"))
-        )
-        return value
+        node = self.graph.create_node("call_function", cut, arguments, name=f"{PREFIX}cut")
+        annotate(node, replace(info_of(value), role="cut", site="", overwrites=False))
+        self.token = self._taken(node, 0, "token")
+        return node
+
+    def _taken(self, node: fx.Node, at: int, name: str) -> fx.Node:
+        """One of the two that come out of a cut."""
+        taken = self.graph.create_node("call_function", operator.getitem, (node, at), name=PREFIX + name)
+        return annotate(taken, info_of(node))
 
     def _given(self, node: fx.Node) -> fx.Node:
         """A value that a segment reads; what the module holds may be named later in the captured graph."""
