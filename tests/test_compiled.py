@@ -53,6 +53,18 @@ def agree(first: perexfx.Transformed, second: perexfx.Transformed, tolerance: fl
         assert_close({"": y}, {"": x}, tolerance, "norms and factors")
 
 
+def test_results_of_a_graph_that_is_replayed_are_copied() -> None:
+    memory = torch.zeros(3)
+
+    def replayed(*_: object) -> dict[str, Tensor]:
+        return {"weight": memory.add_(1)}
+
+    way = compiled._with_results_of_their_own(replayed)
+    first, second = way({}, {}, None, None), way({}, {}, None, None)
+    assert torch.equal(first["weight"], torch.ones(3))
+    assert torch.equal(second["weight"], 2 * torch.ones(3))
+
+
 @pytest.mark.parametrize("way", ["eager", "graph", "compiled"])
 def test_gradients_accumulate_over_batches_of_several_sizes(way: str, take: Callable[[str], None]) -> None:
     take(way)

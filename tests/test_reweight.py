@@ -302,6 +302,7 @@ def test_nodes_are_there_only_where_they_may_be_needed() -> None:
 
 def test_views(tmp_path: Path) -> None:
     gm = perexfx.transform(blocks(), batch_of().inputs, strategy={"convs.1": "reweight", "convs.2": "reweight"})
+    perexfx.export_onnx(gm.eval(), tmp_path / "forward.onnx", *batch_of().inputs, graph="forward")
     perexfx.visualize(gm, tmp_path / "graph.dot")
     drawn = (tmp_path / "graph.dot").read_text()
     assert drawn.count("second run begins") == drawn.count("second run ends") == 1
