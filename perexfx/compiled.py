@@ -112,8 +112,8 @@ class CompiledStep:
             options: dict[str, str | int | bool | Callable[..., Any]] = {"fallback_random": True}
             candidates["compiled"] = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
             if all(parameter.device.type == "cuda" for parameter in self.gm.parameters()):
-                options["triton.cudagraphs"] = True
-                replayed = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+                replays = {**options, "triton.cudagraphs": True}
+                replayed = torch.compile(graph, fullgraph=True, dynamic=False, options=replays)
                 candidates["cuda graph"] = _with_results_of_their_own(replayed)
         return candidates
 

@@ -20,7 +20,7 @@ from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Key
 from perexfx.ir.strategy import REWEIGHT, Strategy
 from perexfx.reruns import Cut, Rerun, cuts_of, reruns_of
-from perexfx.segments import Segment
+from perexfx.segments import Segment, numbers_of
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Plan:
         """
         if self.ordinary_bytes is None:
             return []
-        numbers = {site: at for at, segment in enumerate(self.segments) for site in segment.sites}
+        numbers = numbers_of(self.segments)
         found: list[dict[int, Alternative]] = [{} for _ in self.segments]
         for row, decision in enumerate(self.decisions):
             if decision.reweighted is not None:

@@ -13,7 +13,6 @@ from functools import cached_property
 
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.site import Key
-from perexfx.ir.strategy import REWEIGHT
 from perexfx.reruns import Rerun, cuts_of, reruns_of
 from perexfx.segments import Segment
 from perexfx.timeline import Span, Timeline
@@ -97,7 +96,7 @@ class Rehearsal:
 
     def clipped_bytes(self, chosen: Mapping[Key, Alternative]) -> int:
         """Peak memory of the clipped step with a choice of strategies."""
-        again = [key for key in self.handed_over if chosen[key].strategy.name == REWEIGHT]
+        again = [key for key in self.handed_over if chosen[key].is_second_run]
         sums = {key: self._sum_again(key, chosen[key]) for key in again}
         lives_until, others = self._second_runs(reruns_of(again, self.segments), sums) if again else ({}, [])
         for key, handed in self.handed_over.items():

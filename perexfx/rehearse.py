@@ -159,14 +159,14 @@ class _Passing(FakeInterpreter):
         if n.name in self.read:
             self.values[n.name] = self.recorder.storages_of(value)
         if n.name in self.exits:
-            self.cuts[n.name] = Passed(self.recorder.event(), NEVER, ())
+            self.cuts[n.name] = Passed(self.recorder.next_tick(), NEVER, ())
             if isinstance(value, Tensor) and value.requires_grad:
                 value.register_hook(partial(self._note_gradient, n.name))
         return value
 
     def _note_gradient(self, name: str, gradient: Tensor) -> None:
         found = self.recorder.storages_of(gradient)
-        self.cuts[name] = replace(self.cuts[name], backward=self.recorder.event(), gradient=found)
+        self.cuts[name] = replace(self.cuts[name], backward=self.recorder.next_tick(), gradient=found)
 
     def passages(self, results: Sequence[int]) -> Passages:
         """All that was noted."""
@@ -208,7 +208,7 @@ class _Recorder(TorchDispatchMode):
             at, _ = self._alive[_address(leaves_of(result)[-1])]
             self.spans[at] = self.spans[at]._replace(bytes=workspace)
         if hidden := hidden_bytes(func, args, result):
-            self.spans.append(Span(self._next(), self.tick + 1, hidden))
+            self.spans.append(Span(self.next_tick(), self.tick + 1, hidden))
         return result
 
     def ignore(self, tensors: Sequence[Tensor]) -> None:
@@ -220,14 +220,15 @@ class _Recorder(TorchDispatchMode):
         if address in self._alive or address in self._ignored:
             return
         at, storage = len(self.spans), tensor.untyped_storage()
-        self.spans.append(Span(self._next(), -1, storage.nbytes()))
+        self.spans.append(Span(self.next_tick(), -1, storage.nbytes()))
         self._alive[address] = at, weakref.ref(storage, lambda _: self._gone(address))
 
     def _gone(self, address: int) -> None:
         at, _ = self._alive.pop(address)
-        self.spans[at] = self.spans[at]._replace(end=self._next())
+        self.spans[at] = self.spans[at]._replace(end=self.next_tick())
 
-    def _next(self) -> int:
+    def next_tick(self) -> int:
+        """A tick of its own."""
         self.tick += 1
         return self.tick
 
@@ -236,18 +237,14 @@ class _Recorder(TorchDispatchMode):
         places = (self._alive.get(_address(tensor)) for tensor in leaves_of(value))
         return tuple(dict.fromkeys(place[0] for place in places if place is not None))
 
-    def event(self) -> int:
-        """A tick of its own."""
-        return self._next()
-
     def hand_over(self, key: Key, factors: Factors) -> None:
         """Notes that a site has left its factors."""
-        self._handed[key] = self._next(), self.storages_of(factors)
+        self._handed[key] = self.next_tick(), self.storages_of(factors)
 
     def sum_up(self, key: Key, total: Tensor) -> None:
         """Notes that the clip node has summed a site's factors."""
         at, _ = self._alive[_address(total)]
-        self._summed[key] = self._next(), at
+        self._summed[key] = self.next_tick(), at
 
     def handed_over(self) -> dict[Key, HandedOver]:
         """What was handed over, by (site, operand)."""

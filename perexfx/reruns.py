@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from perexfx.ir.site import Key
-from perexfx.segments import Segment
+from perexfx.segments import Segment, numbers_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def reruns_of(keys: Iterable[Key], segments: Sequence[Segment]) -> tuple[Rerun, 
         keys: The operands, as (site, operand).
         segments: All of the graph.
     """
-    numbers = {site: at for at, segment in enumerate(segments) for site in segment.sites}
+    numbers = numbers_of(segments)
     wanted: dict[int, set[Key]] = {}
     for key in keys:
         wanted.setdefault(numbers[key[0]], set()).add(key)

@@ -20,12 +20,12 @@ from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import ModeError
 from perexfx.ir.factors import Factors
-from perexfx.ir.layout import Layout
 from perexfx.ir.node import info_of
 from perexfx.ir.site import Key
 from perexfx.pull_back import check_unchanged
 from perexfx.reruns import Rerun
 from perexfx.tape import Tape
+from perexfx.trace import Trace
 
 # What cuts keep
 
@@ -269,52 +269,6 @@ def _call(owner: nn.Module, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
 # Whether it is the same
 
 
-@dataclass(frozen=True)
-class Trace:
-    """What tells one value from another.
-
-    Attributes:
-        numbers: Some of each example's. Shape `[B, SAMPLES]` at most.
-        sums: Of all, with weights that no layer knows: plain sums of softmax and norm layers are always the same.
-            Shape `[B]`.
-        sizes: The 2-norms: what other numbers would change the sums by. Shape `[B]`.
-        dtype: Of the value.
-    """
-
-    numbers: Tensor
-    sums: Tensor
-    sizes: Tensor
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, value: Tensor, layout: Layout) -> Trace:
-        """Of a value whose layout is known."""
-        rows = layout.examples_first(value.detach()).flatten(1)
-        rows = rows.to(torch.promote_types(value.dtype, torch.float32))
-        places = torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device)
-        sums = rows @ (torch.frac(places * GOLDEN) - 0.5)
-        step = max(1, rows.shape[1] // SAMPLES)
-        return cls(rows[:, ::step].clone(), sums, torch.linalg.vector_norm(rows, 2, 1), value.dtype)
-
-    def differs(self, other: Trace) -> Tensor:
-        """Which examples differ by more than rounding. Shape `[B]`."""
-        tolerance = torch.finfo(self.dtype).eps ** 0.5
-        numbers = self.numbers.abs()
-        usual = numbers.nanmedian(1, keepdim=True).values if numbers.shape[1] else numbers
-        known, found = (self.numbers, self.sums), (other.numbers, other.sums)
-        sizes = numbers + usual, self.sizes
-        numbers_differ, sums_differ = (
-            ~(((b - a).abs() <= tolerance * size) | (a == b) | (a.isnan() & b.isnan()))
-            for a, b, size in zip(known, found, sizes, strict=True)
-        )
-        return numbers_differ.any(1) | sums_differ
-
-
-GOLDEN = 0.6180339887498949
-"""Multiples of the golden ratio, without their integer parts, are spread evenly and never repeat."""
-SAMPLES = 64
-
-
 def _check_same(known: Trace, found: Trace, lost: Tensor, layers: str) -> None:
     """Raises: ModeError, where a second run has given another value."""
     differs = known.differs(found) & ~lost
@@ -369,4 +323,4 @@ def _random_numbers_of(states: Sequence[Tensor], device: torch.device) -> Iterat
         yield
 
 
-__all__ = ["AtCut", "SecondTape", "Trace", "cut", "sums_again"]
+__all__ = ["AtCut", "SecondTape", "cut", "sums_again"]

@@ -126,6 +126,11 @@ def _segment(
     )
 
 
+def numbers_of(segments: Sequence[Segment]) -> dict[str, int]:
+    """Site -> the number of its segment."""
+    return {site: at for at, segment in enumerate(segments) for site in segment.sites}
+
+
 def fit_segments(
     segments: Sequence[Segment],
     graph: fx.Graph,
@@ -238,4 +243,4 @@ PASSES = 4
 """How often the memory of a value is passed, forward and backward."""
 
 
-__all__ = ["Segment", "fit_segments", "rerun_cost", "segments_of"]
+__all__ = ["Segment", "fit_segments", "numbers_of", "rerun_cost", "segments_of"]
