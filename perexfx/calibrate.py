@@ -71,11 +71,15 @@ def signatures() -> list[Signature]:
     ]
     return [
         *(_convolution(*sizes, last) for sizes in convolutions for last in (False, True)),
-        *(ProductSignature(n, 1, t, i, o, (o, i)) for n, t, i, o in products),
-        *(ProductSignature(n, 1, 1, i, o, (o, i)) for n, i, o in ((256, 784, 128), (64, 512, 10), (16, 2048, 1024))),
+        *(_product(*sizes) for sizes in products),
+        *(_product(n, 1, i, o) for n, i, o in ((256, 784, 128), (64, 512, 10), (16, 2048, 1024))),
         *(RowsSignature(n, t, v, d) for n, t, v, d in ((32, 128, 8000, 256), (256, 32, 1000, 32), (8, 512, 8000, 64))),
         *(GradientSignature(n, shape) for n, shape in ((32, (512,)), (256, (64, 64)), (16, (1024, 256)))),
     ]
+
+
+def _product(n: int, t: int, i: int, o: int) -> ProductSignature:
+    return ProductSignature(n, 1, t, i, o, (o, i), has_kernels=native.are_built())
 
 
 def _convolution(

@@ -74,9 +74,9 @@ def with_kernels(fitted: Mapping[str, Fitted], dtype: torch.dtype, device: torch
 
 
 def _with_kernels(signature: Signature) -> Signature:
-    if not isinstance(signature, ConvolutionSignature) or len(signature.shape) > native.MOST_AXES:
-        return signature
-    return replace(signature, has_kernels=True)
+    if isinstance(signature, ConvolutionSignature):
+        return replace(signature, has_kernels=len(signature.shape) <= native.MOST_AXES)
+    return replace(signature, has_kernels=True) if isinstance(signature, ProductSignature) else signature
 
 
 def with_shared_inputs(fitted: Mapping[str, Fitted], sites: Sequence[Site], graph: fx.Graph) -> dict[str, Fitted]:

@@ -140,6 +140,8 @@ class ProductSignature:
     """How many products of a site have the same right factor."""
     left_users: int = 1
     """How many sites have the same left factor."""
+    has_kernels: bool = False
+    """Whether there are kernels in C++ for it (`perexfx.ir.native`)."""
 
     @property
     def held_elements(self) -> int:

@@ -109,6 +109,7 @@ BUILT_IN = Machine(
         "convolution_weight_thin_groups": Rate(2.23e10, 1.02e11, 1.4e-04),
         "direct": Rate(3.10e11, 3.33e10, 1.9e-04),
         "direct_depthwise": Rate(8.58e10, 3.60e10, 6.8e-05),
+        "direct_product": Rate(3.10e11, 3.33e10, 5.0e-05),
         "first_touch": Rate(math.inf, 3.40e09, 0.0e00),
         "gemm": Rate(2.85e11, 6.45e10, 5.8e-05),
         "group_norm": Rate(math.inf, 2.62e10, 1.6e-05),

@@ -1,4 +1,4 @@
-"""Per-example kernel gradients and their norms in one pass, by a kernel of our own."""
+"""Per-example gradients and their norms in one pass, by kernels of our own."""
 
 from __future__ import annotations
 
@@ -10,34 +10,54 @@ from torch import Tensor
 from perexfx.ir import native
 from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
-from perexfx.ir.factors import Factors, Signature
+from perexfx.ir.factors import Factors, Product, ProductSignature, Signature
 from perexfx.ir.kept import PIECE_BYTES, Kept
 from perexfx.ir.ordinary import parameter_elements
-from perexfx.strategies.costs import kept_gradients
+from perexfx.strategies.costs import held_factors, kept_gradients
 from perexfx.strategies.grouped import Grouped
+from perexfx.strategies.materialize import Materialize
 
 
 @dataclass(frozen=True)
 class Direct:
-    """Per-example kernel gradients from one C++ kernel: one product per tap, which also adds up the squares.
+    """Per-example gradients from one C++ kernel, which also adds up the squares: those of linear layers one block at a
+    time, those of convolutions one tap at a time.
 
-    As many flops as the ordinary kernel gradient, and as fast; nothing is unfolded, copied or read again for its norm.
-    Whoever traces sees the grouped convolution's gradient in its place.
+    As many flops as the ordinary gradient, and as fast; nothing is unfolded, copied or read again for its norm.
+    Whoever traces sees torch's own operations in its place.
+
+    Attributes:
+        keep: Keep the gradients until the clip node (`direct`); or only their norms (`direct_norms`, linear layers
+            alone), whose gradients never leave the cache, and compute the clipped sum by one product later.
     """
 
-    name: str = "direct"
+    keep: bool
+
+    @property
+    def name(self) -> str:
+        """`direct` or `direct_norms`."""
+        return "direct" if self.keep else "direct_norms"
 
     def refuses(self, signature: Signature) -> str | None:
-        """All that the kernel is not made for."""
-        if not isinstance(signature, ConvolutionSignature):
-            return "it is not a convolution"
+        """All that the kernels are not made for."""
+        if isinstance(signature, ConvolutionSignature) and not self.keep:
+            return "a convolution's kernel writes what it makes"
+        if not isinstance(signature, ConvolutionSignature | ProductSignature):
+            return "its gradient is not a product of two factors"
         return None if signature.has_kernels else "there is no kernel in C++ for it here"
 
     def cost(self, signature: Signature, itemsize: int) -> Cost:
-        """The flops of the ordinary kernel gradient, in whole vectors; n gradients are written, and kept."""
-        assert isinstance(signature, ConvolutionSignature)
+        """The flops of the ordinary gradient, in whole vectors; n gradients are written, and kept."""
         kept = signature.n * parameter_elements(signature) * itemsize
-        flops, calls = int(signature.weight_gradient_flops * _waste(signature, itemsize)), _pieces(signature.n, kept)
+        calls = _pieces(signature.n, kept) if self.keep else 1
+        if isinstance(signature, ProductSignature):
+            flops = int(2 * signature.t * kept // itemsize * _product_waste(signature, itemsize))
+            work = [Work("direct_product", flops, kept if self.keep else 0, calls=calls)]
+            if not self.keep:
+                return held_factors(signature, itemsize, tuple(work))
+            return kept_gradients(signature, itemsize, tuple(work))
+        assert isinstance(signature, ConvolutionSignature)
+        flops = int(signature.weight_gradient_flops * _waste(signature, itemsize))
         images = itemsize * signature.held_elements
         kind, moved = ("direct_depthwise", images + kept) if signature.is_depthwise else ("direct", kept)
         work = [Work(kind, flops, moved, calls=calls)]
@@ -46,7 +66,9 @@ class Direct:
         return kept_gradients(signature, itemsize, tuple(work))
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
-        """Norms of the formed gradients, which are kept."""
+        """Norms of the formed gradients, a piece of the batch at a time."""
+        if isinstance(factors, Product):
+            return self._of_product(factors)
         assert isinstance(factors, Convolution)
         n = factors.layer_input.shape[0]
         kept = n * parameter_elements(factors.signature) * factors.layer_input.element_size()
@@ -57,25 +79,69 @@ class Direct:
                 return Grouped().squared_norms(factors)
             pieces.append(found[0])
             norms.append(found[1])
-        squared = norms[0] if len(norms) == 1 else torch.cat(norms)
         axes = (*range(2, len(factors.shape)), 1, 0)
-        dtype = torch.promote_types(factors.layer_input.dtype, torch.float32)
-        return squared.to(dtype), Kept(tuple(pieces), factors.shape, axes)
+        return _joined(norms, factors.layer_input), Kept(tuple(pieces), factors.shape, axes)
+
+    def _of_product(self, factors: Product) -> tuple[Tensor, Factors]:
+        lanes = native.LANES * 4 // factors.left.element_size()
+        n, _, _, inputs = factors.left.shape
+        outputs = factors.right.shape[3]
+        turned = _is_turned(inputs, outputs, lanes)
+        columns, rows = (factors.right, factors.left) if turned else (factors.left, factors.right)
+        count = _pieces(n, n * parameter_elements(factors.signature) * columns.element_size()) if self.keep else 1
+        size = -(-n // count) or 1
+        pieces, norms = [], []
+        for part, other in zip(columns.split(size), rows.split(size), strict=True):
+            found = native.product_gradients(part, other, self.keep)
+            if found is None:
+                return Materialize(self.keep).squared_norms(factors)
+            pieces.append(found[0])
+            norms.append(found[1])
+        held = Kept(tuple(pieces), factors.shape, factors.axes, turned) if self.keep else factors
+        return _joined(norms, columns), held
+
+
+def _joined(squares: list[Tensor], like: Tensor) -> Tensor:
+    """Those of all pieces, in float32 at least."""
+    every = squares[0] if len(squares) == 1 else torch.cat(squares)
+    return every.to(torch.promote_types(like.dtype, torch.float32))
 
 
 ROWS, VECTORS = 6, 4
 """Of a block of sums: input channels, and vectors of output channels."""
 
 
+def _product_waste(signature: ProductSignature, itemsize: int) -> float:
+    """As `_waste`."""
+    lanes = native.LANES * 4 // itemsize
+    rows, columns = signature.o, signature.i
+    if _is_turned(columns, rows, lanes):
+        rows, columns = columns, rows
+    return _in_vectors(columns, lanes) * _stalls(rows, -(-columns // lanes))
+
+
+def _is_turned(inputs: int, outputs: int, lanes: int) -> bool:
+    """Whether vectors run over outputs, which fill them better."""
+    return _in_vectors(inputs, lanes) > _in_vectors(outputs, lanes)
+
+
 def _waste(signature: ConvolutionSignature, itemsize: int) -> float:
     """What the kernel takes / what it would with as many channels as it likes: few fill neither vectors nor blocks."""
     lanes = native.LANES * 4 // itemsize
     if signature.is_depthwise:
-        return -(-signature.out_channels // lanes) * lanes / signature.out_channels
+        return _in_vectors(signature.out_channels, lanes)
     outputs = max(1, signature.out_channels // signature.geometry.groups)
-    vectors = -(-outputs // lanes)
-    rows, columns = min(ROWS, max(1, signature.shape[1])), min(VECTORS, vectors)
-    return vectors * lanes / outputs * max(1.0, 1 / rows + 1 / columns)
+    return _in_vectors(outputs, lanes) * _stalls(signature.shape[1], -(-outputs // lanes))
+
+
+def _in_vectors(features: int, lanes: int) -> float:
+    """Elements of the vectors that some features fill / the features."""
+    return -(-features // lanes) * lanes / max(1, features)
+
+
+def _stalls(rows: int, vectors: int) -> float:
+    """Loads / products of a block of sums, beside one of ROWS and VECTORS, where that is more than there is time for."""
+    return max(1.0, 1 / min(ROWS, max(1, rows)) + 1 / min(VECTORS, max(1, vectors)))
 
 
 def _pieces(n: int, kept: int) -> int:

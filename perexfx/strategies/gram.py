@@ -71,9 +71,13 @@ class Gram:
         n, g, t, i = product.left.shape
         left = product.left.reshape(n * g, t, i)
         right = product.right.reshape(n * g, t, product.right.shape[3])
-        blocks = 2 if t >= HALVED and 2 * t * t * right.shape[2] < SMALL_EACH else 1
         size = max(1, CHUNK_ELEMENTS // max(1, t * t))
-        if n * g <= size:
+        is_whole = n * g <= size
+        if native.are_for(left, right):
+            left_gram, right_gram = (product.left_gram, product.right_gram) if is_whole else (None, None)
+            return _by_kernel((left, left_gram), (right, right_gram)).reshape(n, g).sum(1), factors
+        blocks = 2 if t >= HALVED and 2 * t * t * right.shape[2] < SMALL_EACH else 1
+        if is_whole:
             sums = [_sum_of_blocks(*_grams((left, product.left_gram), (right, product.right_gram), blocks))]
         else:
             sums = [
@@ -90,6 +94,17 @@ them: its products of half the size are no faster."""
 
 _Blocks = tuple[Tensor, ...]
 _Rows = tuple[Tensor, SharedGram | None]
+
+
+def _by_kernel(left: _Rows, right: _Rows) -> Tensor:
+    """By a kernel in C++, which multiplies the entries of one matrix with those of the other as it makes them."""
+    shared, own = (left, right) if left[1] is not None else (right, left)
+    if shared[1] is None:
+        found = native.gram_norms(left[0], None, right[0])
+    else:
+        found = native.gram_norms(None, _taken(shared, 1)[0], own[0])
+    assert found is not None
+    return found.clamp_(min=0).to(left[0].dtype)
 
 
 def _grams(left: _Rows, right: _Rows, blocks: int) -> tuple[_Blocks, _Blocks]:

@@ -14,6 +14,7 @@ STRATEGIES = {
     "materialize": "#f2a65a",
     "materialize_norms": "#fbd38d",
     "direct": "#d6d84b",
+    "direct_norms": "#ebecab",
     "grouped": "#5ec29a",
     "loop": "#a5dfb4",
     "loop_norms": "#d3efc6",

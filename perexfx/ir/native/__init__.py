@@ -8,10 +8,10 @@ Python code runs. `PEREXFX_KERNELS=0` leaves them out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from ctypes import CDLL, byref
+from ctypes import CDLL, byref, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,10 +27,6 @@ LANES = 16
 
 MOST_AXES = 4
 """Of a convolution's kernel: one or two are spatial."""
-
-IN_CACHE = 1 << 18
-"""Elements of one example's rows, at most, that a Gram matrix is made of: 1 MB in float32."""
-
 
 _for_sizes: ContextVar[bool] = ContextVar("whether sizes are all that is asked for", default=False)
 
@@ -48,6 +44,11 @@ def for_sizes() -> Iterator[None]:
 def are_built() -> bool:
     """Whether there are kernels, and they are wanted."""
     return loaded() is not None
+
+
+def are_for(*tensors: Tensor) -> bool:
+    """Whether there are kernels for tensors like these: of their dtypes, on their device, with nobody tracing."""
+    return _library_for(*tensors) is not None
 
 
 def level() -> str:
@@ -106,12 +107,35 @@ def gram(rows: Tensor) -> Tensor | None:
         rows: Shape `[n, t, i]`.
     """
     n, t, size = rows.shape
-    if rows.stride(2) != 1 or t * size > IN_CACHE or (library := _library_for(rows)) is None:
+    if (library := _library_for(rows)) is None:
         return None
+    rows = _contiguous_rows(rows)
     found = rows.new_empty(n, t, t)
     make = typed(library, "gram", rows.dtype)
     make(rows.data_ptr(), rows.stride(0), rows.stride(1), found.data_ptr(), n, t, size, torch.get_num_threads())
     return found
+
+
+def gram_norms(left: Tensor | None, grams: Tensor | None, right: Tensor) -> Tensor | None:
+    """`sum_{t,s} <left_t, left_s> <right_t, right_s>` of every n, in float64; None where there is no kernel for it.
+
+    Args:
+        left: Shape `[n, t, i]`; None where its Gram matrices are given.
+        grams: Shape `[n, t, t]`, contiguous; None where they are not at hand.
+        right: Shape `[n, t, o]`.
+    """
+    if (library := _library_for(*(value for value in (left, grams, right) if value is not None))) is None:
+        return None
+    left, right = None if left is None else _contiguous_rows(left), _contiguous_rows(right)
+    n, t, size = right.shape
+    threads = torch.get_num_threads()
+    squares = right.new_empty(n, library.gram_ranges(n, t, threads), dtype=torch.float64)
+    first = (None, 0, 0) if left is None else (left.data_ptr(), left.stride(0), left.stride(1))
+    second = (right.data_ptr(), right.stride(0), right.stride(1))
+    run = typed(library, "gram_norms", right.dtype)
+    sizes = (n, t, 0 if left is None else left.shape[2], size)
+    run(*first, _pointer(grams), *second, squares.data_ptr(), *sizes, threads)
+    return squares.sum(1)
 
 
 def kernel_gradients(
@@ -172,6 +196,28 @@ def _sums(
     images = *_image(layer_input), *_image(grad_output)
     make = typed(library, "kernel_gradients", found.dtype)
     make(*images, _pointer(weights), found.data_ptr(), squares.data_ptr(), byref(slide), threads)
+    return found, squares.sum(1)
+
+
+def product_gradients(left: Tensor, right: Tensor, keep: bool) -> tuple[Tensor | None, Tensor] | None:
+    """`right[n, g].t() @ left[n, g]` for every n and g: shape `[n, g, o, i]`, or None where it is not kept; and the sum
+    of its squares, `[n]`, in float64. None where there is no kernel for these tensors.
+
+    Args:
+        left: Shape `[n, g, t, i]`.
+        right: Shape `[n, g, t, o]`.
+        keep: Whether more than the squares is wanted.
+    """
+    if (library := _library_for(left, right)) is None:
+        return None
+    (n, groups, positions, columns), rows, threads = left.shape, right.shape[3], torch.get_num_threads()
+    blocks = library.product_gradient_blocks(n, groups, rows, columns, left.element_size(), threads)
+    found = left.new_empty(n, groups, rows, columns) if keep else None
+    squares = left.new_empty(n, blocks, dtype=torch.float64)
+    factors = *_rows(left), *_rows(right)
+    make = typed(library, "product_gradients", left.dtype)
+    sizes = (n, groups, positions, rows, columns)
+    make(*factors, _pointer(found), squares.data_ptr(), *sizes, threads)
     return found, squares.sum(1)
 
 
@@ -241,6 +287,29 @@ def group_norm_back(
     return found
 
 
+def weighted_sum(pieces: Sequence[Tensor], weights: Tensor) -> Tensor | None:
+    """`sum_i weights[i] * value_i` over the examples of all pieces: shape `[*]`; None where there is no kernel for it.
+
+    Args:
+        pieces: Each `[examples, *]`.
+        weights: Shape `[n]`.
+    """
+    if (library := _library_for(*pieces)) is None or not all(piece.is_contiguous() for piece in pieces):
+        return None
+    shape = pieces[0].shape[1:]
+    size, dtype = math.prod(shape), pieces[0].dtype
+    by_example = size * pieces[0].element_size()
+    rows = [piece.data_ptr() + at * by_example for piece in pieces for at in range(len(piece))]
+    weights, found = weights.to(dtype).contiguous(), pieces[0].new_empty(shape)
+    run = typed(library, "weighted_sum", dtype)
+    run((c_void_p * len(rows))(*rows), weights.data_ptr(), found.data_ptr(), len(rows), size, torch.get_num_threads())
+    return found
+
+
+def _contiguous_rows(value: Tensor) -> Tensor:
+    return value if value.stride(-1) == 1 else value.contiguous()
+
+
 def _pointer(value: Tensor | None) -> int | None:
     return None if value is None else value.data_ptr()
 
@@ -261,6 +330,12 @@ def _slide(in_shape: torch.Size, out_shape: torch.Size, shape: tuple[int, ...], 
 
 def _image(value: Tensor) -> tuple[int, object]:
     return value.data_ptr(), byref(_strides(value.stride()))
+
+
+def _rows(value: Tensor) -> tuple[int, object]:
+    """Of `[n, g, t, features]`: positions in the place of pixels."""
+    n, groups, position, feature = value.stride()
+    return value.data_ptr(), byref(_strides((n, groups, feature, position)))
 
 
 @lru_cache(maxsize=1024)
@@ -295,13 +370,17 @@ def _is_plain(value: Tensor) -> bool:
 
 __all__ = [
     "are_built",
+    "are_for",
     "for_sizes",
     "gram",
+    "gram_norms",
     "group_norm",
     "group_norm_back",
     "kernel_gradients",
     "kernel_sum",
     "level",
     "lstm_steps_back",
+    "product_gradients",
     "shifted_squares",
+    "weighted_sum",
 ]

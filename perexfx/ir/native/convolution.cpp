@@ -4,21 +4,12 @@
 // at the positions where it is put. A thread takes one example and a block of output channels, and goes over positions
 // in chunks, whose gradients it copies to where they stay in its cache while all taps read them.
 
-#include <cstring>
-
-#include "products.h"
+#include "images.h"
 
 namespace {
 
 // Positions whose gradients are copied at a time.
 constexpr int64_t CHUNK = 128;
-
-template <typename T>
-inline Vector<T> load_some(const T* from, int64_t count) {
-  Vector<T> value{};
-  std::memcpy(&value, from, count * sizeof(T));
-  return value;
-}
 
 // A rectangle of output positions of some frames, seen by one tap.
 template <typename T>
@@ -89,18 +80,14 @@ inline void add_positions(const Seen<T>& seen, const Target<T>& target, int64_t 
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) {
         const T* from = out + r * target.stride + v * LANES;
-        sums[r][v] += v + 1 < V || target.some == LANES ? load(from) : load_some(from, target.some);
+        sums[r][v] += load_some(from, v + 1 < V ? LANES : target.some);
       }
   if (target.squares)
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) target.squares[v] += sums[r][v] * sums[r][v];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) {
-      T* into = out + r * target.stride + v * LANES;
-      if (v + 1 < V || target.some == LANES)
-        store(into, sums[r][v]);
-      else
-        std::memcpy(into, &sums[r][v], target.some * sizeof(T));
+      store_some(out + r * target.stride + v * LANES, sums[r][v], v + 1 < V ? LANES : target.some);
     }
 }
 

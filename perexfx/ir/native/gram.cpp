@@ -1,24 +1,106 @@
-// Gram matrices of many examples, without most of what lies above their diagonals.
+// Gram matrices of many examples, and the norms that two of them make.
 //
-// Every thread takes whole examples, and copies the rows of one at a time, transposed, to where they stay in its cache.
+// A thread takes one example, or some rows of its matrices where there are few examples. For the norms, which are sums of
+// products of the entries of both, the first matrix alone is made, and stays in the cache; of the second, each entry
+// is multiplied where it is made, a vector of partial sums at a time.
 
-#include "products.h"
+#include "gram.h"
+
+#include <cmath>
 
 namespace {
+
+// Elements of a Gram matrix's rows that one thread makes at a time, at most.
+constexpr int64_t MOST = 1 << 18;
+
+// Ranges of rows with about as many entries at and below the diagonal.
+struct Ranges {
+  int64_t count, t;
+
+  Ranges(int64_t grams, int64_t t, int threads) : t(t) {
+    const int64_t for_threads = grams < 2 * threads ? (4 * threads + grams - 1) / grams : 1;
+    count = std::min(std::max(for_threads, (t * t / 2 + MOST - 1) / MOST), (t + TILE_ROWS - 1) / TILE_ROWS);
+  }
+  int64_t start(int64_t range) const {
+    if (range == count) return t;
+    return int64_t(std::sqrt(double(range) / count) * t) / TILE_ROWS * TILE_ROWS;
+  }
+};
 
 template <typename T>
 void gram(const T* rows, int64_t by_example, int64_t by_row, T* grams, int64_t n, int64_t t, int64_t size,
           int threads) {
-  const int64_t width = rounded_up(t, Lanes<T>::COUNT);
+  const Ranges ranges(n, t, threads);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<T> columns, found(t * width);
-#pragma omp for
-    for (int64_t example = 0; example < n; ++example) {
-      lower_gram(rows + example * by_example, by_row, t, size, found.data(), columns);
+    std::vector<T> tiles;
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < n * ranges.count; ++item) {
+      const int64_t example = item / ranges.count, range = item % ranges.count;
+      const int64_t first = ranges.start(range), last = ranges.start(range + 1);
       T* into = grams + example * t * t;
-      for (int64_t r = 0; r < t; ++r)
-        for (int64_t s = 0; s <= r; ++s) into[r * t + s] = into[s * t + r] = found[r * width + s];
+      gram_tiles(Rows<T>{rows + example * by_example, by_row, t, size}, first, last, tiles);
+      for_entries(tiles, first, last, [&](int64_t r, int64_t s, T value) { into[r * t + s] = into[s * t + r] = value; });
+    }
+  }
+}
+
+// Makes each entry count as often as it is in the whole matrix: those above the diagonal count for those below.
+template <typename T>
+void count_entries(std::vector<T>& tiles, int64_t first, int64_t last) {
+  T* tile = tiles.data();
+  for_tiles(first, last, [&](int64_t r, int64_t c) {
+    for (int i = 0; i < TILE_ROWS; ++i)
+      for (int j = 0; j < TILE_COLUMNS; ++j, ++tile)
+        if (r + i >= last || c + j > r + i)
+          *tile = 0;
+        else if (c + j < r + i)
+          *tile *= 2;
+  });
+}
+
+template <typename T>
+double product_with_gram(const std::vector<T>& tiles, const Rows<T>& rows, int64_t first, int64_t last) {
+  const int64_t at_once = rows.at_once();
+  double found = 0;
+  for (int64_t k = 0; k < rows.size; k += at_once) {
+    const T* tile = tiles.data();
+    const int64_t depth = std::min(at_once, rows.size - k);
+    for (int64_t row = first; row < last; row += TILE_ROWS) {
+      Vector<T> total_of_row{};
+      for_tiles(row, std::min(row + TILE_ROWS, last), [&](int64_t r, int64_t c) {
+        Vector<T> sums[TILE];
+        products_of(rows, r, c, k, depth, sums);
+        for (int at = 0; at < TILE; ++at) total_of_row += *tile++ * sums[at];
+      });
+      found += total<T>(total_of_row);
+    }
+  }
+  return found;
+}
+
+template <typename T>
+void gram_norms(const T* left, int64_t left_by_example, int64_t left_by_row, const T* grams, const T* right,
+                int64_t right_by_example, int64_t right_by_row, double* squares, int64_t n, int64_t t, int64_t left_size,
+                int64_t right_size, int threads) {
+  const Ranges ranges(n, t, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<T> tiles;
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < n * ranges.count; ++item) {
+      const int64_t example = item / ranges.count, range = item % ranges.count;
+      const int64_t first = ranges.start(range), last = ranges.start(range + 1);
+      if (grams) {
+        const T* from = grams + example * t * t;
+        tiles.assign(tiles_of(first, last) * TILE, T(0));
+        for_entries(tiles, first, last, [&](int64_t r, int64_t s, T& value) { value = from[r * t + s]; });
+      } else {
+        gram_tiles(Rows<T>{left + example * left_by_example, left_by_row, t, left_size}, first, last, tiles);
+      }
+      count_entries(tiles, first, last);
+      const Rows<T> rows{right + example * right_by_example, right_by_row, t, right_size};
+      squares[item] = product_with_gram(tiles, rows, first, last);
     }
   }
 }
@@ -28,11 +110,21 @@ void gram(const T* rows, int64_t by_example, int64_t by_row, T* grams, int64_t n
 // Of the sources that this library was built from.
 extern "C" const char* fingerprint() { return PEREXFX_FINGERPRINT; }
 
-// grams[n, t, t] of rows [n, t, size], whose last axis is contiguous.
-#define DEFINE(T, NAME)                                                                                             \
-  extern "C" void NAME(const T* rows, int64_t by_example, int64_t by_row, T* grams, int64_t n, int64_t t,           \
-                       int64_t size, int threads) {                                                                 \
-    gram<T>(rows, by_example, by_row, grams, n, t, size, threads);                                                  \
+// Into how many ranges of rows each example's matrices are cut.
+extern "C" int64_t gram_ranges(int64_t n, int64_t t, int threads) { return Ranges(n, t, threads).count; }
+
+// grams[n, t, t] of rows [n, t, size], whose last axis is contiguous; and squares[n, ranges], which add up to the sum
+// over products of the entries of the Gram matrices of left[n, t, left_size], or grams, and right[n, t, right_size].
+#define DEFINE(T, NAME, NORMS)                                                                                         \
+  extern "C" void NAME(const T* rows, int64_t by_example, int64_t by_row, T* grams, int64_t n, int64_t t,              \
+                       int64_t size, int threads) {                                                                    \
+    gram<T>(rows, by_example, by_row, grams, n, t, size, threads);                                                     \
+  }                                                                                                                    \
+  extern "C" void NORMS(const T* left, int64_t left_by_example, int64_t left_by_row, const T* grams, const T* right,   \
+                        int64_t right_by_example, int64_t right_by_row, double* squares, int64_t n, int64_t t,         \
+                        int64_t left_size, int64_t right_size, int threads) {                                          \
+    gram_norms<T>(left, left_by_example, left_by_row, grams, right, right_by_example, right_by_row, squares, n, t,     \
+                  left_size, right_size, threads);                                                                     \
   }
-DEFINE(float, gram_float32)
-DEFINE(double, gram_float64)
+DEFINE(float, gram_float32, gram_norms_float32)
+DEFINE(double, gram_float64, gram_norms_float64)

@@ -4,7 +4,8 @@
 // of entries of the Gram matrix of pixels: those of one phase of the stride. Both matrices of one example stay in the
 // cache of its thread, and only what lies at and below the diagonal is made.
 
-#include "products.h"
+#include "gram.h"
+#include "images.h"
 
 namespace {
 
@@ -47,7 +48,7 @@ struct Grid {
 // What one thread works with.
 template <typename T>
 struct Memory {
-  std::vector<T> gram, pixels, columns;
+  std::vector<T> tiles, gram, pixels;
 };
 
 // Fills a grid, whose first row and column are at `top` and `left` of an image of `rows` times `columns` pixels.
@@ -66,7 +67,8 @@ void fill(Grid<T>& grid, const T* image, const Strides& of, int64_t rows, int64_
     pixels = memory.pixels.data(), by_pixel = channels;
   }
   memory.gram.resize(t * stride);
-  lower_gram(pixels, by_pixel, t, channels, memory.gram.data(), memory.columns);
+  gram_tiles(Rows<T>{pixels, by_pixel, t, channels}, 0, t, memory.tiles);
+  from_tiles(memory.tiles, t, memory.gram.data(), stride);
   for (int64_t r = 0; r < t; ++r) {
     const T* from = memory.gram.data() + r * stride;
     T* into = grid.values.data() + ((h0 - top + r / wide) * grid.width + w0 - left + r % wide) * grid.stride;

@@ -48,13 +48,18 @@ _SIGNATURES = {
     "group_norm": (None, (*[_POINTER] * 6, *[_SIZE] * 4, c_double, _INT)),
     "group_norm_back": (None, (*[_POINTER] * 8, *[_SIZE] * 4, _INT)),
     "gram": (None, (_POINTER, _SIZE, _SIZE, _POINTER, *[_SIZE] * 3, _INT)),
+    "gram_norms": (None, (*(_POINTER, _SIZE, _SIZE, _POINTER), *(_POINTER, _SIZE, _SIZE, _POINTER), *[_SIZE] * 4, _INT)),
+    "gram_ranges": (_SIZE, (_SIZE, _SIZE, _INT)),
     "kernel_gradients": (None, (*_IMAGE, *_IMAGE, _POINTER, _POINTER, _POINTER, POINTER(Slide), _INT)),
     "as_kernel": (None, (_POINTER, _POINTER, *[_SIZE] * 3, _INT)),
     "kernel_gradient_pieces": (_SIZE, (POINTER(Slide), _SIZE, _INT)),
+    "product_gradients": (None, (*_IMAGE, *_IMAGE, _POINTER, _POINTER, *[_SIZE] * 5, _INT)),
+    "product_gradient_blocks": (_SIZE, (*[_SIZE] * 5, _INT)),
+    "weighted_sum": (None, (POINTER(_POINTER), _POINTER, _POINTER, _SIZE, _SIZE, _INT)),
     "shifted_squares": (None, (*_IMAGE, *_IMAGE, _POINTER, POINTER(Slide), _INT)),
 }
 """Functions, without their dtype -> what they return, and their arguments."""
-_UNTYPED = ("lstm_steps_back", "kernel_gradient_pieces")
+_UNTYPED = ("lstm_steps_back", "kernel_gradient_pieces", "product_gradient_blocks", "gram_ranges")
 """Those that there is one of."""
 
 FOLDER = Path(__file__).parent

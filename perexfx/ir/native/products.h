@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "images.h"
+#include "vectors.h"
 
 namespace {
 
@@ -40,25 +40,6 @@ void add_rows(int64_t count, const T* rows, int64_t row_stride, const T* columns
     for (; j + 2 * LANES <= width; j += 2 * LANES)
       add_block<T, R, 2>(rows, row_stride, columns + j, column_stride, out + j, out_stride, depth);
     if (j < width) add_block<T, R, 1>(rows, row_stride, columns + j, column_stride, out + j, out_stride, depth);
-  }
-}
-
-// found[t, t] = rows[t, size] rows^T, at and below the diagonal; above it stands anything.
-//
-// The rows' elements are neighbours; found has as many columns as t rounded up to the lanes of a vector.
-template <typename T>
-void lower_gram(const T* rows, int64_t by_row, int64_t t, int64_t size, T* found, std::vector<T>& columns) {
-  constexpr int64_t LANES = Lanes<T>::COUNT, DEPTH = 128;
-  const int64_t width = rounded_up(t, LANES);
-  columns.resize(DEPTH * width);
-  std::fill(found, found + t * width, T(0));
-  for (int64_t first = 0; first < size; first += DEPTH) {
-    const T* own = rows + first;
-    const int64_t depth = std::min(DEPTH, size - first);
-    transpose(own, by_row, columns.data(), width, t, depth);
-    for (int64_t r = 0; r < t; r += ROWS)
-      add_rows<T, ROWS>(std::min<int64_t>(ROWS, t - r), own + r * by_row, by_row, columns.data(), width,
-                        found + r * width, width, depth, std::min(width, rounded_up(r + ROWS, LANES)));
   }
 }
 

@@ -2,8 +2,11 @@
 
 #pragma once
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -36,6 +39,33 @@ inline Vector<T> load(const T* from) {
 template <typename T>
 inline void store(T* into, Vector<T> value) {
   *reinterpret_cast<Vector<T>*>(into) = value;
+}
+
+// The first `count` lanes, the rest zero.
+template <typename T>
+inline Vector<T> load_some(const T* from, int64_t count) {
+  if (count == Lanes<T>::COUNT) return load(from);
+  Vector<T> value{};
+  std::memcpy(&value, from, count * sizeof(T));
+  return value;
+}
+
+template <typename T>
+inline void store_some(T* into, Vector<T> value, int64_t count) {
+  if (count == Lanes<T>::COUNT)
+    store(into, value);
+  else
+    std::memcpy(into, &value, count * sizeof(T));
+}
+
+// To memory that nobody reads soon, past the caches; `into` is a multiple of a register's bytes.
+template <typename T>
+inline void store_past_caches(T* into, Vector<T> value) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(into), reinterpret_cast<__m512i>(value));
+#else
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(into), reinterpret_cast<__m256i>(value));
+#endif
 }
 
 template <typename T>
