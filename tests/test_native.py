@@ -149,7 +149,7 @@ def test_convolutions(seed: int, level: CDLL, calls: list[str]) -> None:
     dtype = factors.layer_input.dtype
     exact = in_float64(factors)
     norms = exact.flatten(1).square().sum(1)
-    squared, kept = Direct().squared_norms(factors)
+    squared, kept = Direct(keep=True).squared_norms(factors)
     assert calls == ["kernel_gradients"]
     assert_all_close(kept.gradients(), exact, dtype)
     assert_all_close(squared, norms, dtype)
@@ -170,7 +170,7 @@ def test_convolutions(seed: int, level: CDLL, calls: list[str]) -> None:
 def test_convolutions_on_threads(threads: int) -> None:
     for seed in range(8):
         factors = a_convolution(seed)
-        squared, kept = Direct().squared_norms(factors)
+        squared, kept = Direct(keep=True).squared_norms(factors)
         exact = in_float64(factors)
         assert_all_close(kept.gradients(), exact, factors.layer_input.dtype)
         assert_all_close(squared, exact.flatten(1).square().sum(1), factors.layer_input.dtype)
@@ -189,11 +189,11 @@ def test_a_convolution_of_an_example_that_is_not_finite(is_depthwise: bool, bad:
     for lost, value in ((2, x), (6, g)):
         value[lost, 0, 1, 2, 3] = bad
     others = [0, 1, 3, 4, 5, 7, 8]
-    for strategy in (Direct(), GramShift()):
+    for strategy in (Direct(keep=True), GramShift()):
         squared, _ = strategy.squared_norms(factors)
         assert not torch.isfinite(squared[[2, 6]]).any()
         assert_all_close(squared[others], exact[others].flatten(1).square().sum(1), torch.float32)
-    _, kept = Direct().squared_norms(factors)
+    _, kept = Direct(keep=True).squared_norms(factors)
     assert_all_close(kept.gradients()[others], exact[others], torch.float32)
 
 
@@ -231,7 +231,7 @@ def test_values_that_lie_in_memory_with_the_other_sign() -> None:
     assert x.is_neg()
     factors = Convolution(x, g, (5, 4, 3, 3), ConvolutionGeometry((1, 1), (1, 1), (1, 1), 1))
     exact = in_float64(factors)
-    for found in (Direct().squared_norms(factors)[1].gradients(), factors.gradients()):
+    for found in (Direct(keep=True).squared_norms(factors)[1].gradients(), factors.gradients()):
         assert_all_close(found, exact, torch.float32)
 
 
@@ -257,7 +257,7 @@ def test_kernels_as_large_as_their_images(
     factors = Convolution(torch.randn(x)[:, None], torch.randn(g)[:, None], (g[1], x[1], *kernel), geometry)
     exact = in_float64(factors)
     weights = torch.rand(3)
-    for strategy in (Direct(), GramShift(), Gram()):
+    for strategy in (Direct(keep=True), GramShift(), Gram()):
         squared, held = strategy.squared_norms(factors)
         assert_all_close(squared, exact.flatten(1).square().sum(1), torch.float32)
         expected = torch.einsum("n,n...->...", weights.double(), exact)
@@ -270,7 +270,7 @@ def test_what_one_thread_needs_does_not_grow_with_the_padding() -> None:
     factors = Convolution(torch.randn(2, 1, 3, 21, 21), torch.randn(2, 1, 4, 21, 21), (4, 3, 3, 3), geometry)
     assert not _fits_kernel(geometry, (3, 3), (21, 21))
     exact = in_float64(factors)
-    assert_all_close(Direct().squared_norms(factors)[0], exact.flatten(1).square().sum(1), torch.float32)
+    assert_all_close(Direct(keep=True).squared_norms(factors)[0], exact.flatten(1).square().sum(1), torch.float32)
 
 
 @needs_kernels
@@ -278,7 +278,7 @@ def test_sums_over_many_positions_keep_their_digits() -> None:
     x, g = torch.full((1, 1, 4, 224, 224), 1.1), torch.full((1, 1, 16, 224, 224), 0.7)
     factors = Convolution(x, g, (16, 4, 3, 3), ConvolutionGeometry((1, 1), (1, 1), (1, 1), 1))
     exact = in_float64(factors)
-    found = Direct().squared_norms(factors)[1].gradients()
+    found = Direct(keep=True).squared_norms(factors)[1].gradients()
     torch.testing.assert_close(found.double(), exact, rtol=2e-5, atol=0.0)
 
 

@@ -1,12 +1,14 @@
 """Matrix products by the faster of the two libraries that torch has on a CPU.
 
-Torch multiplies float32 matrices through MKL, which on other makers' processors takes up to twice as long as oneDNN.
+Torch multiplies float32 matrices through MKL, which on other makers' processors takes up to twice as long as oneDNN:
+its kernels for them have vectors of 256 bits, and so half the speed where a processor multiplies 512 at once.
 Promises: every product is what torch's own operation gives, up to rounding; whoever traces or compiles sees torch's own
 operation; which library has which product depends on the processor and the sizes alone.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -59,13 +61,15 @@ def linear_by(weight: Tensor, like: Tensor) -> Callable[[Tensor], Tensor]:
 def transposed_product(left: Tensor, right: Tensor) -> Tensor:
     """`left.t() @ right`, contiguous: a linear layer's weight gradient.
 
-    oneDNN copies its first factor into rows, so that is the narrower one.
+    oneDNN copies its first factor into rows, so that is the narrower one; where MKL is about as fast, it is the faster.
 
     Args:
         left: Shape `[n, o]`.
         right: Shape `[n, i]`.
     """
-    if left.shape[1] <= right.shape[1] or not _is_for_onednn(left.t(), right.t()):
+    if not (mkl_is_slow() and _is_for_onednn(left.t(), right.t())):
+        return left.t() @ right
+    if left.shape[1] <= right.shape[1]:
         return linear(left.t(), right.t())
     return linear(right.t(), left.t()).t().contiguous()
 
@@ -126,11 +130,11 @@ def _is_for_onednn(rows: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN has the product, and is worth its start."""
     return (
         2 * rows.shape[0] * weight.shape[0] * weight.shape[1] >= SMALL
+        and onednn_is_faster()
         and rows.device.type == "cpu"
         and rows.dtype == weight.dtype == torch.float32
-        and onednn_is_faster()
-        and not torch.is_grad_enabled()
         and type(rows) is type(weight) is Tensor
+        and not torch.is_grad_enabled()
         and torch.backends.mkldnn.enabled
         and not is_watched()
     )
@@ -139,10 +143,34 @@ def _is_for_onednn(rows: Tensor, weight: Tensor) -> bool:
 @cache
 def onednn_is_faster() -> bool:
     """Whether this processor's products are faster through oneDNN: where MKL is present and Intel is not."""
-    if _pointwise is None or not torch.backends.mkl.is_available():
-        return False
+    return _pointwise is not None and torch.backends.mkl.is_available() and _family_of_amd() is not None
+
+
+@cache
+def mkl_is_slow() -> bool:
+    """Whether oneDNN is so much faster that nothing else counts: the processor multiplies 512 bits at once."""
+    family = _family_of_amd()
+    return onednn_is_faster() and family is not None and family >= ZEN5
+
+
+ZEN5 = 26
+"""Family of the first of AMD's processors with multipliers of 512 bits."""
+
+
+def _family_of_amd() -> int | None:
+    """The family of this processor; None if another made it."""
     described = Path("/proc/cpuinfo")
-    return described.exists() and "AuthenticAMD" in described.read_text()
+    text = described.read_text() if described.exists() else ""
+    found = re.search(r"^cpu family\s*: (\d+)", text, re.MULTILINE)
+    return int(found.group(1)) if "AuthenticAMD" in text and found else None
 
 
-__all__ = ["linear", "linear_by", "onednn_is_faster", "products", "transposed_product", "transposed_products"]
+__all__ = [
+    "linear",
+    "linear_by",
+    "mkl_is_slow",
+    "onednn_is_faster",
+    "products",
+    "transposed_product",
+    "transposed_products",
+]

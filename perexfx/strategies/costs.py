@@ -5,7 +5,7 @@ from __future__ import annotations
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import ProductSignature, RowsSignature, Signature
-from perexfx.ir.gemm import SMALL_EACH, onednn_is_faster
+from perexfx.ir.gemm import SMALL_EACH, mkl_is_slow
 from perexfx.ir.kept import PIECE_BYTES
 from perexfx.ir.ordinary import ordinary_gradient, parameter_elements
 
@@ -76,7 +76,7 @@ def _summing_elements(signature: Signature) -> int:
         return scaled + kernel_gradient_elements(signature, signature.n)
     if isinstance(signature, ProductSignature):
         narrower = signature.n * signature.g * signature.t * min(signature.i, signature.o)
-        if signature.g > 1 or not onednn_is_faster():
+        if signature.g > 1 or not mkl_is_slow():
             return narrower
         return 2 * narrower + (signature.i * signature.o if signature.o > signature.i else 0)  # `transposed_product`
     assert isinstance(signature, RowsSignature)
@@ -100,6 +100,15 @@ def batched_product(count: int, flops: int, moved: int) -> Work:
         moved: Bytes read and written by all of them.
     """
     return Work("batched_gemm", flops, moved, calls=count if flops >= SMALL_EACH * count else 1)
+
+
+TILE = 4
+"""Rows of the tiles that the kernel makes Gram matrices of: some entries of those on the diagonal lie above it."""
+
+
+def gram_flops(t: int, features: int) -> int:
+    """Of one Gram matrix of t rows by a kernel in C++, which makes what lies at and below the diagonal."""
+    return t * (t + TILE) * features
 
 
 def read_for_norm(elements: int, itemsize: int) -> Work:

@@ -13,7 +13,7 @@ from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Product, ProductSignature, Rows, RowsSignature, SharedGram, Signature
 from perexfx.ir.gemm import SMALL_EACH, products
-from perexfx.strategies.costs import batched_product, held_factors
+from perexfx.strategies.costs import batched_product, gram_flops, held_factors
 
 CHUNK_ELEMENTS = 1 << 20
 """Gram matrices are formed for as many examples at a time as fit this many elements, so that they stay in cache."""
@@ -36,23 +36,31 @@ class Gram:
         return "its gradient is not a product of two factors"
 
     def cost(self, signature: Signature, itemsize: int) -> Cost:
-        """`2 n t^2 (i + o)` flops; one product after the clip node."""
+        """`2 n t^2 (i + o)` flops, half of them by a kernel in C++; one product after the clip node."""
         copies: tuple[Work, ...] = ()
         transient = 0
+        has_kernels = False
         if isinstance(signature, RowsSignature):
             grams, t, i, o = signature.n, signature.t, 1, signature.d
         elif isinstance(signature, ProductSignature):
             grams, t, i, o = signature.n * signature.g, signature.t, signature.i, signature.o
+            has_kernels = signature.has_kernels
             if grams * t * t <= CHUNK_ELEMENTS:
                 i, o = -(-i // signature.left_users), -(-o // signature.right_users)
         else:
             assert isinstance(signature, ConvolutionSignature)
             grams, t = signature.n * signature.geometry.groups, signature.frames * signature.positions
             i, o = math.prod(signature.shape[1:]), signature.out_channels // signature.geometry.groups
+            has_kernels = signature.has_kernels
             unfolded = itemsize * grams * t * i
             transient = unfolded
             copies = (Work("memory", bytes=2 * unfolded, calls=2),)
         squares = grams * t * t
+        if has_kernels:
+            work = (Work("gram", grams * gram_flops(t, i + o), itemsize * grams * t * (i + o)),)
+            is_shared = isinstance(signature, ProductSignature) and max(signature.left_users, signature.right_users) > 1
+            transient += itemsize * squares if is_shared and squares <= CHUNK_ELEMENTS else 0
+            return held_factors(signature, itemsize, (*copies, *work), transient)
         per_chunk = max(1, CHUNK_ELEMENTS // max(1, t * t))
         chunks = -(-grams // per_chunk)
         work = (

@@ -15,7 +15,7 @@ from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Signature
 from perexfx.ir.gemm import products
 from perexfx.ir.geometry import ConvolutionGeometry
-from perexfx.strategies.costs import batched_product, held_factors
+from perexfx.strategies.costs import batched_product, gram_flops, held_factors
 from perexfx.strategies.gram import sum_of_products
 
 CHUNK_ELEMENTS = 1 << 19
@@ -86,10 +86,10 @@ class GramShift:
             outputs = signature.out_channels // geometry.groups
             phases = math.prod(map(len, _phases(geometry, signature.kernel, signature.out_size)))
             pixels = math.ceil(math.prod(signature.in_size) / math.prod(geometry.stride))
-            flops = t * t * outputs + phases * pixels * pixels * channels
+            flops = gram_flops(t, outputs) + phases * gram_flops(pixels, channels)
             read = t * t * math.prod(signature.kernel)
-            work = Work("shifted_squares", grams * flops, itemsize * grams * read)
-            return held_factors(signature, itemsize, (work,))
+            work = (Work("gram", grams * flops), Work("shifted_squares", bytes=itemsize * grams * read, calls=0))
+            return held_factors(signature, itemsize, work)
         flops = 2 * t * t * (signature.out_channels // geometry.groups)
         moved = 4 * t * t
         largest, together, calls = t * t, 2 * t * t, 2

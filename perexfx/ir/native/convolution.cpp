@@ -9,7 +9,7 @@
 namespace {
 
 // Positions whose gradients are copied at a time.
-constexpr int64_t CHUNK = 128;
+constexpr int64_t CHUNK = 256;
 
 // A rectangle of output positions of some frames, seen by one tap.
 template <typename T>
@@ -27,6 +27,7 @@ struct Target {
   T* sums;
   int64_t stride, some;
   bool is_first;       // nothing has been added yet
+  bool is_past_caches;
   Vector<T>* squares;  // of the finished sums, one vector per vector; or null
 };
 
@@ -87,7 +88,10 @@ inline void add_positions(const Seen<T>& seen, const Target<T>& target, int64_t 
       for (int v = 0; v < V; ++v) target.squares[v] += sums[r][v] * sums[r][v];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) {
-      store_some(out + r * target.stride + v * LANES, sums[r][v], v + 1 < V ? LANES : target.some);
+      if (target.is_past_caches)
+        store_past_caches(out + r * target.stride + v * LANES, sums[r][v]);
+      else
+        store_some(out + r * target.stride + v * LANES, sums[r][v], v + 1 < V ? LANES : target.some);
     }
 }
 
@@ -138,7 +142,8 @@ inline int64_t channels_side_by_side(const Slide& s) { return is_depthwise(s) ? 
 // One example, group, block of output channels, and some taps of the kernel; frames count by their weights, if any.
 template <typename T>
 double gradients_of(const Slide& s, const T* x, Strides of_x, const T* g, const Strides& of_g, const T* weights, T* out,
-                    int64_t group, int64_t first_out, int64_t first_tap, int64_t last_tap, std::vector<T>& memory) {
+                    int64_t group, int64_t first_out, int64_t first_tap, int64_t last_tap, bool is_past_caches,
+                    std::vector<T>& memory) {
   constexpr int64_t LANES = Lanes<T>::COUNT;
   const bool has_own = is_depthwise(s);
   const int64_t outs = std::min(channels_side_by_side(s) - first_out, VECTORS * LANES);
@@ -169,6 +174,7 @@ double gradients_of(const Slide& s, const T* x, Strides of_x, const T* g, const 
       for (int64_t w0 = 0; w0 < s.out_width; w0 += columns_at_once) {
         const int64_t h1 = std::min(s.out_height, h0 + rows_at_once), w1 = std::min(s.out_width, w0 + columns_at_once);
         const bool is_last = f0 + frames == s.frames && h1 == s.out_height && w1 == s.out_width;
+        const bool is_first = f0 + h0 + w0 == 0;
         const int64_t by_row = (w1 - w0) * padded, by_frame = (h1 - h0) * by_row;
         for (int64_t f = 0; f < frames; ++f) {
           const T* from = g + (f0 + f) * of_g.by_frame + h0 * of_g.by_row + w0 * of_g.by_column;
@@ -189,7 +195,8 @@ double gradients_of(const Slide& s, const T* x, Strides of_x, const T* g, const 
                              grads + (top - h0) * by_row + (left - w0) * padded, by_frame, by_row,
                              frames, bottom - top, end - left};
           const Target<T> target{out + tap * s.in_channels * all_outs + group * s.out_channels + first_out, all_outs,
-                                 outs - (vectors - 1) * LANES, f0 + h0 + w0 == 0, is_last ? squares : nullptr};
+                                 outs - (vectors - 1) * LANES, is_first, is_first && is_last && is_past_caches,
+                                 is_last ? squares : nullptr};
           add_tap<T, VECTORS>(seen, target, channels, vectors, has_own);
           if (is_last)
             for (int64_t v = 0; v < vectors; ++v) squared += total<T>(squares[v]);
@@ -218,6 +225,7 @@ void kernel_gradients(const T* x, const Strides& of_x, const T* g, const Strides
   const int64_t lanes = Lanes<T>::COUNT, taps = s.kernel_height * s.kernel_width;
   const int64_t size = taps * s.in_channels * s.groups * s.out_channels;
   const Pieces pieces(s, lanes, threads);
+  const bool is_past_caches = !weights && can_go_past_caches<T>(out, s.groups * s.out_channels, s.n * size);
   // Small groups lie in the same lines of the cache: neighbours are the work of one thread.
   const int64_t at_once = std::max<int64_t>(1, s.n * pieces.all / (16 * threads));
 #pragma omp parallel num_threads(threads)
@@ -229,22 +237,36 @@ void kernel_gradients(const T* x, const Strides& of_x, const T* g, const Strides
       const int64_t group = item % pieces.all / pieces.ranges / pieces.blocks;
       const int64_t first = range * taps / pieces.ranges, last = (range + 1) * taps / pieces.ranges;
       squares[item] = gradients_of(s, x + example * of_x.by_example, of_x, g + example * of_g.by_example, of_g, weights,
-                                   out + example * size, group, block * VECTORS * lanes, first, last, memory);
+                                   out + example * size, group, block * VECTORS * lanes, first, last, is_past_caches,
+                                   memory);
     }
+    _mm_sfence();
   }
 }
 
-// kernel[out channels, in channels, taps] from sums[taps, in channels, out channels]: every line of either is touched
-// once.
+// kernel[out channels, in channels, taps] from sums[taps, in channels, out channels]: a block of both kinds of channels
+// is turned around in the cache, so that lines of either are touched once, and side by side.
 template <typename T>
 void as_kernel(const T* sums, T* kernel, int64_t taps, int64_t channels, int64_t outs, int threads) {
-  constexpr int64_t LANES = Lanes<T>::COUNT;
-#pragma omp parallel for num_threads(threads)
-  for (int64_t o0 = 0; o0 < outs; o0 += LANES)
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t tap = 0; tap < taps; ++tap)
-        for (int64_t o = o0; o < std::min(outs, o0 + LANES); ++o)
-          kernel[(o * channels + c) * taps + tap] = sums[(tap * channels + c) * outs + o];
+  constexpr int64_t OUTS = 128, BYTES = 64 << 10;
+  const int64_t most = std::max<int64_t>(1, BYTES / int64_t(sizeof(T)) / (OUTS * taps));
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<T> block(OUTS * most * taps);
+#pragma omp for collapse(2)
+    for (int64_t c = 0; c < channels; c += most)
+      for (int64_t o = 0; o < outs; o += OUTS) {
+        const int64_t wide = std::min(OUTS, outs - o), high = std::min(most, channels - c), size = high * taps;
+        for (int64_t tap = 0; tap < taps; ++tap)
+          for (int64_t k = 0; k < high; ++k) {
+            const T* from = sums + (tap * channels + c + k) * outs + o;
+            T* into = block.data() + k * taps + tap;
+            for (int64_t at = 0; at < wide; ++at) into[at * size] = from[at];
+          }
+        for (int64_t at = 0; at < wide; ++at)
+          std::copy(&block[at * size], &block[at * size] + size, kernel + ((o + at) * channels + c) * taps);
+      }
+  }
 }
 
 }  // namespace

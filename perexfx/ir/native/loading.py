@@ -48,7 +48,10 @@ _SIGNATURES = {
     "group_norm": (None, (*[_POINTER] * 6, *[_SIZE] * 4, c_double, _INT)),
     "group_norm_back": (None, (*[_POINTER] * 8, *[_SIZE] * 4, _INT)),
     "gram": (None, (_POINTER, _SIZE, _SIZE, _POINTER, *[_SIZE] * 3, _INT)),
-    "gram_norms": (None, (*(_POINTER, _SIZE, _SIZE, _POINTER), *(_POINTER, _SIZE, _SIZE, _POINTER), *[_SIZE] * 4, _INT)),
+    "gram_norms": (
+        None,
+        (*(_POINTER, _SIZE, _SIZE, _POINTER), *(_POINTER, _SIZE, _SIZE, _POINTER), *[_SIZE] * 4, _INT),
+    ),
     "gram_ranges": (_SIZE, (_SIZE, _SIZE, _INT)),
     "kernel_gradients": (None, (*_IMAGE, *_IMAGE, _POINTER, _POINTER, _POINTER, POINTER(Slide), _INT)),
     "as_kernel": (None, (_POINTER, _POINTER, *[_SIZE] * 3, _INT)),

@@ -14,9 +14,6 @@ constexpr int64_t DEPTH = 256;
 // Of a block, at most: with its factors it fits the second cache.
 constexpr int64_t BLOCK_ROWS = 192, BLOCK_COLUMNS = 256;
 
-// Gradients of more bytes are not read before others have taken their place in the caches.
-constexpr int64_t PAST_CACHES = 4 << 20;
-
 template <typename T>
 constexpr int64_t WIDTH = VECTORS * Lanes<T>::COUNT;  // of a tile
 
@@ -147,9 +144,8 @@ void product_gradients(const T* left, const Strides& of_left, const T* right, co
   const int64_t chunks = (sizes.positions + DEPTH - 1) / DEPTH, at_once = (sizes.positions + chunks - 1) / chunks;
   const int64_t items = sizes.n * sizes.groups * blocks.down * blocks.across;
   const int64_t at_a_time = std::max<int64_t>(1, items / (16 * threads));  // neighbours are the work of one thread
-  const bool is_aligned = reinterpret_cast<uintptr_t>(out) % REGISTER == 0 && sizes.columns % LANES == 0;
-  const int64_t bytes = sizes.n * sizes.groups * sizes.rows * sizes.columns * sizeof(T);
-  const bool is_past_caches = out && is_aligned && bytes > PAST_CACHES;
+  const int64_t elements = sizes.n * sizes.groups * sizes.rows * sizes.columns;
+  const bool is_past_caches = out && can_go_past_caches(out, sizes.columns, elements);
   const auto block = [&](int64_t item) { return Block<T>(item, sizes, blocks, left, of_left, right, of_right); };
 #pragma omp parallel num_threads(threads)
   {
@@ -194,7 +190,7 @@ void product_gradients(const T* left, const Strides& of_left, const T* right, co
       }
       squares[item] = squared;
     }
-    _mm_sfence();  // what went past the caches is there before anyone is told
+    _mm_sfence();
   }
 }
 

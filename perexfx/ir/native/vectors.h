@@ -58,7 +58,8 @@ inline void store_some(T* into, Vector<T> value, int64_t count) {
     std::memcpy(into, &value, count * sizeof(T));
 }
 
-// To memory that nobody reads soon, past the caches; `into` is a multiple of a register's bytes.
+// To memory that nobody reads soon, past the caches; `into` is a multiple of a register's bytes. Who has done so says
+// `_mm_sfence()` before anyone is told.
 template <typename T>
 inline void store_past_caches(T* into, Vector<T> value) {
 #if defined(__AVX512F__)
@@ -66,6 +67,16 @@ inline void store_past_caches(T* into, Vector<T> value) {
 #else
   _mm256_stream_si256(reinterpret_cast<__m256i*>(into), reinterpret_cast<__m256i>(value));
 #endif
+}
+
+// Memory of more bytes is not read before others have taken its place in the caches.
+constexpr int64_t PAST_CACHES = 4 << 20;
+
+// Whether rows of `width` elements, of `size` in all, should be stored past the caches, and can be.
+template <typename T>
+inline bool can_go_past_caches(const T* into, int64_t width, int64_t size) {
+  return reinterpret_cast<uintptr_t>(into) % REGISTER == 0 && width % Lanes<T>::COUNT == 0 &&
+         size * int64_t(sizeof(T)) > PAST_CACHES;
 }
 
 template <typename T>
