@@ -23,6 +23,7 @@ from perexfx.ir import native
 from perexfx.ir.convolution import Convolution
 from perexfx.ir.factors import Product, SharedGram
 from perexfx.ir.geometry import ConvolutionGeometry
+from perexfx.ir.kept import Kept
 from perexfx.ir.native import loading
 from perexfx.strategies.direct import Direct
 from perexfx.strategies.gram import Gram
@@ -56,7 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that ran."""
     ran: list[str] = []
     for name in native.__all__:
-        if name in ("are_built", "for_sizes", "level"):
+        if name in ("are_built", "are_for", "for_sizes", "level"):
             continue
         original = getattr(native, name)
 
@@ -138,9 +139,11 @@ def in_float64(factors: Convolution) -> Tensor:
     return exact.gradients()
 
 
-def assert_all_close(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+def assert_all_close(found: Tensor, exact: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> None:
+    """Args: scale: What errors are held against, if not the largest number."""
     tolerance = 3e-5 if dtype == torch.float32 else 1e-12
-    torch.testing.assert_close(found.double(), exact, rtol=0.0, atol=tolerance * max(1e-30, float(exact.abs().max())))
+    largest = float((exact if scale is None else scale).abs().max())
+    torch.testing.assert_close(found.double(), exact, rtol=0.0, atol=tolerance * max(1e-30, largest))
 
 
 @pytest.mark.parametrize("seed", range(80))
@@ -291,6 +294,162 @@ def test_convolutions_of_three_axes_are_left_to_torch() -> None:
         found = train_step(gm, batch, squares)
         expected = train_step(model, batch, squares)
         assert_close(found, expected, 1e-5, "gradients")
+
+
+def a_product(seed: int) -> Product:
+    """Of random sizes, in any memory format."""
+    drawn = random.Random(seed)
+    torch.manual_seed(seed)
+    n, g = drawn.choice([1, 2, 5]), drawn.choice([1, 1, 3])
+    t = drawn.choice([1, 3, 16, 64, 197, 256, 257, 700])
+    i, o = (drawn.choice([1, 3, 6, 16, 31, 64, 65, 130, 300]) for _ in range(2))
+    dtype = drawn.choice([torch.float32, torch.float64])
+
+    def factor(features: int) -> Tensor:
+        sizes = {"n": n, "g": g, "t": t, "f": features}
+        order = drawn.sample("ngtf", 4) if drawn.random() < 0.5 else list("ngtf")
+        found = torch.randn([sizes[axis] for axis in order], dtype=dtype)
+        found = found.permute([order.index(axis) for axis in "ngtf"])
+        if drawn.random() < 0.2:
+            found = torch.randn(n, g, t, features + 5, dtype=dtype)[..., 2:-3]
+        return found[:1, :1].expand(n, g, t, features) if drawn.random() < 0.1 else found
+
+    return Product(factor(i), factor(o), (g * o, i))
+
+
+def product_in_float64(factors: Product) -> Tensor:
+    """Per-example gradients by torch's own product."""
+    each = factors.right.double().transpose(2, 3) @ factors.left.double()
+    return each.reshape(each.shape[0], *factors.shape)
+
+
+def entries_of_grams(factors: Product) -> Tensor:
+    """The most that products of the entries of both Gram matrices add up to: they have both signs, and may cancel."""
+    norms = [
+        (value.double() @ value.double().transpose(2, 3)).flatten(1).norm(dim=1)
+        for value in (factors.left, factors.right)
+    ]
+    return norms[0] * norms[1]
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_products(seed: int, level: CDLL, calls: list[str]) -> None:
+    factors = a_product(seed)
+    dtype = factors.left.dtype
+    exact = product_in_float64(factors)
+    norms = exact.flatten(1).square().sum(1)
+    weights = torch.rand(len(norms), dtype=dtype)
+    expected = torch.einsum("n,n...->...", weights.double(), exact)
+    for strategy in (Direct(keep=True), Direct(keep=False), Gram()):
+        squared, held = strategy.squared_norms(factors)
+        assert squared.dtype == dtype
+        scale = entries_of_grams(factors) if isinstance(strategy, Gram) else norms
+        assert_all_close(squared, norms, dtype, scale)
+        assert_all_close(held.weighted_sum(weights), expected, dtype)
+        if isinstance(held, Kept):
+            assert_all_close(held.gradients(), exact, dtype)
+    assert calls == ["product_gradients", "weighted_sum", "product_gradients", "gram_norms"]
+
+
+@needs_kernels
+def test_products_on_threads(threads: int) -> None:
+    for seed in range(80, 100):
+        factors = a_product(seed)
+        exact = product_in_float64(factors)
+        for strategy in (Direct(keep=True), Direct(keep=False), Gram()):
+            squared, _ = strategy.squared_norms(factors)
+            scale = entries_of_grams(factors)
+            assert_all_close(squared, exact.flatten(1).square().sum(1), factors.left.dtype, scale)
+
+
+@pytest.mark.parametrize(("i", "o"), [(64, 96), (100, 70), (7, 640)])
+@pytest.mark.parametrize("t", [100, 300])
+@pytest.mark.parametrize("n", [1, 40, 300])
+def test_gradients_that_go_past_the_caches(i: int, o: int, t: int, n: int, level: CDLL) -> None:
+    """Those of more than 4 MB whose rows fill vectors: some of these are, some are in several pieces, some neither."""
+    torch.manual_seed(0)
+    factors = Product(torch.randn(n, 1, t, i), torch.randn(n, 1, t, o), (o, i))
+    exact = product_in_float64(factors)
+    squared, kept = Direct(keep=True).squared_norms(factors)
+    assert_all_close(squared, exact.flatten(1).square().sum(1), torch.float32)
+    assert_all_close(kept.gradients(), exact, torch.float32)
+    weights = torch.rand(n)
+    expected = torch.einsum("n,n...->...", weights.double(), exact)
+    assert_all_close(kept.weighted_sum(weights), expected, torch.float32)
+
+
+@pytest.mark.parametrize(("outputs", "size"), [(64, 8), (64, 20), (50, 8)])
+def test_kernel_gradients_that_go_past_the_caches(outputs: int, size: int, level: CDLL) -> None:
+    torch.manual_seed(0)
+    x, g = torch.randn(48, 1, 40, size, size), torch.randn(48, 1, outputs, size, size)
+    factors = Convolution(x, g, (outputs, 40, 3, 3), ConvolutionGeometry((1, 1), (1, 1), (1, 1), 1))
+    exact = in_float64(factors)
+    squared, kept = Direct(keep=True).squared_norms(factors)
+    assert_all_close(squared, exact.flatten(1).square().sum(1), torch.float32)
+    assert_all_close(kept.gradients(), exact, torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
+def test_a_product_of_an_example_that_is_not_finite(bad: float, threads: int) -> None:
+    """It must not reach the others, whatever memory they share; nor be lost itself."""
+    torch.manual_seed(0)
+    x, g = torch.randn(9, 1, 70, 33), torch.randn(9, 1, 70, 50)
+    factors = Product(x, g, (50, 33))
+    exact = product_in_float64(factors)
+    x[2, 0, 69, 32] = g[6, 0, 0, 1] = bad
+    others = [0, 1, 3, 4, 5, 7, 8]
+    for strategy in (Direct(keep=True), Direct(keep=False), Gram()):
+        squared, _ = strategy.squared_norms(factors)
+        assert not torch.isfinite(squared[[2, 6]]).any()
+        assert_all_close(squared[others], exact[others].flatten(1).square().sum(1), torch.float32)
+    _, kept = Direct(keep=True).squared_norms(factors)
+    assert_all_close(kept.gradients()[others], exact[others], torch.float32)
+
+
+@needs_kernels
+def test_products_over_many_positions_keep_their_digits() -> None:
+    factors = Product(torch.full((2, 1, 100_000, 3), 1.1), torch.full((2, 1, 100_000, 16), 0.7), (16, 3))
+    exact = product_in_float64(factors)
+    for keep in (True, False):
+        squared, held = Direct(keep).squared_norms(factors)
+        torch.testing.assert_close(squared.double(), exact.flatten(1).square().sum(1), rtol=2e-5, atol=0.0)
+        if isinstance(held, Kept):
+            torch.testing.assert_close(held.gradients().double(), exact, rtol=2e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 2, 5), (40, 200, 6), (130, 7, 64), (2, 1030, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_from_gram_matrices(sizes: tuple[int, int, int], dtype: torch.dtype, threads: int, level: CDLL) -> None:
+    """One matrix at hand or none; few long examples are cut into ranges of rows."""
+    torch.manual_seed(0)
+    n, t, size = sizes
+    left, right = torch.randn(n, t, 37, dtype=dtype), torch.randn(t, n, size, dtype=dtype).transpose(0, 1)
+    exact = (right.double().transpose(1, 2) @ left.double()).flatten(1).square().sum(1)
+    grams = native.gram(left)
+    for found in (native.gram_norms(left, None, right), native.gram_norms(None, grams, right)):
+        assert found is not None
+        assert_all_close(found, exact, dtype)
+
+
+@pytest.mark.parametrize("counts", [(1,), (3,), (8,), (5, 12), (1, 1, 1), (8, 8, 3)])
+@pytest.mark.parametrize("shape", [(), (1,), (17,), (40, 100), (3, 5, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weighted_sums(counts: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, level: CDLL) -> None:
+    torch.manual_seed(0)
+    pieces = tuple(torch.randn(count, *shape, dtype=dtype) for count in counts)
+    weights = torch.rand(sum(counts))
+    found = native.weighted_sum(pieces, weights)
+    assert found is not None
+    expected = torch.einsum("n,n...->...", weights.to(dtype).double(), torch.cat(pieces).double())
+    assert_all_close(found, expected, dtype)
+
+
+def test_weighted_sums_of_other_layouts_are_left_to_torch() -> None:
+    weights = torch.ones(3)
+    assert native.weighted_sum([torch.randn(4, 3).t()], weights) is None
+    assert native.weighted_sum([torch.randn(2, 4), torch.randn(4, 1).t()[:, :4].expand(1, 4)[:0]], weights[:2]) is None
+    assert native.weighted_sum([torch.randn(3, 4, dtype=torch.bfloat16)], weights) is None
 
 
 @pytest.mark.parametrize(("i", "o"), [(5000, 12), (12, 5000), (12, 20), (5000, 4200)])

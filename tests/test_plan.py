@@ -65,6 +65,7 @@ def test_what_strategies_refuse() -> None:
         "materialize_norms": [linear, one, conv, frames],
         "gram": [linear, one, conv, frames, rows],
         "direct": [],
+        "direct_norms": [],
         "grouped": [conv, frames],
         "loop": [conv, frames],
         "loop_norms": [conv, frames],
@@ -74,7 +75,29 @@ def test_what_strategies_refuse() -> None:
     assert Outer().refuses(bias) == "its gradient is not a matrix product"
     assert Direct(keep=True).refuses(replace(frames, has_kernels=True)) is None
     assert Direct(keep=True).refuses(conv) == "there is no kernel in C++ for it here"
-    assert Direct(keep=True).refuses(linear) == "it is not a convolution"
+    assert Direct(keep=False).refuses(replace(conv, has_kernels=True)) == "a convolution's kernel writes what it makes"
+    assert Direct(keep=True).refuses(bias) == "its gradient is not a product of two factors"
+    for keep in (True, False):
+        assert Direct(keep).refuses(linear) == "there is no kernel in C++ for it here"
+        assert Direct(keep).refuses(replace(linear, has_kernels=True)) is None
+
+
+def test_costs_of_products_by_kernels() -> None:
+    """Vectors run over the features that fill them better; a Gram matrix costs its lower half."""
+    linear = ProductSignature(n=8, g=1, t=16, i=32, o=48, shape=(48, 32), has_kernels=True)
+    for keep, held in ((True, 4 * 8 * 32 * 48), (False, 4 * 8 * 16 * (32 + 48))):
+        cost = Direct(keep).cost(linear, itemsize=4)
+        assert cost.bytes_held == held
+        flops = {(32, 48): 2 * 8 * 16 * 32 * 48, (3, 48): 2 * 8 * 16 * 3 * 48, (48, 3): 2 * 8 * 16 * 3 * 48}
+        for (i, o), exact in flops.items():
+            found = Direct(keep).cost(replace(linear, i=i, o=o, shape=(o, i)), itemsize=4).work[0]
+            assert (found.kind, found.flops) == ("direct_product", exact)
+    waste = Direct(keep=True).cost(replace(linear, i=3, o=5, shape=(5, 3)), itemsize=4).work[0].flops
+    assert waste == int(2 * 8 * 16 * 3 * 5 * (16 / 5) * (1 / 3 + 1 / 1))
+    assert Gram().cost(linear, itemsize=4).work[0].flops == 8 * 16 * (16 + 4) * (32 + 48)
+    shared = Gram().cost(replace(linear, left_users=2), itemsize=4)
+    assert shared.work[0].flops == 8 * 16 * (16 + 4) * (16 + 48)
+    assert shared.bytes_transient == 4 * 8 * 16 * 16
 
 
 def test_the_plan_follows_shapes() -> None:
@@ -167,6 +190,7 @@ def test_machines_add_up() -> None:
             replace(convolution(4, 8, 2, 5), has_kernels=True),
             replace(depthwise, has_kernels=True),
             ProductSignature(8, 1, 1, 3, 2, (2, 3)),
+            ProductSignature(8, 1, 1, 3, 2, (2, 3), has_kernels=True),
             RowsSignature(4, 5, 9, 3),
         )
         if strategy.refuses(signature) is None

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 FIRST = ("site", "strategy", "ms", "MB", "ms measured", "MB measured", "kind", "next best", "shapes", "why not")
 """Columns, those first that a narrow terminal keeps."""
 
+EDGE, GAP = 1, 3
+"""What a table takes besides its columns, and between two of them."""
+
 SENTENCE = 28
 """The least width of a column of sentences, which wrap."""
 
@@ -31,9 +34,9 @@ def report_table(report: Report, width: int) -> Group:
         for at, heading in enumerate(report.headings)
     }
     widths["why not"] = min(widths["why not"], SENTENCE)
-    shown, room = [], width - 2
+    shown, room = [], width - EDGE
     for heading in sorted(report.headings, key=FIRST.index):
-        room -= widths[heading] + 2
+        room -= widths[heading] + GAP
         if room < 0 and shown:
             break
         shown.append(heading)

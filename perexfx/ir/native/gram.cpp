@@ -61,22 +61,21 @@ void count_entries(std::vector<T>& tiles, int64_t first, int64_t last) {
 
 template <typename T>
 double product_with_gram(const std::vector<T>& tiles, const Rows<T>& rows, int64_t first, int64_t last) {
+  using Doubles = typename Lanes<T>::Doubles;
   const int64_t at_once = rows.at_once();
-  double found = 0;
+  Doubles found = {};  // entries have both signs: what is left of them in the end may be little
   for (int64_t k = 0; k < rows.size; k += at_once) {
     const T* tile = tiles.data();
-    const int64_t depth = std::min(at_once, rows.size - k);
-    for (int64_t row = first; row < last; row += TILE_ROWS) {
-      Vector<T> total_of_row{};
-      for_tiles(row, std::min(row + TILE_ROWS, last), [&](int64_t r, int64_t c) {
-        Vector<T> sums[TILE];
-        products_of(rows, r, c, k, depth, sums);
-        for (int at = 0; at < TILE; ++at) total_of_row += *tile++ * sums[at];
-      });
-      found += total<T>(total_of_row);
-    }
+    for_tiles(first, last, [&](int64_t r, int64_t c) {
+      Vector<T> sums[TILE], of_tile = {};
+      products_of(rows, r, c, k, std::min(at_once, rows.size - k), sums);
+      for (int at = 0; at < TILE; ++at) of_tile += *tile++ * sums[at];
+      found += __builtin_convertvector(of_tile, Doubles);
+    });
   }
-  return found;
+  double sum = 0;
+  for (int64_t lane = 0; lane < Lanes<T>::COUNT; ++lane) sum += found[lane];
+  return sum;
 }
 
 template <typename T>

@@ -26,6 +26,7 @@ template <typename T>
 struct Lanes {
   static constexpr int64_t COUNT = REGISTER / sizeof(T);
   typedef T Vector __attribute__((vector_size(REGISTER), aligned(sizeof(T)), may_alias));
+  typedef double Doubles __attribute__((vector_size(COUNT * sizeof(double))));  // as many
 };
 
 template <typename T>
