@@ -140,7 +140,7 @@ def _in_vectors(features: int, lanes: int) -> float:
 
 
 def _stalls(rows: int, vectors: int) -> float:
-    """Loads / products of a block of sums, beside one of ROWS and VECTORS, where that is more than there is time for."""
+    """Loads / products of a block of sums where they are more than there is time for, else one."""
     return max(1.0, 1 / min(ROWS, max(1, rows)) + 1 / min(VECTORS, max(1, vectors)))
 
 
