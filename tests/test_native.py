@@ -48,7 +48,7 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CD
         pytest.skip("kernels are built where there is a compiler with OpenMP")
     library = loading.load(path)
     assert library is not None
-    monkeypatch.setattr(native, "loaded", lambda: library)
+    monkeypatch.setattr("perexfx.ir.native.tensors.loaded", lambda: library)
     return library
 
 
@@ -538,7 +538,7 @@ def test_what_the_lstm_kernel_is_not_for(
     batch = Batch((torch.randn(4, 5, 3, dtype=dtype),), torch.randn(4, dtype=dtype))
     found = train_step(perexfx.transform(model), batch, squares)
     assert "lstm_steps_back" not in calls
-    monkeypatch.setattr(native, "loaded", lambda: None)
+    monkeypatch.setattr("perexfx.ir.native.tensors.loaded", lambda: None)
     expected = train_step(perexfx.transform(model), batch, squares)
     assert_close(found, expected, 1e-6, "gradients")
 
@@ -564,7 +564,7 @@ def test_group_norms_of_very_large_and_small_images(
     scale: float, eps: float, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not has_kernels:
-        monkeypatch.setattr(native, "loaded", lambda: None)
+        monkeypatch.setattr("perexfx.ir.native.tensors.loaded", lambda: None)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.GroupNorm(4, 16, eps=eps), nn.Tanh())
     batch = Batch((scale * torch.randn(3, 8, 6, 6).contiguous(memory_format=torch.channels_last),), torch.randn(3))
@@ -590,7 +590,7 @@ def test_group_norms_with_an_axis_of_one_element(
     frozen: str, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not has_kernels:
-        monkeypatch.setattr(native, "loaded", lambda: None)
+        monkeypatch.setattr("perexfx.ir.native.tensors.loaded", lambda: None)
     torch.manual_seed(0)
     model = Turned()
     if frozen:
@@ -648,7 +648,7 @@ def test_without_kernels(
     batch = Batch((torch.randn(5, 3, 8, 8),), torch.randn(5))
     expected = train_step(perexfx.transform(model), batch, squares)
     without_kernels(monkeypatch, tmp_path, how)
-    native.loaded.cache_clear()
+    loading.loaded.cache_clear()
     try:
         with caplog.at_level(logging.INFO, "perexfx"):
             gm = perexfx.transform(model)
@@ -657,7 +657,7 @@ def test_without_kernels(
         assert native.level() == "none"
     finally:
         monkeypatch.undo()
-        native.loaded.cache_clear()
+        loading.loaded.cache_clear()
     assert gm.perexfx.plan["first"] != "direct"
     assert_close(found, expected, 1e-5, "gradients")
     messages = {record.message for record in caplog.records if "kernels" in record.message}
@@ -666,7 +666,7 @@ def test_without_kernels(
 
 
 def test_a_strategy_without_its_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "loaded", lambda: None)
+    monkeypatch.setattr("perexfx.ir.native.tensors.loaded", lambda: None)
     with pytest.raises(perexfx.PerexError, match="no kernel in C\\+\\+"):
         perexfx.transform(SmallNet(), torch.randn(2, 3, 8, 8), strategy={"first": "direct"})
 
