@@ -57,9 +57,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that ran."""
     ran: list[str] = []
     for name in native.__all__:
-        if name in ("are_built", "are_for", "for_sizes", "level"):
-            continue
         original = getattr(native, name)
+        if not callable(original) or name in ("are_built", "are_for", "for_sizes", "level"):
+            continue
 
         def run(*args: object, original=original, name=name) -> object:
             found = original(*args)
@@ -378,11 +378,18 @@ def test_gradients_that_go_past_the_caches(i: int, o: int, t: int, n: int, level
     assert_all_close(kept.weighted_sum(weights), expected, torch.float32)
 
 
-@pytest.mark.parametrize(("outputs", "size"), [(64, 8), (64, 20), (50, 8)])
-def test_kernel_gradients_that_go_past_the_caches(outputs: int, size: int, level: CDLL) -> None:
+@pytest.mark.parametrize(
+    ("groups", "inputs", "outputs", "size"),
+    [(1, 40, 64, 8), (1, 40, 64, 20), (1, 40, 50, 8), (16, 40, 8, 4), (4, 40, 24, 4), (8, 20, 16, 4), (4096, 1, 1, 3)],
+)
+def test_kernel_gradients_that_go_past_the_caches(
+    groups: int, inputs: int, outputs: int, size: int, level: CDLL
+) -> None:
+    """Vectors that end within a group are none that can be stored whole."""
     torch.manual_seed(0)
-    x, g = torch.randn(48, 1, 40, size, size), torch.randn(48, 1, outputs, size, size)
-    factors = Convolution(x, g, (outputs, 40, 3, 3), ConvolutionGeometry((1, 1), (1, 1), (1, 1), 1))
+    x, g = torch.randn(48, 1, groups * inputs, size, size), torch.randn(48, 1, groups * outputs, size, size)
+    slide = ConvolutionGeometry((1, 1), (1, 1), (1, 1), groups)
+    factors = Convolution(x, g, (groups * outputs, inputs, 3, 3), slide)
     exact = in_float64(factors)
     squared, kept = Direct(keep=True).squared_norms(factors)
     assert_all_close(squared, exact.flatten(1).square().sum(1), torch.float32)
@@ -405,6 +412,48 @@ def test_a_product_of_an_example_that_is_not_finite(bad: float, threads: int) ->
         assert_all_close(squared[others], exact[others].flatten(1).square().sum(1), torch.float32)
     _, kept = Direct(keep=True).squared_norms(factors)
     assert_all_close(kept.gradients()[others], exact[others], torch.float32)
+
+
+@needs_kernels
+def test_norms_next_to_the_largest_number() -> None:
+    """Entries of one matrix may be as large as numbers get; what is more is infinite, as everywhere, and not NaN."""
+    left, right = torch.full((1, 2, 1), 1.5e19), torch.full((1, 2, 1), 1e-15)
+    found = native.gram_norms(left, None, right)
+    assert found is not None
+    torch.testing.assert_close(found, torch.tensor([9e8], dtype=torch.float64), rtol=1e-6, atol=0.0)
+    for t in (1, 3, 4, 9):
+        x = torch.rand(3, 1, t, 8)
+        x[0] *= 1e20
+        for strategy in (Direct(keep=True), Direct(keep=False), Gram()):
+            squared, _ = strategy.squared_norms(Product(x, torch.ones(3, 1, t, 8), (8, 8)))
+            assert torch.isinf(squared[0])
+            assert torch.isfinite(squared[1:]).all()
+
+
+@needs_kernels
+def test_a_product_both_of_whose_gram_matrices_are_shared() -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(2, 1, 6, 4), torch.randn(2, 1, 6, 5)
+    of_left, of_right = SharedGram(1, left), SharedGram(2)
+    Gram().squared_norms(Product(torch.randn(2, 1, 6, 3), right, (5, 3), right_gram=of_right))
+    both = Product(left, right, (5, 4), left_gram=of_left, right_gram=of_right)
+    squared, _ = Gram().squared_norms(both)
+    assert_all_close(squared, product_in_float64(both).flatten(1).square().sum(1), torch.float32)
+    assert of_left._value is None
+    assert of_right._value is None
+
+
+@needs_kernels
+def test_under_vmap_torch_computes() -> None:
+    left, right = torch.randn(2, 3, 1, 6, 4), torch.randn(2, 3, 1, 6, 5)
+
+    def found(left: Tensor, right: Tensor) -> Tensor:
+        assert native.product_gradients(left, right, True) is None
+        assert native.weighted_sum([left], left[:, 0, 0, 0]) is None
+        assert native.gram_norms(left[:, 0], None, right[:, 0]) is None
+        return left.sum()
+
+    torch.vmap(found)(left, right)
 
 
 @needs_kernels
@@ -447,6 +496,9 @@ def test_weighted_sums(counts: tuple[int, ...], shape: tuple[int, ...], dtype: t
 
 def test_weighted_sums_of_other_layouts_are_left_to_torch() -> None:
     weights = torch.ones(3)
+    assert native.weighted_sum([torch.randn(3, 4)], torch._neg_view(weights)) is None
+    with pytest.raises(ValueError, match="3 examples and 2 weights"):
+        native.weighted_sum([torch.randn(3, 4)], weights[:2])
     assert native.weighted_sum([torch.randn(4, 3).t()], weights) is None
     assert native.weighted_sum([torch.randn(2, 4), torch.randn(4, 1).t()[:, :4].expand(1, 4)[:0]], weights[:2]) is None
     assert native.weighted_sum([torch.randn(3, 4, dtype=torch.bfloat16)], weights) is None

@@ -8,6 +8,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import needs_kernels
 from oracle import Batch, assert_close, norms_of, one_at_a_time, train_step, weighted
 from torch import Tensor, nn
 
@@ -65,14 +66,20 @@ def assert_exact(gm: nn.Module, model: nn.Module, batch: Batch, clip_norm: float
     assert_close(found, weighted(gradients, factors), 1e-9, "clipped sums")
 
 
+@pytest.mark.parametrize("has_kernels", [pytest.param(True, marks=needs_kernels), False])
 @pytest.mark.parametrize("t", [7, 65, 130])
-def test_grams_of_a_common_input_are_made_once(t: int, made: list[Tensor]) -> None:
+def test_grams_of_a_common_input_are_made_once(
+    t: int, has_kernels: bool, made: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels form no others."""
+    if not has_kernels:
+        monkeypatch.setattr("perexfx.ir.native.tensors.loaded", lambda: None)
     model, batch = attention(), a_batch(t=t)
     gm = perexfx.transform(model, batch.inputs, clip_norm=0.1, strategy="gram")
     for _ in range(2):
         made.clear()
         assert_exact(gm, model, batch)
-        assert len(made) == 2 * (1 + 3 + 2)
+        assert len(made) == 2 * (1 if has_kernels else 1 + 3 + 2)
 
 
 def test_those_that_take_another_strategy_do_not_count(made: list[Tensor]) -> None:

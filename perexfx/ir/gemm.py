@@ -143,29 +143,28 @@ def _is_for_onednn(rows: Tensor, weight: Tensor) -> bool:
 @cache
 def onednn_is_faster() -> bool:
     """Whether this processor's products are faster through oneDNN: where MKL is present and Intel is not."""
-    return _pointwise is not None and torch.backends.mkl.is_available() and _family_of_amd() is not None
+    return _pointwise is not None and torch.backends.mkl.is_available() and "AuthenticAMD" in _cpuinfo()
 
 
 @cache
 def mkl_is_slow() -> bool:
     """Whether oneDNN is so much faster that nothing else counts: the processor multiplies 512 bits at once."""
-    family = _family_of_amd()
-    return onednn_is_faster() and family is not None and family >= ZEN5
+    found = re.search(r"^cpu family\s*: (\d+)", _cpuinfo(), re.MULTILINE)
+    return onednn_is_faster() and (found is None or int(found.group(1)) >= ZEN5)
 
 
 ZEN5 = 26
 """Family of the first of AMD's processors with multipliers of 512 bits."""
 
 
-def _family_of_amd() -> int | None:
-    """The family of this processor; None if another made it."""
+@cache
+def _cpuinfo() -> str:
     described = Path("/proc/cpuinfo")
-    text = described.read_text() if described.exists() else ""
-    found = re.search(r"^cpu family\s*: (\d+)", text, re.MULTILINE)
-    return int(found.group(1)) if "AuthenticAMD" in text and found else None
+    return described.read_text() if described.exists() else ""
 
 
 __all__ = [
+    "are_one_by_one",
     "linear",
     "linear_by",
     "mkl_is_slow",
@@ -173,4 +172,5 @@ __all__ = [
     "products",
     "transposed_product",
     "transposed_products",
+    "transposed_products_one_by_one",
 ]

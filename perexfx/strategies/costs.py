@@ -102,13 +102,13 @@ def batched_product(count: int, flops: int, moved: int) -> Work:
     return Work("batched_gemm", flops, moved, calls=count if flops >= SMALL_EACH * count else 1)
 
 
-TILE = 4
-"""Rows of the tiles that the kernel makes Gram matrices of: some entries of those on the diagonal lie above it."""
+TILE_ROWS = 4
+"""Of the tiles that the kernel makes Gram matrices of, with AVX-512: some of their entries lie above the diagonal."""
 
 
 def gram_flops(t: int, features: int) -> int:
     """Of one Gram matrix of t rows by a kernel in C++, which makes what lies at and below the diagonal."""
-    return t * (t + TILE) * features
+    return t * (t + TILE_ROWS) * features
 
 
 def read_for_norm(elements: int, itemsize: int) -> Work:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,45 +71,53 @@ class Direct:
         if isinstance(factors, Product):
             return self._of_product(factors)
         assert isinstance(factors, Convolution)
-        n = factors.layer_input.shape[0]
-        kept = n * parameter_elements(factors.signature) * factors.layer_input.element_size()
-        pieces, norms = [], []
-        for part in factors.split(-(-n // _pieces(n, kept)) or 1):
-            found = native.kernel_gradients(part.layer_input, part.grad_output, part.shape, part.geometry)
-            if found is None:
-                return Grouped().squared_norms(factors)
-            pieces.append(found[0])
-            norms.append(found[1])
-        axes = (*range(2, len(factors.shape)), 1, 0)
-        return _joined(norms, factors.layer_input), Kept(tuple(pieces), factors.shape, axes)
+        size = _examples_at_a_time(factors.layer_input, factors.signature)
+        found = [
+            native.kernel_gradients(part.layer_input, part.grad_output, part.shape, part.geometry)
+            for part in factors.split(size)
+        ]
+        if (taken := _joined(found, factors.layer_input)) is None:
+            return Grouped().squared_norms(factors)
+        squared, pieces = taken
+        return squared, Kept(pieces, factors.shape, (*range(2, len(factors.shape)), 1, 0))
 
     def _of_product(self, factors: Product) -> tuple[Tensor, Factors]:
         lanes = native.LANES * 4 // factors.left.element_size()
-        n, _, _, inputs = factors.left.shape
-        outputs = factors.right.shape[3]
-        turned = _is_turned(inputs, outputs, lanes)
+        turned = _is_turned(factors.left.shape[3], factors.right.shape[3], lanes)
         columns, rows = (factors.right, factors.left) if turned else (factors.left, factors.right)
-        count = _pieces(n, n * parameter_elements(factors.signature) * columns.element_size()) if self.keep else 1
-        size = -(-n // count) or 1
-        pieces, norms = [], []
-        for part, other in zip(columns.split(size), rows.split(size), strict=True):
-            found = native.product_gradients(part, other, self.keep)
-            if found is None:
-                return Materialize(self.keep).squared_norms(factors)
-            pieces.append(found[0])
-            norms.append(found[1])
-        held = Kept(tuple(pieces), factors.shape, factors.axes, turned) if self.keep else factors
-        return _joined(norms, columns), held
+        n = columns.shape[0]
+        size = _examples_at_a_time(columns, factors.signature) if self.keep else max(1, n)
+        found = [
+            native.product_gradients(part, other, self.keep)
+            for part, other in zip(columns.split(size), rows.split(size), strict=True)
+        ]
+        if (taken := _joined(found, columns)) is None:
+            return Materialize(self.keep).squared_norms(factors)
+        squared, pieces = taken
+        return squared, Kept(pieces, factors.shape, factors.axes, turned) if self.keep else factors
 
 
-def _joined(squares: list[Tensor], like: Tensor) -> Tensor:
-    """Those of all pieces, in float32 at least."""
-    every = squares[0] if len(squares) == 1 else torch.cat(squares)
-    return every.to(torch.promote_types(like.dtype, torch.float32))
+_Found = tuple[Tensor | None, Tensor]
+
+
+def _joined(found: Sequence[_Found | None], like: Tensor) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """Squared norms of all pieces, in float32 at least, and the gradients of each; None if a kernel was missing."""
+    parts = [part for part in found if part is not None]
+    if len(parts) < len(found):
+        return None
+    squares = parts[0][1] if len(parts) == 1 else torch.cat([squares for _, squares in parts])
+    kept = tuple(gradients for gradients, _ in parts if gradients is not None)
+    return squares.to(torch.promote_types(like.dtype, torch.float32)), kept
+
+
+def _examples_at_a_time(factor: Tensor, signature: Signature) -> int:
+    """Whose gradients are one piece."""
+    n = factor.shape[0]
+    return -(-n // _pieces(n, n * parameter_elements(signature) * factor.element_size())) or 1
 
 
 ROWS, VECTORS = 6, 4
-"""Of a block of sums: input channels, and vectors of output channels."""
+"""Of a block of sums, with AVX-512: rows, such as input channels, and vectors, such as of output channels."""
 
 
 def _product_waste(signature: ProductSignature, itemsize: int) -> float:

@@ -107,6 +107,8 @@ _Rows = tuple[Tensor, SharedGram | None]
 def _by_kernel(left: _Rows, right: _Rows) -> Tensor:
     """By a kernel in C++, which multiplies the entries of one matrix with those of the other as it makes them."""
     shared, own = (left, right) if left[1] is not None else (right, left)
+    if own[1] is not None:
+        return _sum_of_blocks(*_grams(left, right, 1))
     if shared[1] is None:
         found = native.gram_norms(left[0], None, right[0])
     else:

@@ -225,7 +225,7 @@ void kernel_gradients(const T* x, const Strides& of_x, const T* g, const Strides
   const int64_t lanes = Lanes<T>::COUNT, taps = s.kernel_height * s.kernel_width;
   const int64_t size = taps * s.in_channels * s.groups * s.out_channels;
   const Pieces pieces(s, lanes, threads);
-  const bool is_past_caches = !weights && can_go_past_caches<T>(out, s.groups * s.out_channels, s.n * size);
+  const bool is_past_caches = !weights && can_go_past_caches<T>(out, channels_side_by_side(s), s.n * size);
   // Small groups lie in the same lines of the cache: neighbours are the work of one thread.
   const int64_t at_once = std::max<int64_t>(1, s.n * pieces.all / (16 * threads));
 #pragma omp parallel num_threads(threads)

@@ -45,36 +45,32 @@ void gram(const T* rows, int64_t by_example, int64_t by_row, T* grams, int64_t n
   }
 }
 
-// Makes each entry count as often as it is in the whole matrix: those above the diagonal count for those below.
-template <typename T>
-void count_entries(std::vector<T>& tiles, int64_t first, int64_t last) {
-  T* tile = tiles.data();
-  for_tiles(first, last, [&](int64_t r, int64_t c) {
-    for (int i = 0; i < TILE_ROWS; ++i)
-      for (int j = 0; j < TILE_COLUMNS; ++j, ++tile)
-        if (r + i >= last || c + j > r + i)
-          *tile = 0;
-        else if (c + j < r + i)
-          *tile *= 2;
-  });
-}
-
+// The sum over products of the entries of a whole matrix, of which there are tiles, and the Gram matrix of `rows`.
 template <typename T>
 double product_with_gram(const std::vector<T>& tiles, const Rows<T>& rows, int64_t first, int64_t last) {
   using Doubles = typename Lanes<T>::Doubles;
   const int64_t at_once = rows.at_once();
-  Doubles found = {};  // entries have both signs: what is left of them in the end may be little
+  Doubles below = {}, diagonal = {};  // entries have both signs: what is left of them in the end may be little
   for (int64_t k = 0; k < rows.size; k += at_once) {
     const T* tile = tiles.data();
     for_tiles(first, last, [&](int64_t r, int64_t c) {
-      Vector<T> sums[TILE], of_tile = {};
+      Vector<T> sums[TILE], of_tile = {}, of_diagonal = {};
       products_of(rows, r, c, k, std::min(at_once, rows.size - k), sums);
-      for (int at = 0; at < TILE; ++at) of_tile += *tile++ * sums[at];
-      found += __builtin_convertvector(of_tile, Doubles);
+      const bool is_below = c + TILE_COLUMNS <= r && r + TILE_ROWS <= last;
+      for (int at = 0; at < TILE; ++at) {
+        const int64_t row = r + at / TILE_COLUMNS, column = c + at % TILE_COLUMNS;
+        if (is_below || (row < last && column < row))
+          of_tile += tile[at] * sums[at];
+        else if (row < last && column == row)
+          of_diagonal += tile[at] * sums[at];
+      }
+      below += __builtin_convertvector(of_tile, Doubles), diagonal += __builtin_convertvector(of_diagonal, Doubles);
+      tile += TILE;
     });
   }
+  below = 2 * below + diagonal;
   double sum = 0;
-  for (int64_t lane = 0; lane < Lanes<T>::COUNT; ++lane) sum += found[lane];
+  for (int64_t lane = 0; lane < Lanes<T>::COUNT; ++lane) sum += below[lane];
   return sum;
 }
 
@@ -97,7 +93,6 @@ void gram_norms(const T* left, int64_t left_by_example, int64_t left_by_row, con
       } else {
         gram_tiles(Rows<T>{left + example * left_by_example, left_by_row, t, left_size}, first, last, tiles);
       }
-      count_entries(tiles, first, last);
       const Rows<T> rows{right + example * right_by_example, right_by_row, t, right_size};
       squares[item] = product_with_gram(tiles, rows, first, last);
     }

@@ -102,7 +102,8 @@ void gram_tiles(const Rows<T>& rows, int64_t first, int64_t last, std::vector<T>
   }
 }
 
-// into[t, t] = tiles of all rows, at and below the diagonal; above it stands anything. Rows are whole tiles wide.
+// into[t, t] = tiles of all rows, at and below the diagonal; above it stands anything, or what stood there before. Rows
+// of `into` have room for whole tiles.
 template <typename T>
 void from_tiles(const std::vector<T>& tiles, int64_t t, T* into, int64_t by_row) {
   const T* tile = tiles.data();

@@ -42,10 +42,11 @@ Vector<T> add_tile(const T* rows, const T* columns, int64_t depth, const Tile<T>
       const int64_t lanes = v + 1 < V ? LANES : tile.some;
       if (tile.before) sums[r][v] += load_some(tile.before + r * tile.before_by_row + v * LANES, lanes);
       squares += sums[r][v] * sums[r][v];
+      if (!tile.after) continue;
       T* into = tile.after + r * tile.after_by_row + v * LANES;
       if (tile.is_past_caches)
         store_past_caches(into, sums[r][v]);
-      else if (tile.after)
+      else
         store_some(into, sums[r][v], lanes);
     }
   return squares;
@@ -81,11 +82,11 @@ class Ahead {
  public:
   Ahead() = default;
   Ahead(const void* from, int64_t by_row, int64_t bytes, int64_t rows)
-      : at(static_cast<const char*>(from)), by_row(by_row), lines((bytes + LINE - 1) / LINE), left(rows * lines) {}
+      : at(static_cast<const char*>(from)), by_row(by_row), lines((bytes + LINE - 1) / LINE), all(rows * lines), left(all) {}
 
-  // Brings in one of `parts` equal parts.
+  // Brings in the next of `parts` equal parts.
   void bring(int64_t parts) {
-    for (int64_t count = std::min(left, (left + done + parts - 1) / parts); count > 0; --count, --left, ++done) {
+    for (int64_t count = std::min(left, (all + parts - 1) / parts); count > 0; --count, --left) {
       __builtin_prefetch(at + line * LINE, 0, 2);
       if (++line == lines) line = 0, at += by_row;
     }
@@ -94,7 +95,7 @@ class Ahead {
  private:
   static constexpr int64_t LINE = 64;
   const char* at = nullptr;
-  int64_t by_row = 0, lines = 0, left = 0, done = 0, line = 0;
+  int64_t by_row = 0, lines = 0, all = 0, left = 0, line = 0;
 };
 
 // Sizes of left factors [n, groups, positions, columns] and right ones [n, groups, positions, rows].

@@ -34,12 +34,13 @@ def gram_norms(left: Tensor | None, grams: Tensor | None, right: Tensor) -> Tens
 
     Args:
         left: Shape `[n, t, i]`; None where its Gram matrices are given.
-        grams: Shape `[n, t, t]`, contiguous; None where they are not at hand.
+        grams: Shape `[n, t, t]`; None where they are not at hand.
         right: Shape `[n, t, o]`.
     """
     if (library := library_for(*(value for value in (left, grams, right) if value is not None))) is None:
         return None
     left, right = None if left is None else _contiguous_rows(left), _contiguous_rows(right)
+    grams = None if grams is None else grams.contiguous()
     n, t, size = right.shape
     threads = torch.get_num_threads()
     squares = right.new_empty(n, library.gram_ranges(n, t, threads), dtype=torch.float64)
@@ -80,13 +81,16 @@ def weighted_sum(pieces: Sequence[Tensor], weights: Tensor) -> Tensor | None:
         pieces: Each `[examples, *]`.
         weights: Shape `[n]`.
     """
-    if (library := library_for(*pieces)) is None or not all(piece.is_contiguous() for piece in pieces):
+    weights = weights.to(pieces[0].dtype).contiguous()
+    if (library := library_for(*pieces, weights)) is None or not all(piece.is_contiguous() for piece in pieces):
         return None
     shape = pieces[0].shape[1:]
     size, dtype = math.prod(shape), pieces[0].dtype
     by_example = size * pieces[0].element_size()
     rows = [piece.data_ptr() + at * by_example for piece in pieces for at in range(len(piece))]
-    weights, found = weights.to(dtype).contiguous(), pieces[0].new_empty(shape)
+    if len(rows) != len(weights):
+        raise ValueError(f"There are {len(rows)} examples and {len(weights)} weights.")
+    found = pieces[0].new_empty(shape)
     run = typed(library, "weighted_sum", dtype)
     run((c_void_p * len(rows))(*rows), weights.data_ptr(), found.data_ptr(), len(rows), size, torch.get_num_threads())
     return found

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from perexfx.ir.native.loading import DTYPES, Strides, loaded
 from perexfx.ir.tracing import is_watched
@@ -69,6 +70,7 @@ def _is_plain(value: Tensor) -> bool:
         and value.numel() > 0
         and not value.is_neg()
         and not value._is_zerotensor()
+        and not is_functorch_wrapped_tensor(value)
     )
 
 

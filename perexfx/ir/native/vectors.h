@@ -59,7 +59,7 @@ inline void store_some(T* into, Vector<T> value, int64_t count) {
     std::memcpy(into, &value, count * sizeof(T));
 }
 
-// To memory that nobody reads soon, past the caches; `into` is a multiple of a register's bytes. Who has done so says
+// A whole vector, to memory that nobody reads soon, past the caches; `into` is a multiple of a register's bytes. Who has done so says
 // `_mm_sfence()` before anyone is told.
 template <typename T>
 inline void store_past_caches(T* into, Vector<T> value) {
@@ -73,7 +73,8 @@ inline void store_past_caches(T* into, Vector<T> value) {
 // Memory of more bytes is not read before others have taken its place in the caches.
 constexpr int64_t PAST_CACHES = 4 << 20;
 
-// Whether rows of `width` elements, of `size` in all, should be stored past the caches, and can be.
+// Whether `size` elements, in blocks of `width` side by side, should be stored past the caches, and can be: all of them
+// in whole vectors.
 template <typename T>
 inline bool can_go_past_caches(const T* into, int64_t width, int64_t size) {
   return reinterpret_cast<uintptr_t>(into) % REGISTER == 0 && width % Lanes<T>::COUNT == 0 &&
