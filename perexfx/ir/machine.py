@@ -127,5 +127,5 @@ BUILT_IN = Machine(
     },
 )
 """Fitted by `perexfx.calibrate` to three runs of its grid on two cores of an AMD EPYC (Zen 4), torch 2.13, float32;
-all but "first_touch", which a loop over one layer does not see: the system hands out a page of memory in a microsecond.
+all but "first_touch", which a loop over one layer does not see: the system takes two microseconds for a page of memory.
 Ratios carry over to other machines, seconds do not."""
