@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -177,10 +177,24 @@ def _of_images(n: int, channels: int, out: int, size: int, kernel: int, stride: 
     return [Observation(what, name, Cost(work[name], 0), seconds[name]) for name in seconds]
 
 
-def fit(observations: Sequence[Observation], name: str) -> Machine:
+def first_touch() -> Rate:
+    """What new memory costs, which no timing of a strategy shows: they use the same memory again and again."""
+    old = torch.empty(NEW // 4)
+    touched = medians({"new": lambda: torch.empty(NEW // 4).fill_(1), "old": lambda: old.fill_(1)}, torch.device("cpu"))
+    return Rate(math.inf, NEW / max(touched["new"] - touched["old"], 1e-6), 0.0)
+
+
+NEW = 64 << 20
+"""Bytes: C libraries get as many from the system anew each time."""
+
+
+def fit(observations: Sequence[Observation], name: str, unseen: Mapping[str, Rate] = BUILT_IN.rates) -> Machine:
     """Rates with the least relative error, none of them negative.
 
-    Kinds of work that no observation shows keep the built-in rate.
+    Args:
+        observations: The timings.
+        name: For reports.
+        unseen: Rates of what no timing shows; kinds of work that are not in it either keep the built-in rate.
     """
     kinds = sorted({work.kind for seen in observations for work in seen.cost.work} - UNSEEN)
     columns = {(kind, part): at for at, (kind, part) in enumerate((k, p) for k in kinds for p in PARTS)}
@@ -192,7 +206,7 @@ def fit(observations: Sequence[Observation], name: str) -> Machine:
     scale = rows.amax(0).clamp(min=1e-300)
     solved, _ = nnls((rows / scale).numpy(), torch.ones(len(observations), dtype=torch.float64).numpy())
     per_unit = dict(zip(columns, (torch.from_numpy(solved) / scale).tolist(), strict=True))
-    rates = dict(BUILT_IN.rates)
+    rates = {**BUILT_IN.rates, **unseen}
     for kind in kinds:
         flops, moved, calls = (per_unit[kind, part] for part in PARTS)
         start = max(calls, LEAST_PER_CALL) if rows[:, columns[kind, "calls"]].any() else 0.0

@@ -88,9 +88,17 @@ def test_a_fit_finds_the_rates_behind_the_timings() -> None:
         assert found.seconds(observation.cost) == pytest.approx(observation.seconds, rel=1e-3)
     assert found.rates["a"].flop_rate == pytest.approx(2e9, rel=1e-2)
     assert found.rates["gemm"] == BUILT_IN.rates["gemm"]  # nothing was seen of it
+    touched = Rate(float("inf"), 7e9, 0.0)
+    assert calibrate.fit(seen, "found", {"first_touch": touched}).rates["first_touch"] == touched
     good = calibrate.quality(found, seen)
     assert good.error == pytest.approx(1, abs=1e-3)
     assert good.regret == 1
+
+
+def test_new_memory_is_measured() -> None:
+    found = calibrate.first_touch()
+    assert 0 < found.byte_rate < float("inf")
+    assert found.seconds(Work("first_touch", bytes=1 << 30)) > 0
 
 
 def test_regret_is_the_price_of_the_wrong_choice() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from perexfx.bench.results import progress_bar
-from perexfx.calibrate import Observation, fit, observe, profile_name, quality
+from perexfx.calibrate import Observation, first_touch, fit, observe, profile_name, quality
 from perexfx.ir.machine import BUILT_IN, Machine
 from perexfx.profiles import save
 from perexfx.strategies import STRATEGIES
@@ -23,7 +23,7 @@ def run() -> None:
         task = progress.add_task("measuring sizes", total=None)
         for done, total, found in observe(STRATEGIES):  # noqa: B007
             progress.update(task, completed=done, total=total)
-    machine = fit(found, profile_name())
+    machine = fit(found, profile_name(), {"first_touch": first_touch()})
     path = save(machine)
     console.print(f"{len(found)} timings in {time.perf_counter() - start:.0f} s", highlight=False)
     for profile in (BUILT_IN, machine):
