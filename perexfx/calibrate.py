@@ -188,7 +188,7 @@ NEW = 64 << 20
 """Bytes: C libraries get as many from the system anew each time."""
 
 
-def fit(observations: Sequence[Observation], name: str, unseen: Mapping[str, Rate] = BUILT_IN.rates) -> Machine:
+def fit(observations: Sequence[Observation], name: str, unseen: Mapping[str, Rate] | None = None) -> Machine:
     """Rates with the least relative error, none of them negative.
 
     Args:
@@ -206,7 +206,7 @@ def fit(observations: Sequence[Observation], name: str, unseen: Mapping[str, Rat
     scale = rows.amax(0).clamp(min=1e-300)
     solved, _ = nnls((rows / scale).numpy(), torch.ones(len(observations), dtype=torch.float64).numpy())
     per_unit = dict(zip(columns, (torch.from_numpy(solved) / scale).tolist(), strict=True))
-    rates = {**BUILT_IN.rates, **unseen}
+    rates = {**BUILT_IN.rates, **(unseen or {})}
     for kind in kinds:
         flops, moved, calls = (per_unit[kind, part] for part in PARTS)
         start = max(calls, LEAST_PER_CALL) if rows[:, columns[kind, "calls"]].any() else 0.0

@@ -27,6 +27,16 @@ struct Ranges {
   }
 };
 
+// One of the ranges of one example.
+struct Item {
+  int64_t example, first, last;
+
+  Item(int64_t item, const Ranges& ranges)
+      : example(item / ranges.count),
+        first(ranges.start(item % ranges.count)),
+        last(ranges.start(item % ranges.count + 1)) {}
+};
+
 template <typename T>
 void gram(const T* rows, int64_t by_example, int64_t by_row, T* grams, int64_t n, int64_t t, int64_t size,
           int threads) {
@@ -35,12 +45,11 @@ void gram(const T* rows, int64_t by_example, int64_t by_row, T* grams, int64_t n
   {
     std::vector<T> tiles;
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < n * ranges.count; ++item) {
-      const int64_t example = item / ranges.count, range = item % ranges.count;
-      const int64_t first = ranges.start(range), last = ranges.start(range + 1);
-      T* into = grams + example * t * t;
-      gram_tiles(Rows<T>{rows + example * by_example, by_row, t, size}, first, last, tiles);
-      for_entries(tiles, first, last, [&](int64_t r, int64_t s, T value) { into[r * t + s] = into[s * t + r] = value; });
+    for (int64_t at = 0; at < n * ranges.count; ++at) {
+      const Item item(at, ranges);
+      T* into = grams + item.example * t * t;
+      gram_tiles(Rows<T>{rows + item.example * by_example, by_row, t, size}, item.first, item.last, tiles);
+      for_entries(tiles, item.first, item.last, [&](int64_t r, int64_t s, T value) { into[r * t + s] = into[s * t + r] = value; });
     }
   }
 }
@@ -83,18 +92,18 @@ void gram_norms(const T* left, int64_t left_by_example, int64_t left_by_row, con
   {
     std::vector<T> tiles;
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < n * ranges.count; ++item) {
-      const int64_t example = item / ranges.count, range = item % ranges.count;
-      const int64_t first = ranges.start(range), last = ranges.start(range + 1);
+    for (int64_t at = 0; at < n * ranges.count; ++at) {
+      const Item item(at, ranges);
       if (grams) {
-        const T* from = grams + example * t * t;
-        tiles.assign(tiles_of(first, last) * TILE, T(0));
-        for_entries(tiles, first, last, [&](int64_t r, int64_t s, T& value) { value = from[r * t + s]; });
+        const T* from = grams + item.example * t * t;
+        tiles.assign(tiles_of(item.first, item.last) * TILE, T(0));
+        for_entries(tiles, item.first, item.last, [&](int64_t r, int64_t s, T& value) { value = from[r * t + s]; });
       } else {
-        gram_tiles(Rows<T>{left + example * left_by_example, left_by_row, t, left_size}, first, last, tiles);
+        const Rows<T> rows{left + item.example * left_by_example, left_by_row, t, left_size};
+        gram_tiles(rows, item.first, item.last, tiles);
       }
-      const Rows<T> rows{right + example * right_by_example, right_by_row, t, right_size};
-      squares[item] = product_with_gram(tiles, rows, first, last);
+      const Rows<T> rows{right + item.example * right_by_example, right_by_row, t, right_size};
+      squares[at] = product_with_gram(tiles, rows, item.first, item.last);
     }
   }
 }

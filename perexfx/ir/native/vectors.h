@@ -59,8 +59,8 @@ inline void store_some(T* into, Vector<T> value, int64_t count) {
     std::memcpy(into, &value, count * sizeof(T));
 }
 
-// A whole vector, to memory that nobody reads soon, past the caches; `into` is a multiple of a register's bytes. Who has done so says
-// `_mm_sfence()` before anyone is told.
+// A whole vector, to memory that nobody reads soon, past the caches; `into` is a multiple of a register's bytes. Who has
+// done so says `_mm_sfence()` before anyone is told.
 template <typename T>
 inline void store_past_caches(T* into, Vector<T> value) {
 #if defined(__AVX512F__)
