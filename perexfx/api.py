@@ -28,7 +28,7 @@ from perexfx.planner import check_forced, make_plan
 from perexfx.profiles import current
 from perexfx.refuse import refuse_batch_statistics, refuse_other_trainables
 from perexfx.regions import faster_with_channels_last, regions_of, with_formats
-from perexfx.rehearse import Rehearsed
+from perexfx.rehearsal.dry_run import Rehearsed
 from perexfx.rewrite import Transformed, rewrite, twin_of
 from perexfx.segments import fit_segments, rerun_cost, segments_of
 from perexfx.sizes import fit, operand_dtype, with_kernels, with_shared_inputs

@@ -30,7 +30,7 @@ from perexfx.tape import Tape
 
 if TYPE_CHECKING:
     from perexfx.profiling import Profile
-    from perexfx.rehearsal import Rehearsal
+    from perexfx.rehearsal.step_memory import Rehearsal
     from perexfx.verify import Proof
 
 Clipping = str | Callable[[Tensor], Tensor]

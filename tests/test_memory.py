@@ -20,10 +20,10 @@ import perexfx
 from perexfx.bench.memory import peak_allocation
 from perexfx.bench.models import LanguageModel, ResNet18, SequenceClassifier, ViT
 from perexfx.ir.errors import BudgetError
-from perexfx.rehearsal import Rehearsal
-from perexfx.rehearse import rehearse
+from perexfx.rehearsal.dry_run import rehearse
+from perexfx.rehearsal.step_memory import Rehearsal
+from perexfx.rehearsal.timeline import Span, Timeline
 from perexfx.rewrite import Transformed
-from perexfx.timeline import Span, Timeline
 
 
 def vit() -> nn.Module:

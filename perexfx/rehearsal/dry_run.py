@@ -28,14 +28,14 @@ from perexfx.ir.alternative import Alternative
 from perexfx.ir.cost import Cost
 from perexfx.ir.factors import Factors, Signature
 from perexfx.ir.site import Key
-from perexfx.kernels import hidden_bytes, workspace_bytes
 from perexfx.plan import Plan
 from perexfx.quiet import quiet
 from perexfx.record import FakeInterpreter, fake_inputs, leaves_of
-from perexfx.rehearsal import HandedOver, Passages, Passed, Rehearsal
+from perexfx.rehearsal.library_memory import hidden_bytes, workspace_bytes
+from perexfx.rehearsal.step_memory import HandedOver, Passages, Passed, Rehearsal
+from perexfx.rehearsal.timeline import Span, Timeline
 from perexfx.segments import Segment
 from perexfx.state import PerExample
-from perexfx.timeline import Span, Timeline
 from perexfx.tracer import TRACING, same_einsums
 
 _logger = logging.getLogger("perexfx")

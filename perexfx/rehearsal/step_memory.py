@@ -13,9 +13,9 @@ from functools import cached_property
 
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.site import Key
+from perexfx.rehearsal.timeline import Span, Timeline
 from perexfx.reruns import Rerun, cuts_of, reruns_of
 from perexfx.segments import Segment
-from perexfx.timeline import Span, Timeline
 
 
 @dataclass(frozen=True)
