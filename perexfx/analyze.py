@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from perexfx.counts import unknown_numbers
 from perexfx.follow import Follower, Refusals, follow
-from perexfx.inputs import Inputs
+from perexfx.ir.inputs import Inputs
 from perexfx.ir.layout import Layout
 from perexfx.ir.node import info_of
 from perexfx.record import Run, leaves, leaves_of, record

@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 from perexfx.alternatives import Alternatives
 from perexfx.analyze import Analysis, analyze
 from perexfx.capture import Captured, capture
-from perexfx.inputs import GivenInputs, Inputs, arguments_of, batch_sizes, bind_inputs, by_name, named_leaves
 from perexfx.ir.errors import ArgumentError, PerexError, RefusedError
+from perexfx.ir.inputs import GivenInputs, Inputs, arguments_of, batch_sizes, bind_inputs, by_name, named_leaves
 from perexfx.ir.rule import Rule
 from perexfx.ir.site import Site
 from perexfx.layers import RULES, Fallback

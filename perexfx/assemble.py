@@ -23,8 +23,8 @@ from torch.utils import _pytree as pytree
 
 from perexfx.bags import MODES, OVERLOADS, arguments_by_name, size_of_bags
 from perexfx.conditions import Conditions
-from perexfx.inputs import TEMPLATE, Template
 from perexfx.ir.errors import CaptureError
+from perexfx.ir.inputs import TEMPLATE, Template
 from perexfx.ir.node import NodeInfo, annotate
 from perexfx.outputs import OutputTemplate
 from perexfx.places import LIBRARIES

@@ -22,8 +22,8 @@ from perexfx.conditions import Conditions
 from perexfx.custom import custom_functions, no_tensor_hooks
 from perexfx.export import export
 from perexfx.functional import IN_PLACE_FUNCTIONS, out_of_place
-from perexfx.inputs import named_leaves
 from perexfx.ir.errors import CaptureError
+from perexfx.ir.inputs import named_leaves
 from perexfx.ir.node import annotate, info_of
 from perexfx.lower import lower_recurrent
 from perexfx.memories import Attributes

@@ -39,8 +39,8 @@ from perexfx.checking.reference import (
     output_tensors,
 )
 from perexfx.checking.result import CheckResult, Verdict
-from perexfx.inputs import GivenInputs, bind_inputs
 from perexfx.ir.errors import ArgumentError
+from perexfx.ir.inputs import GivenInputs, bind_inputs
 from perexfx.ir.layout import Layout
 from perexfx.state import PerExample, state_of
 

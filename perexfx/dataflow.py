@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from perexfx.classify import passes_no_gradient
 from perexfx.failed import without_numbers
-from perexfx.inputs import Inputs, arguments_for
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.factors import Factors, Product
+from perexfx.ir.inputs import Inputs, arguments_for
 from perexfx.ir.node import place_of
 from perexfx.ir.rule import Arguments, Backward, Fitted, Geometry, Wrapped
 from perexfx.ir.site import Key

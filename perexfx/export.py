@@ -25,8 +25,8 @@ from torch.utils import _pytree as pytree
 from perexfx.assemble import Assembly, Exported
 from perexfx.conditions import Bounds, Conditions
 from perexfx.custom import custom_functions, no_tensor_hooks
-from perexfx.inputs import Inputs, named_leaves
 from perexfx.ir.errors import CaptureError
+from perexfx.ir.inputs import Inputs, named_leaves
 from perexfx.memories import Attributes, Slot, empty, refuse_kept
 from perexfx.outputs import OutputTemplate
 from perexfx.places import line_of, reason_of, user_frame, user_line

@@ -22,8 +22,8 @@ from perexfx.created import (
     stays_uniform,
     still_counts,
 )
-from perexfx.inputs import Inputs
 from perexfx.ir.errors import MixingError, RefusedError
+from perexfx.ir.inputs import Inputs
 from perexfx.ir.layout import Layout
 from perexfx.ir.node import place_of
 from perexfx.ir.refusal import Refusal

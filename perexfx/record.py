@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from perexfx.custom import CustomFunction, gradients_of, nonlinear_in
 from perexfx.failed import failed, not_linear
-from perexfx.inputs import Inputs, arguments_for
 from perexfx.ir.errors import RefusedError
+from perexfx.ir.inputs import Inputs, arguments_for
 from perexfx.tracer import TRACING, same_einsums
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from perexfx.analyze import Analysis
 from perexfx.capture import Captured
-from perexfx.inputs import Inputs, named_leaves
 from perexfx.ir.errors import ArgumentError, ModeError
+from perexfx.ir.inputs import Inputs, named_leaves
 from perexfx.ir.site import Key, Operand, Site, are_joined, grouped
 from perexfx.ir.strategy import REWEIGHT
 from perexfx.plan import Plan

@@ -17,8 +17,8 @@ from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
 from perexfx.failed import without_numbers
-from perexfx.inputs import GivenInputs, bind_inputs, by_name, named_leaves
 from perexfx.ir.errors import ArgumentError, CaptureError, PerexError
+from perexfx.ir.inputs import GivenInputs, bind_inputs, by_name, named_leaves
 from perexfx.quiet import quiet
 from perexfx.rewrite import Transformed
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from perexfx.inputs import named_leaves
 from perexfx.ir.errors import ArgumentError
+from perexfx.ir.inputs import named_leaves
 from perexfx.ir.layout import Layout
 
 Loss = Callable[[Any, Any], Tensor]

@@ -22,11 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perexfx.choose import Choice, total_bytes
-from perexfx.inputs import Inputs, arguments_for
 from perexfx.ir import native
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.cost import Cost
 from perexfx.ir.factors import Factors, Signature
+from perexfx.ir.inputs import Inputs, arguments_for
 from perexfx.ir.site import Key
 from perexfx.plan import Plan
 from perexfx.quiet import quiet

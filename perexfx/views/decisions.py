@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from perexfx.inputs import Inputs
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.errors import BudgetError
+from perexfx.ir.inputs import Inputs
 from perexfx.ir.site import Key, Site
 from perexfx.plan import Decision, Plan
 from perexfx.state import PerExample

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from perexfx.inputs import Inputs
 from perexfx.ir.errors import ArgumentError
+from perexfx.ir.inputs import Inputs
 from perexfx.ir.site import Key
 from perexfx.plan import Plan
 from perexfx.state import PerExample

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
-from perexfx.inputs import named_leaves
 from perexfx.ir.errors import ArgumentError, ExportError
+from perexfx.ir.inputs import named_leaves
 from perexfx.ir.node import info_of, place_of
 from perexfx.ir.refusal import Place, Refusal
 from perexfx.plan import Plan

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from perexfx.inputs import named_leaves
+from perexfx.ir.inputs import named_leaves
 from perexfx.ir.node import info_of
 from perexfx.ir.recurrent import lstm_layer
 from perexfx.rewrite import Transformed
