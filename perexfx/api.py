@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from perexfx.alternatives import Alternatives
 from perexfx.analyze import Analysis, analyze
-from perexfx.capture import Captured, capture
+from perexfx.capture.forward import Captured, capture
 from perexfx.ir.errors import ArgumentError, PerexError, RefusedError
 from perexfx.ir.inputs import GivenInputs, Inputs, arguments_of, batch_sizes, bind_inputs, by_name, named_leaves
 from perexfx.ir.rule import Rule

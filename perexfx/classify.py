@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from perexfx.analyze import Analysis
-from perexfx.capture import stop_gradient
+from perexfx.capture.forward import stop_gradient
 
 
 class State(Enum):

@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from perexfx.capture.quiet import quiet
+from perexfx.capture.tracer import TRACING, same_einsums
 from perexfx.classify import passes_no_gradient
 from perexfx.failed import without_numbers
 from perexfx.ir.errors import CaptureError
@@ -28,10 +30,8 @@ from perexfx.ir.node import place_of
 from perexfx.ir.rule import Arguments, Backward, Fitted, Geometry, Wrapped
 from perexfx.ir.site import Key
 from perexfx.plan import Plan
-from perexfx.quiet import quiet
 from perexfx.record import FakeInterpreter, fake_inputs, leaves_of
 from perexfx.rewrite import Transformed
-from perexfx.tracer import TRACING, same_einsums
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from perexfx.analyze import Analysis
+from perexfx.capture.functional import IN_PLACE_FUNCTIONS
 from perexfx.classify import State, classify
-from perexfx.functional import IN_PLACE_FUNCTIONS
 from perexfx.ir.errors import CoverageError
 from perexfx.ir.node import info_of, place_of
 from perexfx.ir.refusal import Refusal

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from perexfx.analyze import Analysis
-from perexfx.capture import Captured
+from perexfx.capture.forward import Captured
 from perexfx.ir.errors import ArgumentError, ModeError
 from perexfx.ir.inputs import Inputs, named_leaves
 from perexfx.ir.site import Key, Operand, Site, are_joined, grouped

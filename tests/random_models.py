@@ -23,7 +23,7 @@ from random_programs import Program, generate
 from torch import Tensor, nn
 
 import perexfx
-from perexfx.capture import CaptureError
+from perexfx.capture.forward import CaptureError
 
 TOLERANCE = 1e-9
 
@@ -95,7 +95,7 @@ def _only(capture: str) -> AbstractContextManager[Any]:
     """Export, though the model could be traced."""
     if capture != "exported":
         return nullcontext()
-    return patch("perexfx.capture._traced", side_effect=CaptureError("not traced, for this test."))
+    return patch("perexfx.capture.forward._traced", side_effect=CaptureError("not traced, for this test."))
 
 
 def _run(program: Program, n: int) -> Any:

@@ -16,7 +16,7 @@ from oracle import Batch, assert_close, norms_of, one_at_a_time, train_step, wei
 from torch import Tensor, nn
 
 import perexfx
-from perexfx.capture import CaptureError
+from perexfx.capture.forward import CaptureError
 
 TOLERANCE = 1e-9
 
@@ -33,7 +33,7 @@ NOT_EXPORTED = {
 
 @pytest.mark.parametrize("name", NOT_EXPORTED)
 def test_what_cannot_be_exported_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perexfx.capture._traced", cannot_be_traced)
+    monkeypatch.setattr("perexfx.capture.forward._traced", cannot_be_traced)
     case = BY_NAME[name]
     with pytest.raises(perexfx.PerexError):
         perexfx.transform(case.build(), case.batch().inputs, batch_dim=case.batch_dim)
@@ -41,7 +41,7 @@ def test_what_cannot_be_exported_is_refused(name: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", sorted(BY_NAME.keys() - NOT_EXPORTED.keys()))
 def test_exported_models_are_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perexfx.capture._traced", cannot_be_traced)
+    monkeypatch.setattr("perexfx.capture.forward._traced", cannot_be_traced)
     case = BY_NAME[name]
     model, batch = case.build(), case.batch()
     gradients = one_at_a_time(model, batch, case.loss)
@@ -320,7 +320,7 @@ def test_what_an_export_would_freeze_is_refused() -> None:
 
 @pytest.mark.parametrize("how", ["deepcopy", "save"])
 def test_copies_of_exported_models(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perexfx.capture._traced", cannot_be_traced)
+    monkeypatch.setattr("perexfx.capture.forward._traced", cannot_be_traced)
     case = BY_NAME["tied_head"]
     model, batch = case.build(), case.batch()
     gm = perexfx.transform(model, batch.inputs)
@@ -336,7 +336,7 @@ def test_copies_of_exported_models(how: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_places_survive_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perexfx.capture._traced", cannot_be_traced)
+    monkeypatch.setattr("perexfx.capture.forward._traced", cannot_be_traced)
     case = BY_NAME["tied_head"]
     gm = perexfx.transform(case.build(), case.batch().inputs)
     places = {site.name: site.place for site in gm.perexfx.sites}

@@ -177,7 +177,7 @@ def test_exports_refuse_custom_functions(monkeypatch: pytest.MonkeyPatch) -> Non
     def fails(*_: Any) -> Any:
         raise perexfx.CaptureError("not this one.")
 
-    monkeypatch.setattr("perexfx.capture._traced", fails)
+    monkeypatch.setattr("perexfx.capture.forward._traced", fails)
     with pytest.raises(perexfx.CaptureError, match=r"torch.autograd.Function `Swish` at test_custom.py:\d+"):
         perexfx.transform(Uses(EXACT["activation"]), torch.randn(4, 6))
 

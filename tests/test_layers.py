@@ -15,7 +15,7 @@ from supported import PAGE, page
 from torch import nn
 
 import perexfx
-from perexfx.capture import CaptureError
+from perexfx.capture.forward import CaptureError
 
 
 @pytest.mark.parametrize("capture", ["traced", "exported"])

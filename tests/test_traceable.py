@@ -18,10 +18,10 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import perexfx
-from perexfx.capture import capture
+from perexfx.capture.forward import capture
+from perexfx.capture.traceable import forward_of
 from perexfx.ir.recurrent import lstm_layer
 from perexfx.rewrite import twin_of
-from perexfx.traceable import forward_of
 
 N, L, S, WIDTH, HEADS = 4, 5, 7, 6, 3
 

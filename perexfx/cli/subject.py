@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perexfx.capture.places import line_of, reason_of
 from perexfx.ir.errors import ArgumentError, PerexError
-from perexfx.places import line_of, reason_of
 
 
 def model_named(name: str) -> nn.Module:

@@ -21,6 +21,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from perexfx.capture.quiet import quiet
+from perexfx.capture.tracer import TRACING, same_einsums
 from perexfx.choose import Choice, total_bytes
 from perexfx.ir import native
 from perexfx.ir.alternative import Alternative
@@ -29,14 +31,12 @@ from perexfx.ir.factors import Factors, Signature
 from perexfx.ir.inputs import Inputs, arguments_for
 from perexfx.ir.site import Key
 from perexfx.plan import Plan
-from perexfx.quiet import quiet
 from perexfx.record import FakeInterpreter, fake_inputs, leaves_of
 from perexfx.rehearsal.library_memory import hidden_bytes, workspace_bytes
 from perexfx.rehearsal.step_memory import HandedOver, Passages, Passed, Rehearsal
 from perexfx.rehearsal.timeline import Span, Timeline
 from perexfx.segments import Segment
 from perexfx.state import PerExample
-from perexfx.tracer import TRACING, same_einsums
 
 _logger = logging.getLogger("perexfx")
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
+from perexfx.capture.quiet import quiet
 from perexfx.ir.errors import ArgumentError, ExportError
 from perexfx.ir.inputs import named_leaves
 from perexfx.ir.node import info_of, place_of
 from perexfx.ir.refusal import Place, Refusal
 from perexfx.plan import Plan
-from perexfx.quiet import quiet
 from perexfx.rewrite import Transformed
 from perexfx.runtime import clip
 from perexfx.views.onnx.metadata import of_clip, of_norm, of_site

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from perexfx.capture.quiet import quiet
 from perexfx.ir.errors import ExportError
 from perexfx.ir.inputs import GivenInputs, named_leaves
 from perexfx.ir.refusal import Refusal
-from perexfx.quiet import quiet
 from perexfx.rewrite import Transformed
 from perexfx.step import LossFunction, functional_step, traced
 from perexfx.views.onnx.decompositions import DECOMPOSITIONS

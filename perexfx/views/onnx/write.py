@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
+from perexfx.capture.quiet import quiet
 from perexfx.ir.errors import ArgumentError, ExportError, PerexError
 from perexfx.ir.inputs import GivenInputs, bind_inputs, by_name, named_leaves
 from perexfx.ir.refusal import Refusal
-from perexfx.quiet import quiet
 from perexfx.rewrite import Transformed
 from perexfx.step import LossFunction, call, functional_step
 from perexfx.views.files import writing

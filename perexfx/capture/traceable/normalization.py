@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrizations import _SpectralNorm
 
-from perexfx.traceable.node import Forward, as_node
+from perexfx.capture.traceable.node import Forward, as_node
 
 
 def batch_norm(module: _BatchNorm) -> Forward:

@@ -21,11 +21,11 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from perexfx.custom import CustomFunction
+from perexfx.capture.custom import CustomFunction
+from perexfx.capture.places import user_line
+from perexfx.capture.traceable import forward_of, traceable
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.node import NodeInfo, annotate
-from perexfx.places import user_line
-from perexfx.traceable import forward_of, traceable
 
 TRACING = threading.RLock()
 """fx patches torch.nn.Module while it traces: one thread at a time may trace, or run a graph for its shapes."""

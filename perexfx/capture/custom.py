@@ -20,8 +20,8 @@ from torch.autograd import Function
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
+from perexfx.capture.places import user_line
 from perexfx.ir.errors import CaptureError
-from perexfx.places import user_line
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from perexfx.traceable.attention import multihead_attention
-from perexfx.traceable.node import Forward
-from perexfx.traceable.normalization import batch_norm, instance_norm, spectral_norm
-from perexfx.traceable.recurrent import gru, gru_cell, lstm, lstm_cell, rnn_cell, rnn_layer
-from perexfx.traceable.transformer import decoder, encoder, encoder_layer, transformer
+from perexfx.capture.traceable.attention import multihead_attention
+from perexfx.capture.traceable.node import Forward
+from perexfx.capture.traceable.normalization import batch_norm, instance_norm, spectral_norm
+from perexfx.capture.traceable.recurrent import gru, gru_cell, lstm, lstm_cell, rnn_cell, rnn_layer
+from perexfx.capture.traceable.transformer import decoder, encoder, encoder_layer, transformer
 
 
 def forward_of(module: nn.Module) -> Forward | None:

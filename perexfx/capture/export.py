@@ -22,16 +22,16 @@ from torch.export.graph_signature import InputKind
 from torch.fx import proxy
 from torch.utils import _pytree as pytree
 
-from perexfx.assemble import Assembly, Exported
-from perexfx.conditions import Bounds, Conditions
-from perexfx.custom import custom_functions, no_tensor_hooks
+from perexfx.capture.assemble import Assembly, Exported
+from perexfx.capture.attributes import Attributes, Slot, empty, refuse_kept
+from perexfx.capture.conditions import Bounds, Conditions
+from perexfx.capture.custom import custom_functions, no_tensor_hooks
+from perexfx.capture.outputs import OutputTemplate
+from perexfx.capture.places import line_of, reason_of, user_frame, user_line
+from perexfx.capture.quiet import quiet
+from perexfx.capture.tracer import TRACING, same_einsums, states_outside_torch, unchanged
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.inputs import Inputs, named_leaves
-from perexfx.memories import Attributes, Slot, empty, refuse_kept
-from perexfx.outputs import OutputTemplate
-from perexfx.places import line_of, reason_of, user_frame, user_line
-from perexfx.quiet import quiet
-from perexfx.tracer import TRACING, same_einsums, states_outside_torch, unchanged
 
 
 def export(

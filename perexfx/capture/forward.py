@@ -17,21 +17,21 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from perexfx.assemble import Exported
-from perexfx.conditions import Conditions
-from perexfx.custom import custom_functions, no_tensor_hooks
-from perexfx.export import export
-from perexfx.functional import IN_PLACE_FUNCTIONS, out_of_place
+from perexfx.capture.assemble import Exported
+from perexfx.capture.attributes import Attributes
+from perexfx.capture.conditions import Conditions
+from perexfx.capture.custom import custom_functions, no_tensor_hooks
+from perexfx.capture.export import export
+from perexfx.capture.functional import IN_PLACE_FUNCTIONS, out_of_place
+from perexfx.capture.lower import lower_recurrent
+from perexfx.capture.modes import different_work, fixed_by_statistics, make_live, other_mode
+from perexfx.capture.places import line_of, reason_of
+from perexfx.capture.traceable.recurrent import PACKED, packs_sequences
+from perexfx.capture.tracer import TRACING, NoRandomConstants, Tracer, loose_sizes, record_custom, unchanged
+from perexfx.capture.vocabulary import to_public_names
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.inputs import named_leaves
 from perexfx.ir.node import annotate, info_of
-from perexfx.lower import lower_recurrent
-from perexfx.memories import Attributes
-from perexfx.modes import different_work, fixed_by_statistics, make_live, other_mode
-from perexfx.places import line_of, reason_of
-from perexfx.traceable.recurrent import PACKED, packs_sequences
-from perexfx.tracer import TRACING, NoRandomConstants, Tracer, loose_sizes, record_custom, unchanged
-from perexfx.vocabulary import to_public_names
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import rnn
 
-from perexfx.traceable.node import Forward
+from perexfx.capture.traceable.node import Forward
 
 PACKED = (
     "packed sequences spread the examples over rows by their lengths, so that no axis holds them. Pass the padded "

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from perexfx.traceable.attention import additive_mask
-from perexfx.traceable.node import Forward, as_node
+from perexfx.capture.traceable.attention import additive_mask
+from perexfx.capture.traceable.node import Forward, as_node
 
 
 def encoder_layer(module: nn.TransformerEncoderLayer) -> Forward:

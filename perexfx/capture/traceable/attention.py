@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perexfx.traceable.node import Forward, as_node
+from perexfx.capture.traceable.node import Forward, as_node
 
 
 def multihead_attention(module: nn.MultiheadAttention) -> Forward:

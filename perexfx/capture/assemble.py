@@ -21,15 +21,15 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from torch.utils import _pytree as pytree
 
-from perexfx.bags import MODES, OVERLOADS, arguments_by_name, size_of_bags
-from perexfx.conditions import Conditions
+from perexfx.capture.bags import MODES, OVERLOADS, arguments_by_name, size_of_bags
+from perexfx.capture.conditions import Conditions
+from perexfx.capture.outputs import OutputTemplate
+from perexfx.capture.places import LIBRARIES
+from perexfx.capture.tracer import writes_into_activation
+from perexfx.capture.vocabulary import to_public_names
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.inputs import TEMPLATE, Template
 from perexfx.ir.node import NodeInfo, annotate
-from perexfx.outputs import OutputTemplate
-from perexfx.places import LIBRARIES
-from perexfx.tracer import writes_into_activation
-from perexfx.vocabulary import to_public_names
 
 aten = torch.ops.aten
 
