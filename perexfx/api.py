@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from perexfx.alternatives import Alternatives
-from perexfx.analyze import Analysis, analyze
+from perexfx.analysis.analyze import Analysis, analyze
 from perexfx.capture.forward import Captured, capture
 from perexfx.ir.errors import ArgumentError, PerexError, RefusedError
 from perexfx.ir.inputs import GivenInputs, Inputs, arguments_of, batch_sizes, bind_inputs, by_name, named_leaves

@@ -13,7 +13,7 @@ from enum import Enum, auto
 import torch
 from torch import fx
 
-from perexfx.analyze import Analysis
+from perexfx.analysis.analyze import Analysis
 from perexfx.capture.forward import stop_gradient
 
 

@@ -19,10 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from perexfx.analysis.failures import without_numbers
+from perexfx.analysis.fake_run import FakeInterpreter, fake_inputs, leaves_of
 from perexfx.capture.quiet import quiet
 from perexfx.capture.tracer import TRACING, same_einsums
 from perexfx.classify import passes_no_gradient
-from perexfx.failed import without_numbers
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.factors import Factors, Product
 from perexfx.ir.inputs import Inputs, arguments_for
@@ -30,7 +31,6 @@ from perexfx.ir.node import place_of
 from perexfx.ir.rule import Arguments, Backward, Fitted, Geometry, Wrapped
 from perexfx.ir.site import Key
 from perexfx.plan import Plan
-from perexfx.record import FakeInterpreter, fake_inputs, leaves_of
 from perexfx.rewrite import Transformed
 
 

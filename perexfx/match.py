@@ -15,7 +15,7 @@ import networkx as nx
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from perexfx.analyze import Analysis
+from perexfx.analysis.analyze import Analysis
 from perexfx.capture.functional import IN_PLACE_FUNCTIONS
 from perexfx.classify import State, classify
 from perexfx.ir.errors import CoverageError

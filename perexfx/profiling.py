@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from perexfx.analysis.fake_run import leaves_of
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.cost import Cost
 from perexfx.ir.errors import ArgumentError
@@ -26,7 +27,6 @@ from perexfx.ir.inputs import GivenInputs, bind_inputs, by_name, named_leaves
 from perexfx.ir.rule import Backward, Wrapped
 from perexfx.ir.strategy import REWEIGHT, Strategy
 from perexfx.plan import Plan
-from perexfx.record import leaves_of
 from perexfx.reruns import Rerun
 from perexfx.rewrite import Transformed
 from perexfx.state import PerExample, state_of

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from perexfx.analyze import Analysis
+from perexfx.analysis.analyze import Analysis
 from perexfx.ir import native
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.errors import CoverageError

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from perexfx.analyze import Analysis
+from perexfx.analysis.analyze import Analysis
 from perexfx.capture.forward import Captured
 from perexfx.ir.errors import ArgumentError, ModeError
 from perexfx.ir.inputs import Inputs, named_leaves

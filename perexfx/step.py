@@ -16,8 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
+from perexfx.analysis.failures import without_numbers
 from perexfx.capture.quiet import quiet
-from perexfx.failed import without_numbers
 from perexfx.ir.errors import ArgumentError, CaptureError, PerexError
 from perexfx.ir.inputs import GivenInputs, bind_inputs, by_name, named_leaves
 from perexfx.rewrite import Transformed

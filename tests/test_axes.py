@@ -17,13 +17,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 import perexfx
-from perexfx import follow
-from perexfx.axes.call import Followed, Mixing, Opaque, OpCall, Unknown
-from perexfx.axes.probe import movements
-from perexfx.axes.propagate import propagate, rule_of
-from perexfx.axes.table import RULES
+from perexfx.analysis import follow
+from perexfx.analysis.axes.call import Followed, Mixing, Opaque, OpCall, Unknown
+from perexfx.analysis.axes.probe import movements
+from perexfx.analysis.axes.propagate import propagate, rule_of
+from perexfx.analysis.axes.table import RULES
+from perexfx.analysis.tags import tags_of
 from perexfx.ir.layout import Layout
-from perexfx.tags import tags_of
 
 LARGEST = 4_000
 """Entries of a call, at most, that a test runs."""

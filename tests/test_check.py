@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import perexfx
 from perexfx import clipping
-from perexfx.axes.elementwise import pointwise
-from perexfx.axes.table import RULES as AXIS_RULES
+from perexfx.analysis.axes.elementwise import pointwise
+from perexfx.analysis.axes.table import RULES as AXIS_RULES
 from perexfx.checking.result import CheckResult
 from perexfx.ir.factors import Gradient, Product
 from perexfx.layers.layer_norm import LayerNorm

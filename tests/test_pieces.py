@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from perexfx.analysis.tags import Mixing, layout_of, tags_of
 from perexfx.ir.convolution import Convolution
 from perexfx.ir.factors import Factors, Gradient, Product, Rows, SharedGram, squared_norms_of
 from perexfx.ir.geometry import ConvolutionGeometry
@@ -16,7 +17,6 @@ from perexfx.ir.layout import Layout
 from perexfx.ir.tracing import is_watched
 from perexfx.layers.convolution import _input_gradient
 from perexfx.strategies import STRATEGIES, Gram
-from perexfx.tags import Mixing, layout_of, tags_of
 
 small = st.integers(1, 4)
 

@@ -13,7 +13,7 @@ from random_models import judge
 from random_programs import Program, generate
 from random_writer import Input
 
-from perexfx.axes.table import RULES
+from perexfx.analysis.axes.table import RULES
 
 SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 

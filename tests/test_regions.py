@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 import perexfx
 from perexfx import api
-from perexfx.analyze import Analysis
+from perexfx.analysis.analyze import Analysis
 from perexfx.bench.models import ResNet18, small_cnn
 from perexfx.regions import Region, may_reformat
 

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from perexfx.analysis.fake_run import FakeInterpreter, fake_inputs, leaves_of
 from perexfx.capture.quiet import quiet
 from perexfx.capture.tracer import TRACING, same_einsums
 from perexfx.choose import Choice, total_bytes
@@ -31,7 +32,6 @@ from perexfx.ir.factors import Factors, Signature
 from perexfx.ir.inputs import Inputs, arguments_for
 from perexfx.ir.site import Key
 from perexfx.plan import Plan
-from perexfx.record import FakeInterpreter, fake_inputs, leaves_of
 from perexfx.rehearsal.library_memory import hidden_bytes, workspace_bytes
 from perexfx.rehearsal.step_memory import HandedOver, Passages, Passed, Rehearsal
 from perexfx.rehearsal.timeline import Span, Timeline

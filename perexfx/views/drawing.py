@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from torch import fx, nn
 
-from perexfx.analyze import Analysis
+from perexfx.analysis.analyze import Analysis
 from perexfx.classify import reads_shape_only
 from perexfx.ir.errors import ArgumentError, RefusedError
 from perexfx.ir.node import info_of

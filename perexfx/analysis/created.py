@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from perexfx.axes.call import Counting, Mixing, OpCall, Unknown, axis_from_front
-from perexfx.axes.propagate import rule_of
+from perexfx.analysis.axes.call import Counting, Mixing, OpCall, Unknown, axis_from_front
+from perexfx.analysis.axes.propagate import rule_of
 from perexfx.ir.layout import Layout
 
 _SIZES = frozenset({"size", "sizes", "shape", "repeats", "split_size", "split_sizes"})

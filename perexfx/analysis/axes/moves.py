@@ -1,6 +1,6 @@
 """Operations that only move elements: followed exactly, by running them on tags.
 
-Promises: as in `perexfx.axes.call`. Where an operation picks places along the example axis, it is accepted only if the
+Promises: as in `perexfx.analysis.axes.call`. Where an operation picks places along the example axis, it is accepted only if the
 places follow the number of examples: what fits two batch sizes by accident is refused.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from perexfx.axes.call import (
+from perexfx.analysis.axes.call import (
     AxisRule,
     Mixing,
     OpCall,
@@ -25,8 +25,8 @@ from perexfx.axes.call import (
     axis_from_front,
     without_axes,
 )
+from perexfx.analysis.tags import layout_of, tags_of
 from perexfx.ir.layout import Layout
-from perexfx.tags import layout_of, tags_of
 
 
 def moved(call: OpCall) -> Result:

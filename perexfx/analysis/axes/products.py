@@ -1,6 +1,6 @@
 """Products: of matrices, vectors, kernels, queries and keys.
 
-Promises: as in `perexfx.axes.call`. No product is summed over examples, and no example is multiplied with another.
+Promises: as in `perexfx.analysis.axes.call`. No product is summed over examples, and no example is multiplied with another.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from perexfx.axes.call import (
+from perexfx.analysis.axes.call import (
     OPAQUE,
     AxisRule,
     Mixing,

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from perexfx.axes.call import AxisRule, Followed, Mixing, OpCall, Unknown
-from perexfx.axes.elementwise import pointwise
-from perexfx.axes.indexing import COUNTS
-from perexfx.axes.probe import probe
-from perexfx.axes.table import OWN_RULES, RULES
+from perexfx.analysis.axes.call import AxisRule, Followed, Mixing, OpCall, Unknown
+from perexfx.analysis.axes.elementwise import pointwise
+from perexfx.analysis.axes.indexing import COUNTS
+from perexfx.analysis.axes.probe import probe
+from perexfx.analysis.axes.table import OWN_RULES, RULES
 from perexfx.ir.layout import Layout
 
 

@@ -1,6 +1,6 @@
 """Operations that work along some axes and leave the others alone: reductions, sorts, pooling, normalisation.
 
-Promises: as in `perexfx.axes.call`. None of the axes worked along holds the examples.
+Promises: as in `perexfx.analysis.axes.call`. None of the axes worked along holds the examples.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from perexfx.axes.call import (
+from perexfx.analysis.axes.call import (
     OPAQUE,
     AxisRule,
     Followed,

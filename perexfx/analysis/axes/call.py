@@ -14,8 +14,8 @@ from typing import Any, Final
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from perexfx.analysis.tags import Mixing, Unknown
 from perexfx.ir.layout import Layout
-from perexfx.tags import Mixing, Unknown
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Operations that work entry by entry, and those whose result has the shape of an argument.
 
-Promises: as in `perexfx.axes.call`. Values are broadcast from the right; those with examples must have them in the same
+Promises: as in `perexfx.analysis.axes.call`. Values are broadcast from the right; those with examples must have them in the same
 place, and none is stretched over the examples of another.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from perexfx.axes.call import (
+from perexfx.analysis.axes.call import (
     OPAQUE,
     AxisRule,
     Mixing,

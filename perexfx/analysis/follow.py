@@ -12,9 +12,10 @@ from dataclasses import replace
 
 from torch import Tensor, fx
 
-from perexfx.axes.call import Counting, Followed, Mixing, Opaque, OpCall, Unknown
-from perexfx.axes.propagate import propagate
-from perexfx.created import (
+from perexfx.analysis.aliases import Memory, is_expanded
+from perexfx.analysis.axes.call import Counting, Followed, Mixing, Opaque, OpCall, Unknown
+from perexfx.analysis.axes.propagate import propagate
+from perexfx.analysis.created import (
     UNIFORM,
     counts_examples,
     created_layout,
@@ -22,13 +23,12 @@ from perexfx.created import (
     stays_uniform,
     still_counts,
 )
+from perexfx.analysis.fake_run import Call, Run
 from perexfx.ir.errors import MixingError, RefusedError
 from perexfx.ir.inputs import Inputs
 from perexfx.ir.layout import Layout
 from perexfx.ir.node import place_of
 from perexfx.ir.refusal import Refusal
-from perexfx.memory import Memory, is_expanded
-from perexfx.record import Call, Run
 
 
 class Refusals:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from perexfx.counts import unknown_numbers
-from perexfx.follow import Follower, Refusals, follow
+from perexfx.analysis.counts import unknown_numbers
+from perexfx.analysis.fake_run import Run, leaves, leaves_of, record
+from perexfx.analysis.follow import Follower, Refusals, follow
+from perexfx.analysis.written import written_by
 from perexfx.ir.inputs import Inputs
 from perexfx.ir.layout import Layout
 from perexfx.ir.node import info_of
-from perexfx.record import Run, leaves, leaves_of, record
-from perexfx.written import written_by
 
 SIZES = (3, 5)
 """The two batch sizes tried. Neither divides the other, so that no merged axis fits both by accident."""

@@ -22,9 +22,9 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from perexfx.analysis.failures import failed, not_linear
 from perexfx.capture.custom import CustomFunction, gradients_of, nonlinear_in
 from perexfx.capture.tracer import TRACING, same_einsums
-from perexfx.failed import failed, not_linear
 from perexfx.ir.errors import RefusedError
 from perexfx.ir.inputs import Inputs, arguments_for
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from perexfx.axes.call import Followed, Mixing, OpCall, Unknown
+from perexfx.analysis.axes.call import Followed, Mixing, OpCall, Unknown
+from perexfx.analysis.tags import layout_of, tags_of
 from perexfx.ir.layout import Layout
-from perexfx.tags import layout_of, tags_of
 
 LARGEST = 2**17
 """Entries of all arguments and results together, at most: larger calls are refused rather than run many times."""

@@ -6,8 +6,8 @@ torch marks as pointwise need no entry. Names that a release of torch does not h
 
 from __future__ import annotations
 
-from perexfx.axes import along, elementwise, indexing, moves, products
-from perexfx.axes.call import AxisRule, Mixing, Unknown, refused
+from perexfx.analysis.axes import along, elementwise, indexing, moves, products
+from perexfx.analysis.axes.call import AxisRule, Mixing, Unknown, refused
 
 _MOVES: dict[AxisRule, str] = {
     moves.viewed: "view",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from perexfx.record import Call, Run, leaves_of
+from perexfx.analysis.fake_run import Call, Run, leaves_of
 
 
 def written_by(graph: fx.Graph, run: Run) -> dict[str, tuple[str, ...]]:

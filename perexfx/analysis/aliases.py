@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from perexfx.axes.call import Mixing, Unknown
+from perexfx.analysis.axes.call import Mixing, Unknown
+from perexfx.analysis.tags import layout_of, tags_of
 from perexfx.ir.layout import Layout
-from perexfx.tags import layout_of, tags_of
 
 LARGEST = 2**24
 """Elements of a storage, at most, whose tags are worked out one by one."""

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from perexfx.follow import Follower
-from perexfx.record import Run, leaves, leaves_of
+from perexfx.analysis.fake_run import Run, leaves, leaves_of
+from perexfx.analysis.follow import Follower
 
 
 class NotKnown(Exception):  # noqa: N818
