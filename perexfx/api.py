@@ -21,16 +21,16 @@ from perexfx.ir.inputs import GivenInputs, Inputs, arguments_of, batch_sizes, bi
 from perexfx.ir.rule import Rule
 from perexfx.ir.site import Site
 from perexfx.layers import RULES, Fallback
-from perexfx.match import confirm, match
 from perexfx.measured import Measured
 from perexfx.plan import Plan
 from perexfx.planner import check_forced, make_plan
 from perexfx.profiles import current
-from perexfx.refuse import refuse_batch_statistics, refuse_other_trainables
-from perexfx.regions import faster_with_channels_last, regions_of, with_formats
 from perexfx.rehearsal.dry_run import Rehearsed
 from perexfx.rewrite import Transformed, rewrite, twin_of
-from perexfx.segments import fit_segments, rerun_cost, segments_of
+from perexfx.sites.match import confirm, match
+from perexfx.sites.refuse import refuse_batch_statistics, refuse_other_trainables
+from perexfx.sites.regions import faster_with_channels_last, regions_of, with_formats
+from perexfx.sites.segments import fit_segments, rerun_cost, segments_of
 from perexfx.sizes import fit, operand_dtype, with_kernels, with_shared_inputs
 from perexfx.state import PerExample, Settings
 from perexfx.strategies import STRATEGIES, Reweight

@@ -27,7 +27,7 @@ from perexfx.ir.machine import BUILT_IN, Machine, Rate
 from perexfx.ir.strategy import Strategy
 from perexfx.measured import HOPELESS, measure, medians
 from perexfx.profiles import processor
-from perexfx.regions import convolution_work, image_work
+from perexfx.sites.regions import convolution_work, image_work
 
 LONGEST = 0.08
 """Seconds that a candidate may take by the built-in profile, or it is not measured."""

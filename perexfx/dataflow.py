@@ -23,7 +23,6 @@ from perexfx.analysis.failures import without_numbers
 from perexfx.analysis.fake_run import FakeInterpreter, fake_inputs, leaves_of
 from perexfx.capture.quiet import quiet
 from perexfx.capture.tracer import TRACING, same_einsums
-from perexfx.classify import passes_no_gradient
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.factors import Factors, Product
 from perexfx.ir.inputs import Inputs, arguments_for
@@ -32,6 +31,7 @@ from perexfx.ir.rule import Arguments, Backward, Fitted, Geometry, Wrapped
 from perexfx.ir.site import Key
 from perexfx.plan import Plan
 from perexfx.rewrite import Transformed
+from perexfx.sites.classify import passes_no_gradient
 
 
 @dataclass(frozen=True)

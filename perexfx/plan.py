@@ -20,7 +20,7 @@ from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Key
 from perexfx.ir.strategy import REWEIGHT, Strategy
 from perexfx.reruns import Cut, Rerun, cuts_of, reruns_of
-from perexfx.segments import Segment, numbers_of
+from perexfx.sites.segments import Segment, numbers_of
 
 
 @dataclass(frozen=True)

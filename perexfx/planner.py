@@ -19,7 +19,7 @@ from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Site, are_joined, grouped
 from perexfx.ir.strategy import REWEIGHT, Strategy
 from perexfx.plan import Decision, Footprint, Plan
-from perexfx.segments import Segment
+from perexfx.sites.segments import Segment
 
 
 def make_plan(

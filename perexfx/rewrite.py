@@ -21,10 +21,10 @@ from torch import fx, nn
 from perexfx.formats import enter, leave
 from perexfx.ir.node import annotate, info_of
 from perexfx.ir.site import Site
-from perexfx.regions import Region, images_of, reads_either_format
 from perexfx.runtime import clip, norm, per_example
 from perexfx.second_run import cut
-from perexfx.segments import Segment
+from perexfx.sites.regions import Region, images_of, reads_either_format
+from perexfx.sites.segments import Segment
 from perexfx.state import PerExample
 
 STATE = "perexfx"

@@ -23,9 +23,9 @@ from perexfx.ir.inputs import Inputs, named_leaves
 from perexfx.ir.site import Key, Operand, Site, are_joined, grouped
 from perexfx.ir.strategy import REWEIGHT
 from perexfx.plan import Plan
-from perexfx.regions import Region
 from perexfx.reruns import Rerun
-from perexfx.segments import Segment
+from perexfx.sites.regions import Region
+from perexfx.sites.segments import Segment
 from perexfx.tape import Tape
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from perexfx.ir.errors import BudgetError
 from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature
 from perexfx.ir.geometry import ConvolutionGeometry
 from perexfx.ir.machine import BUILT_IN, Machine, Rate
-from perexfx.regions import convolution_work, image_work
+from perexfx.sites.regions import convolution_work, image_work
 from perexfx.strategies import STRATEGIES, Gram, GramShift, Grouped, Loop, Materialize, Outer
 from perexfx.strategies.direct import Direct
 

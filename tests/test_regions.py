@@ -17,7 +17,7 @@ import perexfx
 from perexfx import api
 from perexfx.analysis.analyze import Analysis
 from perexfx.bench.models import ResNet18, small_cnn
-from perexfx.regions import Region, may_reformat
+from perexfx.sites.regions import Region, may_reformat
 
 STRATEGIES = ("auto", "materialize", "materialize_norms", "gram", "grouped", "loop", "loop_norms", "gram_shift")
 

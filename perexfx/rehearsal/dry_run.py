@@ -35,7 +35,7 @@ from perexfx.plan import Plan
 from perexfx.rehearsal.library_memory import hidden_bytes, workspace_bytes
 from perexfx.rehearsal.step_memory import HandedOver, Passages, Passed, Rehearsal
 from perexfx.rehearsal.timeline import Span, Timeline
-from perexfx.segments import Segment
+from perexfx.sites.segments import Segment
 from perexfx.state import PerExample
 
 _logger = logging.getLogger("perexfx")

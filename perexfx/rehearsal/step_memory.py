@@ -15,7 +15,7 @@ from perexfx.ir.alternative import Alternative
 from perexfx.ir.site import Key
 from perexfx.rehearsal.timeline import Span, Timeline
 from perexfx.reruns import Rerun, cuts_of, reruns_of
-from perexfx.segments import Segment
+from perexfx.sites.segments import Segment
 
 
 @dataclass(frozen=True)

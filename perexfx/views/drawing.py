@@ -16,12 +16,12 @@ from typing import Any, cast
 from torch import fx, nn
 
 from perexfx.analysis.analyze import Analysis
-from perexfx.classify import reads_shape_only
 from perexfx.ir.errors import ArgumentError, RefusedError
 from perexfx.ir.node import info_of
 from perexfx.ir.refusal import Refusal
 from perexfx.runtime import clip
 from perexfx.second_run import cut
+from perexfx.sites.classify import reads_shape_only
 from perexfx.state import PerExample, state_of
 from perexfx.views.decisions import Row, rows_of
 from perexfx.views.words import clipping_in_words, counted

@@ -1,7 +1,7 @@
 """Classification: what does each node's value depend on?
 
 Promises: with an analysis the answer is what the shapes say. Without one, `x.shape[batch_dim]` is taken to be the batch
-size and every other size to be constant, which `perexfx.match.confirm` checks as soon as shapes are known.
+size and every other size to be constant, which `perexfx.sites.match.confirm` checks as soon as shapes are known.
 """
 
 from __future__ import annotations

@@ -17,12 +17,12 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from perexfx.analysis.analyze import Analysis
 from perexfx.capture.functional import IN_PLACE_FUNCTIONS
-from perexfx.classify import State, classify
 from perexfx.ir.errors import CoverageError
 from perexfx.ir.node import info_of, place_of
 from perexfx.ir.refusal import Refusal
 from perexfx.ir.rule import Rule, Target
 from perexfx.ir.site import Expression, Operand, Site
+from perexfx.sites.classify import State, classify
 
 
 def match(

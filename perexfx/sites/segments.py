@@ -16,14 +16,14 @@ from dataclasses import dataclass, field, replace
 from torch import fx, nn
 
 from perexfx.analysis.analyze import Analysis
-from perexfx.classify import passes_no_gradient
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.layout import Layout
 from perexfx.ir.ordinary import ordinary_gradient
 from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Site
-from perexfx.regions import convolution_work
+from perexfx.sites.classify import passes_no_gradient
+from perexfx.sites.regions import convolution_work
 
 
 @dataclass(frozen=True)
