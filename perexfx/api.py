@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from perexfx.alternatives import Alternatives
 from perexfx.analysis.analyze import Analysis, analyze
 from perexfx.capture.forward import Captured, capture
 from perexfx.ir.errors import ArgumentError, PerexError, RefusedError
@@ -22,8 +21,10 @@ from perexfx.ir.rule import Rule
 from perexfx.ir.site import Site
 from perexfx.layers import RULES, Fallback
 from perexfx.measured import Measured
-from perexfx.plan import Plan
-from perexfx.planner import check_forced, make_plan
+from perexfx.planning.alternatives import Alternatives
+from perexfx.planning.plan import Plan
+from perexfx.planning.planner import check_forced, make_plan
+from perexfx.planning.sizes import fit, operand_dtype, with_kernels, with_shared_inputs
 from perexfx.profiles import current
 from perexfx.rehearsal.dry_run import Rehearsed
 from perexfx.rewrite import Transformed, rewrite, twin_of
@@ -31,7 +32,6 @@ from perexfx.sites.match import confirm, match
 from perexfx.sites.refuse import refuse_batch_statistics, refuse_other_trainables
 from perexfx.sites.regions import faster_with_channels_last, regions_of, with_formats
 from perexfx.sites.segments import fit_segments, rerun_cost, segments_of
-from perexfx.sizes import fit, operand_dtype, with_kernels, with_shared_inputs
 from perexfx.state import PerExample, Settings
 from perexfx.strategies import STRATEGIES, Reweight
 

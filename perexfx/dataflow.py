@@ -29,7 +29,7 @@ from perexfx.ir.inputs import Inputs, arguments_for
 from perexfx.ir.node import place_of
 from perexfx.ir.rule import Arguments, Backward, Fitted, Geometry, Wrapped
 from perexfx.ir.site import Key
-from perexfx.plan import Plan
+from perexfx.planning.plan import Plan
 from perexfx.rewrite import Transformed
 from perexfx.sites.classify import passes_no_gradient
 

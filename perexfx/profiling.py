@@ -26,8 +26,8 @@ from perexfx.ir.factors import Factors, Signature
 from perexfx.ir.inputs import GivenInputs, bind_inputs, by_name, named_leaves
 from perexfx.ir.rule import Backward, Wrapped
 from perexfx.ir.strategy import REWEIGHT, Strategy
-from perexfx.plan import Plan
-from perexfx.reruns import Rerun
+from perexfx.planning.plan import Plan
+from perexfx.planning.reruns import Rerun
 from perexfx.rewrite import Transformed
 from perexfx.state import PerExample, state_of
 from perexfx.step import LossFunction, checked_loss

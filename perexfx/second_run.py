@@ -22,8 +22,8 @@ from perexfx.ir.errors import ModeError
 from perexfx.ir.factors import Factors
 from perexfx.ir.node import info_of
 from perexfx.ir.site import Key
+from perexfx.planning.reruns import Rerun
 from perexfx.pull_back import check_unchanged
-from perexfx.reruns import Rerun
 from perexfx.tape import Tape
 from perexfx.trace import Trace
 

@@ -22,8 +22,8 @@ from perexfx.ir.errors import ArgumentError, ModeError
 from perexfx.ir.inputs import Inputs, named_leaves
 from perexfx.ir.site import Key, Operand, Site, are_joined, grouped
 from perexfx.ir.strategy import REWEIGHT
-from perexfx.plan import Plan
-from perexfx.reruns import Rerun
+from perexfx.planning.plan import Plan
+from perexfx.planning.reruns import Rerun
 from perexfx.sites.regions import Region
 from perexfx.sites.segments import Segment
 from perexfx.tape import Tape

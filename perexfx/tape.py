@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from perexfx.ir.errors import ModeError
 from perexfx.ir.factors import Factors, Gradient, Product, SharedGram
 from perexfx.ir.tracing import is_watched
-from perexfx.plan import Plan
-from perexfx.reruns import Cut
+from perexfx.planning.plan import Plan
+from perexfx.planning.reruns import Cut
 
 if TYPE_CHECKING:
     from perexfx.second_run import AtCut

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import perexfx
 from perexfx.bench.models import ResNet18
-from perexfx.choose import choose, least_bytes
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
@@ -22,6 +21,7 @@ from perexfx.ir.errors import BudgetError
 from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature
 from perexfx.ir.geometry import ConvolutionGeometry
 from perexfx.ir.machine import BUILT_IN, Machine, Rate
+from perexfx.planning.knapsack import choose, least_bytes
 from perexfx.sites.regions import convolution_work, image_work
 from perexfx.strategies import STRATEGIES, Gram, GramShift, Grouped, Loop, Materialize, Outer
 from perexfx.strategies.direct import Direct

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 import perexfx
 from perexfx.bench.models import LanguageModel, ResNet18, ViT
-from perexfx.choose import choose
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.cost import Cost
 from perexfx.ir.errors import BudgetError
 from perexfx.ir.node import info_of
 from perexfx.ir.strategy import REWEIGHT
-from perexfx.plan import Decision
+from perexfx.planning.knapsack import choose
+from perexfx.planning.plan import Decision
 from perexfx.rewrite import Transformed
 from perexfx.strategies import Materialize
 

@@ -24,14 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from perexfx.analysis.fake_run import FakeInterpreter, fake_inputs, leaves_of
 from perexfx.capture.quiet import quiet
 from perexfx.capture.tracer import TRACING, same_einsums
-from perexfx.choose import Choice, total_bytes
 from perexfx.ir import native
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.cost import Cost
 from perexfx.ir.factors import Factors, Signature
 from perexfx.ir.inputs import Inputs, arguments_for
 from perexfx.ir.site import Key
-from perexfx.plan import Plan
+from perexfx.planning.knapsack import Choice, total_bytes
+from perexfx.planning.plan import Plan
 from perexfx.rehearsal.library_memory import hidden_bytes, workspace_bytes
 from perexfx.rehearsal.step_memory import HandedOver, Passages, Passed, Rehearsal
 from perexfx.rehearsal.timeline import Span, Timeline

@@ -13,7 +13,7 @@ from perexfx.ir.alternative import Alternative
 from perexfx.ir.errors import BudgetError
 from perexfx.ir.inputs import Inputs
 from perexfx.ir.site import Key, Site
-from perexfx.plan import Decision, Plan
+from perexfx.planning.plan import Decision, Plan
 from perexfx.state import PerExample
 from perexfx.views.words import megabytes
 

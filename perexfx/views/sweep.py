@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from perexfx.ir.errors import ArgumentError
 from perexfx.ir.inputs import Inputs
 from perexfx.ir.site import Key
-from perexfx.plan import Plan
+from perexfx.planning.plan import Plan
 from perexfx.state import PerExample
 from perexfx.views.decisions import decided, plans_for
 from perexfx.views.pages import Viewed

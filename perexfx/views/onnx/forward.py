@@ -15,7 +15,7 @@ from perexfx.ir.errors import ArgumentError, ExportError
 from perexfx.ir.inputs import named_leaves
 from perexfx.ir.node import info_of, place_of
 from perexfx.ir.refusal import Place, Refusal
-from perexfx.plan import Plan
+from perexfx.planning.plan import Plan
 from perexfx.rewrite import Transformed
 from perexfx.runtime import clip
 from perexfx.views.onnx.metadata import of_clip, of_norm, of_site

@@ -6,7 +6,7 @@ import json
 from importlib.metadata import PackageNotFoundError, version
 
 from perexfx.ir.site import Site
-from perexfx.plan import Plan
+from perexfx.planning.plan import Plan
 from perexfx.state import Settings
 
 

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from perexfx.alternatives import Alternatives, no_second_run
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.errors import ArgumentError, StrategyError
 from perexfx.ir.factors import Signature
@@ -18,7 +17,8 @@ from perexfx.ir.refusal import Refusal
 from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Site, are_joined, grouped
 from perexfx.ir.strategy import REWEIGHT, Strategy
-from perexfx.plan import Decision, Footprint, Plan
+from perexfx.planning.alternatives import Alternatives, no_second_run
+from perexfx.planning.plan import Decision, Footprint, Plan
 from perexfx.sites.segments import Segment
 
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
-from perexfx.choose import Choice, choose, leanest, total_bytes
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.factors import Signature
 from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Key
 from perexfx.ir.strategy import REWEIGHT, Strategy
-from perexfx.reruns import Cut, Rerun, cuts_of, reruns_of
+from perexfx.planning.knapsack import Choice, choose, leanest, total_bytes
+from perexfx.planning.reruns import Cut, Rerun, cuts_of, reruns_of
 from perexfx.sites.segments import Segment, numbers_of
 
 
