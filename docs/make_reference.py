@@ -20,7 +20,7 @@ GROUPS = {
     "ProofError RefusedError ShapeError StrategyError",
 }
 VALUES = {
-    "transform": "perexfx.state.PerExample",
+    "transform": "perexfx.runtime.state.PerExample",
     "compile_step": "perexfx.compiled.CompiledStep",
     "check": "perexfx.checking.result.CheckResult",
     "verify": "perexfx.verify.Proof",

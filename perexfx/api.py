@@ -27,12 +27,12 @@ from perexfx.planning.planner import check_forced, make_plan
 from perexfx.planning.sizes import fit, operand_dtype, with_kernels, with_shared_inputs
 from perexfx.profiles import current
 from perexfx.rehearsal.dry_run import Rehearsed
-from perexfx.rewrite import Transformed, rewrite, twin_of
+from perexfx.runtime.rewrite import Transformed, rewrite, twin_of
+from perexfx.runtime.state import PerExample, Settings
 from perexfx.sites.match import confirm, match
 from perexfx.sites.refuse import refuse_batch_statistics, refuse_other_trainables
 from perexfx.sites.regions import faster_with_channels_last, regions_of, with_formats
 from perexfx.sites.segments import fit_segments, rerun_cost, segments_of
-from perexfx.state import PerExample, Settings
 from perexfx.strategies import STRATEGIES, Reweight
 
 

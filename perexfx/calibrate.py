@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import nnls
 
-from perexfx.formats import in_format
 from perexfx.ir import native
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost
@@ -27,6 +26,7 @@ from perexfx.ir.machine import BUILT_IN, Machine, Rate
 from perexfx.ir.strategy import Strategy
 from perexfx.measured import HOPELESS, measure, medians
 from perexfx.profiles import processor
+from perexfx.runtime.formats import in_format
 from perexfx.sites.regions import convolution_work, image_work
 
 LONGEST = 0.08

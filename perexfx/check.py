@@ -42,7 +42,7 @@ from perexfx.checking.result import CheckResult, Verdict
 from perexfx.ir.errors import ArgumentError
 from perexfx.ir.inputs import GivenInputs, bind_inputs
 from perexfx.ir.layout import Layout
-from perexfx.state import PerExample, state_of
+from perexfx.runtime.state import PerExample, state_of
 
 
 def check(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import CaptureError
-from perexfx.rewrite import Transformed
+from perexfx.runtime.rewrite import Transformed
 from perexfx.step import LossFunction, Step, call, functional_step, traced
 
 _logger = logging.getLogger("perexfx")

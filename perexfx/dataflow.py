@@ -30,7 +30,7 @@ from perexfx.ir.node import place_of
 from perexfx.ir.rule import Arguments, Backward, Fitted, Geometry, Wrapped
 from perexfx.ir.site import Key
 from perexfx.planning.plan import Plan
-from perexfx.rewrite import Transformed
+from perexfx.runtime.rewrite import Transformed
 from perexfx.sites.classify import passes_no_gradient
 
 

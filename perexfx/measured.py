@@ -15,7 +15,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from perexfx.formats import in_format
 from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost
 from perexfx.ir.factors import (
@@ -31,6 +30,7 @@ from perexfx.ir.factors import (
 from perexfx.ir.machine import Machine
 from perexfx.ir.strategy import Strategy
 from perexfx.profiles import current, folder, identity, load_measurements, save_measurements
+from perexfx.runtime.formats import in_format
 
 SECONDS = 0.02
 """Candidates are repeated for about this long."""

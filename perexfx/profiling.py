@@ -28,8 +28,8 @@ from perexfx.ir.rule import Backward, Wrapped
 from perexfx.ir.strategy import REWEIGHT, Strategy
 from perexfx.planning.plan import Plan
 from perexfx.planning.reruns import Rerun
-from perexfx.rewrite import Transformed
-from perexfx.state import PerExample, state_of
+from perexfx.runtime.rewrite import Transformed
+from perexfx.runtime.state import PerExample, state_of
 from perexfx.step import LossFunction, checked_loss
 from perexfx.step import call as forward_of
 

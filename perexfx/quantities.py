@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from perexfx.api import transform
-from perexfx.rewrite import Transformed
+from perexfx.runtime.rewrite import Transformed
 
 LossFunction = Callable[[Any, Any], Tensor]
 

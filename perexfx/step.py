@@ -20,7 +20,7 @@ from perexfx.analysis.failures import without_numbers
 from perexfx.capture.quiet import quiet
 from perexfx.ir.errors import ArgumentError, CaptureError, PerexError
 from perexfx.ir.inputs import GivenInputs, bind_inputs, by_name, named_leaves
-from perexfx.rewrite import Transformed
+from perexfx.runtime.rewrite import Transformed
 
 LossFunction = Callable[[Any, Any], Tensor]
 

@@ -18,8 +18,8 @@ from perexfx.dataflow import Dataflow, Operation, dataflow
 from perexfx.ir.errors import ArgumentError, ProofError
 from perexfx.ir.site import Key
 from perexfx.linear_operations import ADDED, MOVES, ZEROS, is_linear, is_multiplied, is_product, keeps_fractions
-from perexfx.rewrite import Transformed
-from perexfx.state import PerExample, Settings, planned
+from perexfx.runtime.rewrite import Transformed
+from perexfx.runtime.state import PerExample, Settings, planned
 
 
 @dataclass(frozen=True)

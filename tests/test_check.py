@@ -14,13 +14,13 @@ from cases import BY_NAME, squares
 from torch import Tensor, nn
 
 import perexfx
-from perexfx import clipping
 from perexfx.analysis.axes.elementwise import pointwise
 from perexfx.analysis.axes.table import RULES as AXIS_RULES
 from perexfx.checking.result import CheckResult
 from perexfx.ir.factors import Gradient, Product
 from perexfx.layers.layer_norm import LayerNorm
 from perexfx.layers.linear import Linear
+from perexfx.runtime import clipping
 from perexfx.strategies.outer import Outer
 
 SAMPLE = (

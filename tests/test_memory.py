@@ -23,7 +23,7 @@ from perexfx.ir.errors import BudgetError
 from perexfx.rehearsal.dry_run import rehearse
 from perexfx.rehearsal.step_memory import Rehearsal
 from perexfx.rehearsal.timeline import Span, Timeline
-from perexfx.rewrite import Transformed
+from perexfx.runtime.rewrite import Transformed
 
 
 def vit() -> nn.Module:

@@ -18,13 +18,13 @@ from oracle import Batch, assert_close, norms_of, one_at_a_time, train_step, wei
 from torch import Tensor, nn
 
 import perexfx
-from perexfx.formats import in_format
 from perexfx.ir import native
 from perexfx.ir.convolution import Convolution
 from perexfx.ir.factors import Product, SharedGram
 from perexfx.ir.geometry import ConvolutionGeometry
 from perexfx.ir.kept import Kept
 from perexfx.ir.native import loading
+from perexfx.runtime.formats import in_format
 from perexfx.strategies.direct import Direct
 from perexfx.strategies.gram import Gram
 from perexfx.strategies.gram_shift import GramShift, _fits_kernel

@@ -25,7 +25,7 @@ from perexfx.ir.node import info_of
 from perexfx.ir.strategy import REWEIGHT
 from perexfx.planning.knapsack import choose
 from perexfx.planning.plan import Decision
-from perexfx.rewrite import Transformed
+from perexfx.runtime.rewrite import Transformed
 from perexfx.strategies import Materialize
 
 

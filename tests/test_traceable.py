@@ -21,7 +21,7 @@ import perexfx
 from perexfx.capture.forward import capture
 from perexfx.capture.traceable import forward_of
 from perexfx.ir.recurrent import lstm_layer
-from perexfx.rewrite import twin_of
+from perexfx.runtime.rewrite import twin_of
 
 N, L, S, WIDTH, HEADS = 4, 5, 7, 6, 3
 

@@ -12,9 +12,10 @@ from cases import CASES, Case
 from torch import Tensor, nn
 
 import perexfx
-from perexfx import clipping, runtime
 from perexfx.ir.factors import Factors, Product
 from perexfx.layers.linear import Linear
+from perexfx.runtime import clipping
+from perexfx.runtime import nodes as runtime
 from perexfx.strategies.outer import Outer
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from perexfx.checking.reference import Alone, rows_of
 from perexfx.checking.result import ParameterVerdict, Verdict
-from perexfx.clipping import AUTOMATIC_STABILITY
 from perexfx.ir.layout import Layout
-from perexfx.state import PerExample
+from perexfx.runtime.clipping import AUTOMATIC_STABILITY
+from perexfx.runtime.state import PerExample
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Relative errors that are taken for rounding, by dtype: what deep networks lose to it, with room to spare, and well

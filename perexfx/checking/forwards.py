@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from perexfx.checking.compare import change
 from perexfx.checking.reference import Call, Stateless, output_tensors
-from perexfx.state import PerExample
+from perexfx.runtime.state import PerExample
 
 
 class Forwards:

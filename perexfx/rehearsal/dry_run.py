@@ -35,8 +35,8 @@ from perexfx.planning.plan import Plan
 from perexfx.rehearsal.library_memory import hidden_bytes, workspace_bytes
 from perexfx.rehearsal.step_memory import HandedOver, Passages, Passed, Rehearsal
 from perexfx.rehearsal.timeline import Span, Timeline
+from perexfx.runtime.state import PerExample
 from perexfx.sites.segments import Segment
-from perexfx.state import PerExample
 
 _logger = logging.getLogger("perexfx")
 

@@ -14,7 +14,7 @@ from perexfx.ir.errors import BudgetError
 from perexfx.ir.inputs import Inputs
 from perexfx.ir.site import Key, Site
 from perexfx.planning.plan import Decision, Plan
-from perexfx.state import PerExample
+from perexfx.runtime.state import PerExample
 from perexfx.views.words import megabytes
 
 

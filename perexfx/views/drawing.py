@@ -19,10 +19,10 @@ from perexfx.analysis.analyze import Analysis
 from perexfx.ir.errors import ArgumentError, RefusedError
 from perexfx.ir.node import info_of
 from perexfx.ir.refusal import Refusal
-from perexfx.runtime import clip
-from perexfx.second_run import cut
+from perexfx.runtime.nodes import clip
+from perexfx.runtime.replay import cut
+from perexfx.runtime.state import PerExample, state_of
 from perexfx.sites.classify import reads_shape_only
-from perexfx.state import PerExample, state_of
 from perexfx.views.decisions import Row, rows_of
 from perexfx.views.words import clipping_in_words, counted
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from perexfx.ir.errors import ArgumentError
 from perexfx.profiling import Profile
-from perexfx.state import planned
+from perexfx.runtime.state import planned
 from perexfx.verify import Proof
 from perexfx.views.decisions import (
     CHOICES,

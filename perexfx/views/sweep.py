@@ -13,7 +13,7 @@ from perexfx.ir.errors import ArgumentError
 from perexfx.ir.inputs import Inputs
 from perexfx.ir.site import Key
 from perexfx.planning.plan import Plan
-from perexfx.state import PerExample
+from perexfx.runtime.state import PerExample
 from perexfx.views.decisions import decided, plans_for
 from perexfx.views.pages import Viewed
 from perexfx.views.words import aligned, megabytes

@@ -16,8 +16,8 @@ from perexfx.ir.inputs import named_leaves
 from perexfx.ir.node import info_of, place_of
 from perexfx.ir.refusal import Place, Refusal
 from perexfx.planning.plan import Plan
-from perexfx.rewrite import Transformed
-from perexfx.runtime import clip
+from perexfx.runtime.nodes import clip
+from perexfx.runtime.rewrite import Transformed
 from perexfx.views.onnx.metadata import of_clip, of_norm, of_site
 from perexfx.views.onnx.outline import DOMAIN, Functions, cut_out, share_nothing
 from perexfx.views.onnx.plain import Plain, example_sizes, node_name, own_name, readable

@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 from perexfx.ir.inputs import named_leaves
 from perexfx.ir.node import info_of
 from perexfx.ir.recurrent import lstm_layer
-from perexfx.rewrite import Transformed
-from perexfx.runtime import clip
-from perexfx.second_run import cut
+from perexfx.runtime.nodes import clip
+from perexfx.runtime.replay import cut
+from perexfx.runtime.rewrite import Transformed
 from perexfx.views.onnx.recurrent import lstm_in_torch_or_steps
 from perexfx.views.onnx.translate import free_name
 

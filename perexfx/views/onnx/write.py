@@ -17,7 +17,7 @@ from perexfx.capture.quiet import quiet
 from perexfx.ir.errors import ArgumentError, ExportError, PerexError
 from perexfx.ir.inputs import GivenInputs, bind_inputs, by_name, named_leaves
 from perexfx.ir.refusal import Refusal
-from perexfx.rewrite import Transformed
+from perexfx.runtime.rewrite import Transformed
 from perexfx.step import LossFunction, call, functional_step
 from perexfx.views.files import writing
 from perexfx.views.onnx.compare import Trial, compare

@@ -21,8 +21,8 @@ from perexfx.planning.plan import Plan
 from perexfx.planning.reruns import Cut
 
 if TYPE_CHECKING:
-    from perexfx.second_run import AtCut
-    from perexfx.state import PerExample
+    from perexfx.runtime.replay import AtCut
+    from perexfx.runtime.state import PerExample
 
 
 class Constants:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from perexfx.ir.errors import ArgumentError
-from perexfx.tape import Tape
+from perexfx.runtime.tape import Tape
 
 
 def clip_factors_of(tape: Tape, norms: Tensor, lost: Tensor) -> dict[str, Tensor]:

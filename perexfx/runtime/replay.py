@@ -23,9 +23,9 @@ from perexfx.ir.factors import Factors
 from perexfx.ir.node import info_of
 from perexfx.ir.site import Key
 from perexfx.planning.reruns import Rerun
-from perexfx.pull_back import check_unchanged
-from perexfx.tape import Tape
-from perexfx.trace import Trace
+from perexfx.runtime.digests import Trace
+from perexfx.runtime.pull_back import check_unchanged
+from perexfx.runtime.tape import Tape
 
 # What cuts keep
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from perexfx.tape import Tape
+from perexfx.runtime.tape import Tape
 
 
 def enter(tape: Tape, image: Any, region: int) -> Any:

@@ -24,9 +24,9 @@ from perexfx.ir.site import Key, Operand, Site, are_joined, grouped
 from perexfx.ir.strategy import REWEIGHT
 from perexfx.planning.plan import Plan
 from perexfx.planning.reruns import Rerun
+from perexfx.runtime.tape import Tape
 from perexfx.sites.regions import Region
 from perexfx.sites.segments import Segment
-from perexfx.tape import Tape
 
 if TYPE_CHECKING:
     from perexfx.profiling import Profile

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from perexfx.formats import enter, leave
 from perexfx.ir.node import annotate, info_of
 from perexfx.ir.site import Site
-from perexfx.runtime import clip, norm, per_example
-from perexfx.second_run import cut
+from perexfx.runtime.formats import enter, leave
+from perexfx.runtime.nodes import clip, norm, per_example
+from perexfx.runtime.replay import cut
+from perexfx.runtime.state import PerExample
 from perexfx.sites.regions import Region, images_of, reads_either_format
 from perexfx.sites.segments import Segment
-from perexfx.state import PerExample
 
 STATE = "perexfx"
 PREFIX = "perexfx_"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from perexfx.ir.errors import ModeError
 from perexfx.ir.site import Expression
-from perexfx.tape import Tape
+from perexfx.runtime.tape import Tape
 
 
 def pull_back(tape: Tape, key: tuple[str, str], expression: Expression, gradient: Tensor) -> dict[str, Tensor]:

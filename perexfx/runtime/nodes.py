@@ -20,17 +20,17 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from perexfx.clipping import clip_factors_of
 from perexfx.ir.errors import ShapeError
 from perexfx.ir.factors import Factors, Gradient, squared_norms_of
 from perexfx.ir.rule import Backward, Fitted, Shape
 from perexfx.ir.site import Operand, Site
 from perexfx.ir.tracing import is_watched
-from perexfx.pull_back import add_pulled, pull_back, pull_back_each
-from perexfx.second_run import SecondTape, sums_again
-from perexfx.state import PerExample
-from perexfx.tape import Tape
-from perexfx.waiting import may_wait, together
+from perexfx.runtime.clipping import clip_factors_of
+from perexfx.runtime.pull_back import add_pulled, pull_back, pull_back_each
+from perexfx.runtime.replay import SecondTape, sums_again
+from perexfx.runtime.state import PerExample
+from perexfx.runtime.tape import Tape
+from perexfx.runtime.waiting import may_wait, together
 
 _logger = logging.getLogger("perexfx")
 
