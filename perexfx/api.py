@@ -20,12 +20,12 @@ from perexfx.ir.inputs import GivenInputs, Inputs, arguments_of, batch_sizes, bi
 from perexfx.ir.rule import Rule
 from perexfx.ir.site import Site
 from perexfx.layers import RULES, Fallback
-from perexfx.measured import Measured
+from perexfx.machine.on_disk import current
+from perexfx.machine.timings import Measured
 from perexfx.planning.alternatives import Alternatives
 from perexfx.planning.plan import Plan
 from perexfx.planning.planner import check_forced, make_plan
 from perexfx.planning.sizes import fit, operand_dtype, with_kernels, with_shared_inputs
-from perexfx.profiles import current
 from perexfx.rehearsal.dry_run import Rehearsed
 from perexfx.runtime.rewrite import Transformed, rewrite, twin_of
 from perexfx.runtime.state import PerExample, Settings

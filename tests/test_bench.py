@@ -20,12 +20,12 @@ from perexfx.bench.measure import FEWEST, Timing, in_turn, timed
 from perexfx.bench.memory import peak_allocation, peak_of_process
 from perexfx.bench.steps import Setup, Step, ordinary, set_up
 from perexfx.bench.workloads import WORKLOADS, Workload, numbers, tokens
-from perexfx.calibrate import Observation
 from perexfx.cli import main
 from perexfx.ir import native
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import GradientSignature, ProductSignature
 from perexfx.ir.machine import Machine, Rate
+from perexfx.machine.calibrate import Observation
 
 CPU = torch.device("cpu")
 TINY = numbers("tiny", partial(models.mlp, (6, 5, 10)), 4, 6)

@@ -19,14 +19,14 @@ from perexfx.bench.measure import FEWEST
 from perexfx.bench.memory import peak_allocation
 from perexfx.bench.plots import points
 from perexfx.bench.results import Sheet, progress_bar, publish
-from perexfx.calibrate import Observation, describe, quality, signatures
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost
 from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature, Signature
 from perexfx.ir.machine import BUILT_IN, Machine
 from perexfx.ir.strategy import Strategy
-from perexfx.measured import measure, random_factors
-from perexfx.profiles import current
+from perexfx.machine.calibrate import Observation, describe, quality, signatures
+from perexfx.machine.on_disk import current
+from perexfx.machine.timings import measure, random_factors
 from perexfx.strategies import STRATEGIES
 
 ITEMSIZE = 4

@@ -29,7 +29,7 @@ from perexfx.ir.factors import (
 )
 from perexfx.ir.machine import Machine
 from perexfx.ir.strategy import Strategy
-from perexfx.profiles import current, folder, identity, load_measurements, save_measurements
+from perexfx.machine.on_disk import current, folder, identity, load_measurements, save_measurements
 from perexfx.runtime.formats import in_format
 
 SECONDS = 0.02

@@ -24,8 +24,8 @@ from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignatur
 from perexfx.ir.geometry import ConvolutionGeometry
 from perexfx.ir.machine import BUILT_IN, Machine, Rate
 from perexfx.ir.strategy import Strategy
-from perexfx.measured import HOPELESS, measure, medians
-from perexfx.profiles import processor
+from perexfx.machine.on_disk import processor
+from perexfx.machine.timings import HOPELESS, measure, medians
 from perexfx.runtime.formats import in_format
 from perexfx.sites.regions import convolution_work, image_work
 
