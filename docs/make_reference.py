@@ -21,7 +21,7 @@ GROUPS = {
 }
 VALUES = {
     "transform": "perexfx.runtime.state.PerExample",
-    "compile_step": "perexfx.compiled.CompiledStep",
+    "compile_step": "perexfx.steps.compiled.CompiledStep",
     "check": "perexfx.checking.result.CheckResult",
     "verify": "perexfx.verify.Proof",
     "profile": "perexfx.profiling.Profile",

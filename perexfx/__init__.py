@@ -2,7 +2,6 @@
 
 from perexfx.api import transform
 from perexfx.check import check
-from perexfx.compiled import compile_step
 from perexfx.ir.errors import (
     ArgumentError,
     BudgetError,
@@ -20,8 +19,9 @@ from perexfx.ir.errors import (
 from perexfx.ir.rule import Rule
 from perexfx.passes.replace_batchnorm import replace_batchnorm
 from perexfx.profiling import profile
-from perexfx.quantities import gradient_gram, per_example_grads, per_example_norms
-from perexfx.step import step_graph
+from perexfx.steps.compiled import compile_step
+from perexfx.steps.quantities import gradient_gram, per_example_grads, per_example_norms
+from perexfx.steps.static import step_graph
 from perexfx.verify import verify
 from perexfx.views.onnx import export_onnx
 from perexfx.views.report import report

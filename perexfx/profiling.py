@@ -30,8 +30,8 @@ from perexfx.planning.plan import Plan
 from perexfx.planning.reruns import Rerun
 from perexfx.runtime.rewrite import Transformed
 from perexfx.runtime.state import PerExample, state_of
-from perexfx.step import LossFunction, checked_loss
-from perexfx.step import call as forward_of
+from perexfx.steps.static import LossFunction, checked_loss
+from perexfx.steps.static import call as forward_of
 
 
 @dataclass(frozen=True)

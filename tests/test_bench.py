@@ -12,7 +12,6 @@ import torch
 from matplotlib.image import imread
 
 import perexfx
-from perexfx import compiled
 from perexfx.bench import layers, libraries, models, peers, scale, suite
 from perexfx.bench.families import Family, Size
 from perexfx.bench.libraries import PEERS, Peer, clip_factors, norm_of
@@ -26,6 +25,7 @@ from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import GradientSignature, ProductSignature
 from perexfx.ir.machine import Machine, Rate
 from perexfx.machine.calibrate import Observation
+from perexfx.steps import compiled
 
 CPU = torch.device("cpu")
 TINY = numbers("tiny", partial(models.mlp, (6, 5, 10)), 4, 6)

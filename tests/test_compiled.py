@@ -14,9 +14,9 @@ from oracle import assert_close
 from torch import Tensor, nn
 
 import perexfx
-from perexfx import compiled
 from perexfx.bench.models import mlp, small_cnn
-from perexfx.compiled import CompiledStep
+from perexfx.steps import compiled
+from perexfx.steps.compiled import CompiledStep
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own
 

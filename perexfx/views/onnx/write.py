@@ -18,7 +18,7 @@ from perexfx.ir.errors import ArgumentError, ExportError, PerexError
 from perexfx.ir.inputs import GivenInputs, bind_inputs, by_name, named_leaves
 from perexfx.ir.refusal import Refusal
 from perexfx.runtime.rewrite import Transformed
-from perexfx.step import LossFunction, call, functional_step
+from perexfx.steps.static import LossFunction, call, functional_step
 from perexfx.views.files import writing
 from perexfx.views.onnx.compare import Trial, compare
 from perexfx.views.onnx.forward import forward_model

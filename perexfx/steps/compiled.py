@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import CaptureError
 from perexfx.runtime.rewrite import Transformed
-from perexfx.step import LossFunction, Step, call, functional_step, traced
+from perexfx.steps.static import LossFunction, Step, call, functional_step, traced
 
 _logger = logging.getLogger("perexfx")
 
