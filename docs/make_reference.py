@@ -22,9 +22,9 @@ GROUPS = {
 VALUES = {
     "transform": "perexfx.runtime.state.PerExample",
     "compile_step": "perexfx.steps.compiled.CompiledStep",
-    "check": "perexfx.checking.result.CheckResult",
-    "verify": "perexfx.verify.Proof",
-    "profile": "perexfx.profiling.Profile",
+    "check": "perexfx.inspecting.check.result.CheckResult",
+    "verify": "perexfx.inspecting.proof.verify.Proof",
+    "profile": "perexfx.inspecting.profile.Profile",
     "report": "perexfx.views.report.Report perexfx.views.sweep.Sweep perexfx.views.decisions.Row "
     "perexfx.views.decisions.Choice perexfx.views.decisions.Option",
 }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import perexfx
 from perexfx.analysis.axes.elementwise import pointwise
 from perexfx.analysis.axes.table import RULES as AXIS_RULES
-from perexfx.checking.result import CheckResult
+from perexfx.inspecting.check.result import CheckResult
 from perexfx.ir.factors import Gradient, Product
 from perexfx.layers.layer_norm import LayerNorm
 from perexfx.layers.linear import Linear

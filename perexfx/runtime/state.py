@@ -29,9 +29,9 @@ from perexfx.sites.regions import Region
 from perexfx.sites.segments import Segment
 
 if TYPE_CHECKING:
-    from perexfx.profiling import Profile
+    from perexfx.inspecting.profile import Profile
+    from perexfx.inspecting.proof.verify import Proof
     from perexfx.rehearsal.step_memory import Rehearsal
-    from perexfx.verify import Proof
 
 Clipping = str | Callable[[Tensor], Tensor]
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, overload
 
 from torch import nn
 
+from perexfx.inspecting.profile import Profile
+from perexfx.inspecting.proof.verify import Proof
 from perexfx.ir.errors import ArgumentError
-from perexfx.profiling import Profile
 from perexfx.runtime.state import planned
-from perexfx.verify import Proof
 from perexfx.views.decisions import (
     CHOICES,
     BudgetStep,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from perexfx.checking.compare import (
+from perexfx.inspecting.check.compare import (
     TOLERANCES,
     Truth,
     compare_losses,
@@ -27,9 +27,9 @@ from perexfx.checking.compare import (
     graded,
     structures_differ,
 )
-from perexfx.checking.forwards import Forwards, modes_kept
-from perexfx.checking.mixing import find_mixing
-from perexfx.checking.reference import (
+from perexfx.inspecting.check.forwards import Forwards, modes_kept
+from perexfx.inspecting.check.mixing import find_mixing
+from perexfx.inspecting.check.reference import (
     BuiltInLoss,
     Call,
     Loss,
@@ -38,7 +38,7 @@ from perexfx.checking.reference import (
     one_at_a_time,
     output_tensors,
 )
-from perexfx.checking.result import CheckResult, Verdict
+from perexfx.inspecting.check.result import CheckResult, Verdict
 from perexfx.ir.errors import ArgumentError
 from perexfx.ir.inputs import GivenInputs, bind_inputs
 from perexfx.ir.layout import Layout

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perexfx.checking.reference import Alone, rows_of
-from perexfx.checking.result import ParameterVerdict, Verdict
+from perexfx.inspecting.check.reference import Alone, rows_of
+from perexfx.inspecting.check.result import ParameterVerdict, Verdict
 from perexfx.ir.layout import Layout
 from perexfx.runtime.clipping import AUTOMATIC_STABILITY
 from perexfx.runtime.state import PerExample

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from perexfx.checking.compare import change
-from perexfx.checking.reference import Call, rows_of
-from perexfx.checking.result import Mixed
+from perexfx.inspecting.check.compare import change
+from perexfx.inspecting.check.reference import Call, rows_of
+from perexfx.inspecting.check.result import Mixed
 from perexfx.ir.layout import Layout
 
 NOISE = 10

@@ -14,10 +14,18 @@ from dataclasses import dataclass, replace
 import networkx as nx
 from torch import nn
 
-from perexfx.dataflow import Dataflow, Operation, dataflow
+from perexfx.inspecting.proof.dataflow import Dataflow, Operation, dataflow
+from perexfx.inspecting.proof.linear_operations import (
+    ADDED,
+    MOVES,
+    ZEROS,
+    is_linear,
+    is_multiplied,
+    is_product,
+    keeps_fractions,
+)
 from perexfx.ir.errors import ArgumentError, ProofError
 from perexfx.ir.site import Key
-from perexfx.linear_operations import ADDED, MOVES, ZEROS, is_linear, is_multiplied, is_product, keeps_fractions
 from perexfx.runtime.rewrite import Transformed
 from perexfx.runtime.state import PerExample, Settings, planned
 

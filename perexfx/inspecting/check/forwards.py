@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, fx, nn
 
-from perexfx.checking.compare import change
-from perexfx.checking.reference import Call, Stateless, output_tensors
+from perexfx.inspecting.check.compare import change
+from perexfx.inspecting.check.reference import Call, Stateless, output_tensors
 from perexfx.runtime.state import PerExample
 
 
