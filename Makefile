@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP = $(VENV)/.installed-$(1)
-BUILT_FROM = pyproject.toml setup.py constraints.txt $(wildcard perexfx/ir/native/*.cpp perexfx/ir/native/*.h)
+BUILT_FROM = pyproject.toml setup.py constraints.txt $(wildcard perexfx/kernels/cpp/*.cpp perexfx/kernels/cpp/*.h)
 
 .PHONY: demo test lint bench clean
 
@@ -37,4 +37,4 @@ $(VENV)/.installed-bench: $(VENV)/bin/python $(BUILT_FROM)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build perexfx/ir/native/*.kernels demo-output .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build perexfx/kernels/cpp/*.kernels demo-output .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -12,7 +12,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-NATIVE = Path("perexfx/ir/native")
+NATIVE = Path("perexfx/kernels/cpp")
 SOURCES = sorted(NATIVE.glob("*.cpp"))
 LEVELS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"],
@@ -23,7 +23,7 @@ HAS_KERNELS = platform.machine().lower() in {"x86_64", "amd64"} and sys.platform
 
 
 def fingerprint() -> str:
-    """Of all that the libraries are made from: they are not used with other sources. As in perexfx/ir/native."""
+    """Of all that the libraries are made from: they are not used with other sources. As in perexfx/kernels/loading.py."""
     every = sorted([*SOURCES, *NATIVE.glob("*.h")])
     return hashlib.sha256(b"".join(path.read_bytes() for path in every)).hexdigest()[:16]
 
@@ -45,7 +45,7 @@ setup(
     cmdclass={"build_ext": BuildKernels},
     ext_modules=[
         Extension(
-            f"perexfx.ir.native.{level}",
+            f"perexfx.kernels.cpp.{level}",
             [str(path) for path in SOURCES],
             extra_compile_args=[*FLAGS, *flags, f'-DPEREXFX_FINGERPRINT="{fingerprint()}"'],
             extra_link_args=["-fopenmp"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from perexfx.ir import native
+from perexfx import kernels as native
 
 needs_kernels = pytest.mark.skipif(
     not native.are_built(),

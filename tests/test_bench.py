@@ -12,6 +12,7 @@ import torch
 from matplotlib.image import imread
 
 import perexfx
+from perexfx import kernels as native
 from perexfx.bench import layers, libraries, models, peers, scale, suite
 from perexfx.bench.families import Family, Size
 from perexfx.bench.libraries import PEERS, Peer, clip_factors, norm_of
@@ -20,7 +21,6 @@ from perexfx.bench.memory import peak_allocation, peak_of_process
 from perexfx.bench.steps import Setup, Step, ordinary, set_up
 from perexfx.bench.workloads import WORKLOADS, Workload, numbers, tokens
 from perexfx.cli import main
-from perexfx.ir import native
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import GradientSignature, ProductSignature
 from perexfx.ir.machine import Machine, Rate

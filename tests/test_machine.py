@@ -15,8 +15,8 @@ from perexfx.cli import main
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature
-from perexfx.ir.geometry import ConvolutionGeometry
 from perexfx.ir.machine import BUILT_IN, Machine, Rate
+from perexfx.kernels.geometry import ConvolutionGeometry
 from perexfx.machine import calibrate
 from perexfx.machine import on_disk as profiles
 from perexfx.machine import timings as measured

@@ -18,12 +18,12 @@ from oracle import Batch, assert_close, norms_of, one_at_a_time, train_step, wei
 from torch import Tensor, nn
 
 import perexfx
-from perexfx.ir import native
+from perexfx import kernels as native
 from perexfx.ir.convolution import Convolution
 from perexfx.ir.factors import Product, SharedGram
-from perexfx.ir.geometry import ConvolutionGeometry
 from perexfx.ir.kept import Kept
-from perexfx.ir.native import loading
+from perexfx.kernels import loading
+from perexfx.kernels.geometry import ConvolutionGeometry
 from perexfx.runtime.formats import in_format
 from perexfx.strategies.direct import Direct
 from perexfx.strategies.gram import Gram
@@ -48,7 +48,7 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CD
         pytest.skip("kernels are built where there is a compiler with OpenMP")
     library = loading.load(path)
     assert library is not None
-    monkeypatch.setattr("perexfx.ir.native.tensors.loaded", lambda: library)
+    monkeypatch.setattr("perexfx.kernels.tensors.loaded", lambda: library)
     return library
 
 
@@ -590,7 +590,7 @@ def test_what_the_lstm_kernel_is_not_for(
     batch = Batch((torch.randn(4, 5, 3, dtype=dtype),), torch.randn(4, dtype=dtype))
     found = train_step(perexfx.transform(model), batch, squares)
     assert "lstm_steps_back" not in calls
-    monkeypatch.setattr("perexfx.ir.native.tensors.loaded", lambda: None)
+    monkeypatch.setattr("perexfx.kernels.tensors.loaded", lambda: None)
     expected = train_step(perexfx.transform(model), batch, squares)
     assert_close(found, expected, 1e-6, "gradients")
 
@@ -616,7 +616,7 @@ def test_group_norms_of_very_large_and_small_images(
     scale: float, eps: float, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not has_kernels:
-        monkeypatch.setattr("perexfx.ir.native.tensors.loaded", lambda: None)
+        monkeypatch.setattr("perexfx.kernels.tensors.loaded", lambda: None)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.GroupNorm(4, 16, eps=eps), nn.Tanh())
     batch = Batch((scale * torch.randn(3, 8, 6, 6).contiguous(memory_format=torch.channels_last),), torch.randn(3))
@@ -642,7 +642,7 @@ def test_group_norms_with_an_axis_of_one_element(
     frozen: str, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not has_kernels:
-        monkeypatch.setattr("perexfx.ir.native.tensors.loaded", lambda: None)
+        monkeypatch.setattr("perexfx.kernels.tensors.loaded", lambda: None)
     torch.manual_seed(0)
     model = Turned()
     if frozen:
@@ -718,7 +718,7 @@ def test_without_kernels(
 
 
 def test_a_strategy_without_its_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perexfx.ir.native.tensors.loaded", lambda: None)
+    monkeypatch.setattr("perexfx.kernels.tensors.loaded", lambda: None)
     with pytest.raises(perexfx.PerexError, match="no kernel in C\\+\\+"):
         perexfx.transform(SmallNet(), torch.randn(2, 3, 8, 8), strategy={"first": "direct"})
 

@@ -19,8 +19,8 @@ from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.errors import BudgetError
 from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature
-from perexfx.ir.geometry import ConvolutionGeometry
 from perexfx.ir.machine import BUILT_IN, Machine, Rate
+from perexfx.kernels.geometry import ConvolutionGeometry
 from perexfx.planning.knapsack import choose, least_bytes
 from perexfx.sites.regions import convolution_work, image_work
 from perexfx.strategies import STRATEGIES, Gram, GramShift, Grouped, Loop, Materialize, Outer

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import perexfx
 from perexfx.analysis.fake_run import record
 from perexfx.capture.lower import lower_recurrent
-from perexfx.ir import gemm
 from perexfx.ir.inputs import Inputs
 from perexfx.ir.recurrent import gru_layer, lstm_layer, rnn_layer
+from perexfx.kernels import gemm
 
 
 def squares(output: Tensor, targets: Tensor) -> Tensor:

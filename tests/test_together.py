@@ -73,7 +73,7 @@ def test_grams_of_a_common_input_are_made_once(
 ) -> None:
     """Kernels form no others."""
     if not has_kernels:
-        monkeypatch.setattr("perexfx.ir.native.tensors.loaded", lambda: None)
+        monkeypatch.setattr("perexfx.kernels.tensors.loaded", lambda: None)
     model, batch = attention(), a_batch(t=t)
     gm = perexfx.transform(model, batch.inputs, clip_norm=0.1, strategy="gram")
     for _ in range(2):

@@ -9,9 +9,9 @@ from oracle import Batch, assert_close, norms_of, one_at_a_time, train_step, wei
 from torch import Tensor, nn
 
 import perexfx
-from perexfx.ir import workspace
 from perexfx.ir.recurrent import lstm_layer
-from perexfx.ir.workspace import gates_in, has_gates, lstm_with_workspace
+from perexfx.kernels import lstm_workspace as workspace
+from perexfx.kernels.lstm_workspace import gates_in, has_gates, lstm_with_workspace
 
 SIZES = [(5, 2, 3, 4), (3, 4, 5, 6), (7, 5, 16, 24), (1, 3, 8, 8), (9, 1, 4, 64), (6, 16, 32, 128), (4, 3, 300, 100)]
 has_onednn = torch.backends.mkldnn.is_available()

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from perexfx.ir import native
+from perexfx import kernels as native
 from perexfx.machine.on_disk import processor
 
 

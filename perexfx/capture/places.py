@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
 def line_of(error: BaseException) -> str:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perexfx.ir import native
+from perexfx import kernels as native
 from perexfx.ir.factors import Product, drop_examples, scale_examples
-from perexfx.ir.geometry import ConvolutionGeometry
+from perexfx.kernels.geometry import ConvolutionGeometry
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ConvolutionSignature:
         shape: `[out channels, in channels / groups, *kernel]`.
         geometry: Stride, padding, dilation, groups.
         channels_last: Whether the images lie with their channels last.
-        has_kernels: Whether there are kernels in C++ for it (`perexfx.ir.native`).
+        has_kernels: Whether there are kernels in C++ for it (`perexfx.kernels`).
     """
 
     n: int

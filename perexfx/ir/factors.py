@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from perexfx.ir.gemm import transposed_product, transposed_products
+from perexfx.kernels.gemm import transposed_product, transposed_products
 
 
 @runtime_checkable
@@ -141,7 +141,7 @@ class ProductSignature:
     left_users: int = 1
     """How many sites have the same left factor."""
     has_kernels: bool = False
-    """Whether there are kernels in C++ for it (`perexfx.ir.native`)."""
+    """Whether there are kernels in C++ for it (`perexfx.kernels`)."""
 
     @property
     def held_elements(self) -> int:

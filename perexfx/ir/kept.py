@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from perexfx.ir import native
+from perexfx import kernels as native
 from perexfx.ir.factors import Gradient, GradientSignature, drop_examples, parameter_of
 
 PIECE_BYTES = 16 << 20

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from perexfx.ir.convolution import Convolution, ConvolutionSignature, is_copied_for
 from perexfx.ir.factors import Factors, Gradient, GradientSignature, Signature
-from perexfx.ir.geometry import ConvolutionGeometry
 from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, Target
+from perexfx.kernels.geometry import ConvolutionGeometry
 
 
 def per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:

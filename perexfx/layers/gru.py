@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perexfx.ir.gemm import linear_by
 from perexfx.ir.recurrent import gru_layer
 from perexfx.ir.rule import Arguments, Backward
+from perexfx.kernels.gemm import linear_by
 from perexfx.layers.recurrent import GateGradients, Recurrent, all_times, arriving, backwards, before, tanh_
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward

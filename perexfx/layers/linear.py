@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perexfx.ir.factors import Factors, Gradient, GradientSignature, Product, ProductSignature, Signature
-from perexfx.ir.gemm import linear
 from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, sum_positions
+from perexfx.kernels.gemm import linear
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from perexfx.ir.factors import Factors, Product
-from perexfx.ir.gemm import linear_by
-from perexfx.ir.native import lstm_steps_back
 from perexfx.ir.recurrent import lstm_layer
 from perexfx.ir.rule import Arguments, Backward, Geometry
-from perexfx.ir.workspace import are_equal, gates_in, has_gates, lstm_with_workspace
+from perexfx.kernels import lstm_steps_back
+from perexfx.kernels.gemm import linear_by
+from perexfx.kernels.lstm_workspace import are_equal, gates_in, has_gates, lstm_with_workspace
 from perexfx.layers.recurrent import (
     GateGradients,
     Recurrent,

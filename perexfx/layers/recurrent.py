@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from perexfx.ir.factors import Factors, Gradient, GradientSignature, Product, ProductSignature, SharedGram, Signature
-from perexfx.ir.gemm import linear, linear_by
 from perexfx.ir.layout import Layout
 from perexfx.ir.recurrent import rnn_layer
 from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, sum_positions
+from perexfx.kernels.gemm import linear, linear_by
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.factors import Factors, Gradient, GradientSignature, Signature
-from perexfx.ir.geometry import ConvolutionGeometry
 from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, Target, sum_positions
+from perexfx.kernels.geometry import ConvolutionGeometry
 from perexfx.layers.convolution import per_axis
 
 

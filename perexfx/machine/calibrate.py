@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import nnls
 
-from perexfx.ir import native
+from perexfx import kernels as native
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost
 from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature, Signature
-from perexfx.ir.geometry import ConvolutionGeometry
 from perexfx.ir.machine import BUILT_IN, Machine, Rate
 from perexfx.ir.strategy import Strategy
+from perexfx.kernels.geometry import ConvolutionGeometry
 from perexfx.machine.on_disk import processor
 from perexfx.machine.timings import HOPELESS, measure, medians
 from perexfx.runtime.formats import in_format

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from perexfx.ir import native
+from perexfx import kernels as native
 from perexfx.ir.machine import BUILT_IN, Machine
 
 _logger = logging.getLogger("perexfx")

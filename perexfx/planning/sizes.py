@@ -14,8 +14,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from perexfx import kernels as native
 from perexfx.analysis.analyze import Analysis
-from perexfx.ir import native
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.errors import CoverageError
 from perexfx.ir.factors import ProductSignature, Signature

@@ -24,7 +24,7 @@ from perexfx.ir.errors import ShapeError
 from perexfx.ir.factors import Factors, Gradient, squared_norms_of
 from perexfx.ir.rule import Backward, Fitted, Shape
 from perexfx.ir.site import Operand, Site
-from perexfx.ir.tracing import is_watched
+from perexfx.kernels.watched import is_watched
 from perexfx.runtime.clipping import clip_factors_of
 from perexfx.runtime.pull_back import add_pulled, pull_back, pull_back_each
 from perexfx.runtime.replay import SecondTape, sums_again

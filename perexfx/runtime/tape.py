@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import ModeError
 from perexfx.ir.factors import Factors, Gradient, Product, SharedGram
-from perexfx.ir.tracing import is_watched
+from perexfx.kernels.watched import is_watched
 from perexfx.planning.plan import Plan
 from perexfx.planning.reruns import Cut
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import ProductSignature, RowsSignature, Signature
-from perexfx.ir.gemm import SMALL_EACH, mkl_is_slow
 from perexfx.ir.kept import PIECE_BYTES
 from perexfx.ir.ordinary import ordinary_gradient, parameter_elements
+from perexfx.kernels.gemm import SMALL_EACH, mkl_is_slow
 
 
 def finish_kept(signature: Signature, itemsize: int) -> Work:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perexfx.ir import native
+from perexfx import kernels as native
 from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Product, ProductSignature, Rows, RowsSignature, SharedGram, Signature
-from perexfx.ir.gemm import SMALL_EACH, products
+from perexfx.kernels.gemm import SMALL_EACH, products
 from perexfx.strategies.costs import batched_product, gram_flops, held_factors
 
 CHUNK_ELEMENTS = 1 << 20

@@ -9,12 +9,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from perexfx.ir import native
+from perexfx import kernels as native
 from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Signature
-from perexfx.ir.gemm import products
-from perexfx.ir.geometry import ConvolutionGeometry
+from perexfx.kernels.gemm import products
+from perexfx.kernels.geometry import ConvolutionGeometry
 from perexfx.strategies.costs import batched_product, gram_flops, held_factors
 from perexfx.strategies.gram import sum_of_products
 

@@ -23,9 +23,9 @@ from perexfx.ir.factors import (
     block_norms,
     squared_norms_of,
 )
-from perexfx.ir.gemm import are_one_by_one, transposed_products, transposed_products_one_by_one
 from perexfx.ir.kept import ALONE_BYTES, PIECE_BYTES, Kept, joined
 from perexfx.ir.ordinary import parameter_elements
+from perexfx.kernels.gemm import are_one_by_one, transposed_products, transposed_products_one_by_one
 from perexfx.strategies.costs import (
     batched_product,
     finish_kept,

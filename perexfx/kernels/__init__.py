@@ -5,12 +5,12 @@ there is a compiler for them; without them, for tensors that they are not made f
 Python code runs. `PEREXFX_KERNELS=0` leaves them out.
 """
 
-from perexfx.ir.native.convolutions import MOST_AXES, kernel_gradients, kernel_sum, shifted_squares
-from perexfx.ir.native.loading import DTYPES
-from perexfx.ir.native.normalization import group_norm, group_norm_back
-from perexfx.ir.native.products import gram, gram_norms, product_gradients, weighted_sum
-from perexfx.ir.native.recurrent import LANES, lstm_steps_back
-from perexfx.ir.native.tensors import are_built, are_for, for_sizes, level
+from perexfx.kernels.convolutions import MOST_AXES, kernel_gradients, kernel_sum, shifted_squares
+from perexfx.kernels.loading import DTYPES
+from perexfx.kernels.normalization import group_norm, group_norm_back
+from perexfx.kernels.products import gram, gram_norms, product_gradients, weighted_sum
+from perexfx.kernels.recurrent import LANES, lstm_steps_back
+from perexfx.kernels.tensors import are_built, are_for, for_sizes, level
 
 __all__ = [
     "DTYPES",

@@ -65,7 +65,7 @@ _SIGNATURES = {
 _UNTYPED = ("lstm_steps_back", "kernel_gradient_pieces", "product_gradient_blocks", "gram_ranges")
 """Those that there is one of."""
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "cpp"
 """Of the libraries and of their sources."""
 
 

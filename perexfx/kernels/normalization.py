@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from perexfx.ir.native.loading import typed
-from perexfx.ir.native.tensors import library_for, pointer
+from perexfx.kernels.loading import typed
+from perexfx.kernels.tensors import library_for, pointer
 
 
 def group_norm(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perexfx.ir.tracing import is_watched
+from perexfx.kernels.watched import is_watched
 
 SMALL = 1 << 22
 """Products of fewer flops are left to `F.linear`: oneDNN takes some ten microseconds to begin."""

@@ -9,8 +9,8 @@ from ctypes import byref, c_void_p
 import torch
 from torch import Tensor
 
-from perexfx.ir.native.loading import typed
-from perexfx.ir.native.tensors import library_for, pointer, strides_of
+from perexfx.kernels.loading import typed
+from perexfx.kernels.tensors import library_for, pointer, strides_of
 
 
 def gram(rows: Tensor) -> Tensor | None:

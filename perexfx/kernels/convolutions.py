@@ -9,9 +9,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from perexfx.ir.geometry import ConvolutionGeometry
-from perexfx.ir.native.loading import Slide, typed
-from perexfx.ir.native.tensors import library_for, pointer, strides_of
+from perexfx.kernels.geometry import ConvolutionGeometry
+from perexfx.kernels.loading import Slide, typed
+from perexfx.kernels.tensors import library_for, pointer, strides_of
 
 MOST_AXES = 4
 """Of a convolution's kernel: one or two are spatial."""

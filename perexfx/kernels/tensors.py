@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from perexfx.ir.native.loading import DTYPES, Strides, loaded
-from perexfx.ir.tracing import is_watched
+from perexfx.kernels.loading import DTYPES, Strides, loaded
+from perexfx.kernels.watched import is_watched
 
 _for_sizes: ContextVar[bool] = ContextVar("whether sizes are all that is asked for", default=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from perexfx.ir.native.tensors import are_built, is_for_sizes, library_for
+from perexfx.kernels.tensors import are_built, is_for_sizes, library_for
 
 LANES = 16
 """Hidden sizes of an LSTM must be a multiple: as many float32 as the widest registers hold."""

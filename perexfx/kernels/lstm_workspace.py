@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from perexfx.ir.tracing import is_watched
+from perexfx.kernels.watched import is_watched
 
 _LSTM = 2
 """torch's number for the kind of cell."""
