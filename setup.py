@@ -23,7 +23,7 @@ HAS_KERNELS = platform.machine().lower() in {"x86_64", "amd64"} and sys.platform
 
 
 def fingerprint() -> str:
-    """Of all that the libraries are made from: they are not used with other sources. As in perexfx/kernels/loading.py."""
+    """Of all that the libraries are made from, as `perexfx.kernels.loading` makes it: with others they are not used."""
     every = sorted([*SOURCES, *NATIVE.glob("*.h")])
     return hashlib.sha256(b"".join(path.read_bytes() for path in every)).hexdigest()[:16]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from perexfx import kernels as native
+from perexfx import kernels
 
 needs_kernels = pytest.mark.skipif(
-    not native.are_built(),
+    not kernels.are_built(),
     reason="kernels are built for x86-64 with AVX2, where there is a compiler with OpenMP",
 )

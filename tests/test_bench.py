@@ -12,7 +12,7 @@ import torch
 from matplotlib.image import imread
 
 import perexfx
-from perexfx import kernels as native
+from perexfx import kernels
 from perexfx.bench import layers, libraries, models, peers, scale, suite
 from perexfx.bench.families import Family, Size
 from perexfx.bench.libraries import PEERS, Peer, clip_factors, norm_of
@@ -243,7 +243,7 @@ def test_layers(tmp_path: Path) -> None:
 
 
 def test_bytes_are_those_of_what_is_made_and_kept() -> None:
-    layer = ProductSignature(8, 1, 40, 50, 60, (60, 50), has_kernels=native.are_built())
+    layer = ProductSignature(8, 1, 40, 50, 60, (60, 50), has_kernels=kernels.are_built())
     (case,) = layers.run(1, CPU, None, [layer])
     assert case.allocated["materialize"] >= 4 * 8 * 50 * 60
     assert case.allocated["gram"] >= 4 * 8 * 40 * (50 + 60)

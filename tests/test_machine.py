@@ -17,9 +17,7 @@ from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature
 from perexfx.ir.machine import BUILT_IN, Machine, Rate
 from perexfx.kernels.geometry import ConvolutionGeometry
-from perexfx.machine import calibrate
-from perexfx.machine import on_disk as profiles
-from perexfx.machine import timings as measured
+from perexfx.machine import calibrate, on_disk, timings
 from perexfx.strategies import STRATEGIES
 
 
@@ -36,16 +34,16 @@ SLOW = Machine(
 
 
 def test_a_profile_is_kept_for_this_machine_and_number_of_threads() -> None:
-    assert profiles.current() is BUILT_IN
-    path = profiles.save(SLOW)
-    assert profiles.current() == SLOW
+    assert on_disk.current() is BUILT_IN
+    path = on_disk.save(SLOW)
+    assert on_disk.current() == SLOW
     gm = perexfx.transform(nn.Linear(3, 2), torch.randn(4, 3))
     assert gm.perexfx.plan is not None
     assert gm.perexfx.plan.machine == "slow"
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        assert profiles.current() is BUILT_IN
+        assert on_disk.current() is BUILT_IN
     finally:
         torch.set_num_threads(threads)
     assert str(threads) in path.name
@@ -56,10 +54,10 @@ def test_a_profile_is_kept_for_this_machine_and_number_of_threads() -> None:
 def test_a_broken_profile_counts_as_none_and_says_so(
     content: str, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = profiles.save(SLOW)
+    path = on_disk.save(SLOW)
     path.write_text(content)
     with caplog.at_level(logging.WARNING, "perexfx"):
-        assert profiles.current() is BUILT_IN
+        assert on_disk.current() is BUILT_IN
     assert str(cache) in caplog.text
 
 
@@ -67,7 +65,7 @@ def test_a_folder_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.delenv("PEREXFX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("sys.platform", "linux")
-    assert profiles.folder() == tmp_path / "perexfx"
+    assert on_disk.folder() == tmp_path / "perexfx"
 
 
 def test_a_fit_finds_the_rates_behind_the_timings() -> None:
@@ -124,7 +122,7 @@ def test_calibrate_from_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(calibrate, "signatures", lambda: small)
     monkeypatch.setattr(calibrate, "IMAGES", [(2, 3, 4, 6, 3, 1)])
     assert main(["calibrate"]) == 0
-    machine = profiles.current()
+    machine = on_disk.current()
     assert machine is not BUILT_IN
     assert machine.rates.keys() == BUILT_IN.rates.keys()
     assert machine.name in " ".join(capsys.readouterr().out.split())
@@ -133,14 +131,14 @@ def test_calibrate_from_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_measured_plans_time_each_size_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[object] = []
-    plain = measured.measure
+    plain = timings.measure
 
     def counted(candidates, signature, dtype, device):
         sizes.append(signature)
         seconds = plain(candidates, signature, dtype, device)
         return {name: 1.0 if name == "materialize" else 2.0 for name in seconds}
 
-    monkeypatch.setattr(measured, "measure", counted)
+    monkeypatch.setattr(timings, "measure", counted)
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
     x = torch.randn(5, 4, 6)
     gm = perexfx.transform(model, x, cost_model="measured")
@@ -150,7 +148,7 @@ def test_measured_plans_time_each_size_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert {plan[site.name] for site in gm.perexfx.sites} == {"materialize"}
     assert len(sizes) == len(set(sizes))
     before = len(sizes)
-    measured._remembered.cache_clear()  # as in another process
+    timings._remembered.cache_clear()  # as in another process
     perexfx.transform(model, x, cost_model="measured")
     assert len(sizes) == before
 
@@ -163,7 +161,7 @@ def test_random_factors_have_their_signature() -> None:
         RowsSignature(3, 4, 10, 2),
         GradientSignature(3, (7, 2)),
     ):
-        factors = measured.random_factors(signature, torch.float64, torch.device("cpu"))
+        factors = timings.random_factors(signature, torch.float64, torch.device("cpu"))
         assert factors.signature == signature
         norms = [s.squared_norms(factors)[0] for s in STRATEGIES if s.refuses(signature) is None]
         for found in norms[1:]:

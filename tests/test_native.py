@@ -18,7 +18,7 @@ from oracle import Batch, assert_close, norms_of, one_at_a_time, train_step, wei
 from torch import Tensor, nn
 
 import perexfx
-from perexfx import kernels as native
+from perexfx import kernels
 from perexfx.ir.convolution import Convolution
 from perexfx.ir.factors import Product, SharedGram
 from perexfx.ir.kept import Kept
@@ -35,7 +35,7 @@ LEVELS = {"avx512": ("AVX512",), "avx2": ("AVX512", "AVX2")}
 
 @needs_kernels
 def test_the_best_is_taken() -> None:
-    assert native.level() == {"AVX512": "avx512", "AVX2": "avx2"}[torch.backends.cpu.get_cpu_capability()]
+    assert kernels.level() == {"AVX512": "avx512", "AVX2": "avx2"}[torch.backends.cpu.get_cpu_capability()]
 
 
 @pytest.fixture(params=LEVELS)
@@ -56,8 +56,8 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CD
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that ran."""
     ran: list[str] = []
-    for name in native.__all__:
-        original = getattr(native, name)
+    for name in kernels.__all__:
+        original = getattr(kernels, name)
         if not callable(original) or name in ("are_built", "are_for", "for_sizes", "level"):
             continue
 
@@ -67,8 +67,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 ran.append(name)
             return found
 
-        monkeypatch.setattr(native, name, run)
-    monkeypatch.setattr("perexfx.layers.lstm.lstm_steps_back", native.lstm_steps_back)
+        monkeypatch.setattr(kernels, name, run)
+    monkeypatch.setattr("perexfx.layers.lstm.lstm_steps_back", kernels.lstm_steps_back)
     return ran
 
 
@@ -92,7 +92,7 @@ def test_gram_matrices(sizes: tuple[int, int, int], dtype: torch.dtype, threads:
         torch.randn(t, n, size, dtype=dtype).transpose(0, 1),
         torch.randn(n, t, size + 3, dtype=dtype)[..., 1:-2],
     ):
-        found = native.gram(rows)
+        found = kernels.gram(rows)
         assert found is not None
         exact = rows.double() @ rows.double().transpose(1, 2)
         tolerance = 1e-6 if dtype == torch.float32 else 1e-14
@@ -159,7 +159,7 @@ def test_convolutions(seed: int, level: CDLL, calls: list[str]) -> None:
     weights = torch.rand(len(norms), dtype=dtype)
     expected = torch.einsum("n,n...->...", weights.double(), exact)
     assert_all_close(kept.weighted_sum(weights), expected, dtype)
-    found = native.kernel_sum(factors.layer_input, factors.grad_output, weights, factors.shape, factors.geometry)
+    found = kernels.kernel_sum(factors.layer_input, factors.grad_output, weights, factors.shape, factors.geometry)
     assert found is not None
     assert found.is_contiguous()
     assert_all_close(found, expected, dtype)
@@ -211,9 +211,9 @@ def test_group_norms(
     x = in_format(3 * torch.randn(n, channels, size, size, dtype=dtype) + 5, torch.channels_last)
     g = in_format(torch.randn(n, channels, size, size, dtype=dtype), torch.channels_last)
     weight, bias = torch.randn(2, channels, dtype=dtype) if is_affine else (None, None)
-    forward = native.group_norm(x, weight, bias, groups, 1e-5)
+    forward = kernels.group_norm(x, weight, bias, groups, 1e-5)
     assert forward is not None
-    backward = native.group_norm_back(g, x, weight, *forward[1:])
+    backward = kernels.group_norm_back(g, x, weight, *forward[1:])
     assert backward is not None
     exact = x.double().contiguous().requires_grad_()
     scale = torch.ones(n, channels, dtype=torch.float64) if weight is None else weight.double().repeat(n, 1)
@@ -240,7 +240,7 @@ def test_values_that_lie_in_memory_with_the_other_sign() -> None:
 
 def test_mixed_dtypes_are_left_to_torch() -> None:
     x = in_format(torch.randn(2, 4, 3, 3), torch.channels_last)
-    assert native.group_norm(x, torch.ones(4, dtype=torch.float64), None, 2, 1e-5) is None
+    assert kernels.group_norm(x, torch.ones(4, dtype=torch.float64), None, 2, 1e-5) is None
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_a_product_of_an_example_that_is_not_finite(bad: float, threads: int) ->
 def test_norms_next_to_the_largest_number() -> None:
     """Entries of one matrix may be as large as numbers get; an example with larger ones is lost, and alone."""
     left, right = torch.full((1, 2, 1), 1.5e19), torch.full((1, 2, 1), 1e-15)
-    found = native.gram_norms(left, None, right)
+    found = kernels.gram_norms(left, None, right)
     assert found is not None
     torch.testing.assert_close(found, torch.tensor([9e8], dtype=torch.float64), rtol=1e-6, atol=0.0)
     for t in (1, 3, 4, 9):
@@ -448,9 +448,9 @@ def test_under_vmap_torch_computes() -> None:
     left, right = torch.randn(2, 3, 1, 6, 4), torch.randn(2, 3, 1, 6, 5)
 
     def found(left: Tensor, right: Tensor) -> Tensor:
-        assert native.product_gradients(left, right, True) is None
-        assert native.weighted_sum([left], left[:, 0, 0, 0]) is None
-        assert native.gram_norms(left[:, 0], None, right[:, 0]) is None
+        assert kernels.product_gradients(left, right, True) is None
+        assert kernels.weighted_sum([left], left[:, 0, 0, 0]) is None
+        assert kernels.gram_norms(left[:, 0], None, right[:, 0]) is None
         return left.sum()
 
     torch.vmap(found)(left, right)
@@ -475,8 +475,8 @@ def test_norms_from_gram_matrices(sizes: tuple[int, int, int], dtype: torch.dtyp
     n, t, size = sizes
     left, right = torch.randn(n, t, 37, dtype=dtype), torch.randn(t, n, size, dtype=dtype).transpose(0, 1)
     exact = (right.double().transpose(1, 2) @ left.double()).flatten(1).square().sum(1)
-    grams = native.gram(left)
-    for found in (native.gram_norms(left, None, right), native.gram_norms(None, grams, right)):
+    grams = kernels.gram(left)
+    for found in (kernels.gram_norms(left, None, right), kernels.gram_norms(None, grams, right)):
         assert found is not None
         assert_all_close(found, exact, dtype)
 
@@ -488,7 +488,7 @@ def test_weighted_sums(counts: tuple[int, ...], shape: tuple[int, ...], dtype: t
     torch.manual_seed(0)
     pieces = tuple(torch.randn(count, *shape, dtype=dtype) for count in counts)
     weights = torch.rand(sum(counts))
-    found = native.weighted_sum(pieces, weights)
+    found = kernels.weighted_sum(pieces, weights)
     assert found is not None
     expected = torch.einsum("n,n...->...", weights.to(dtype).double(), torch.cat(pieces).double())
     assert_all_close(found, expected, dtype)
@@ -496,12 +496,12 @@ def test_weighted_sums(counts: tuple[int, ...], shape: tuple[int, ...], dtype: t
 
 def test_weighted_sums_of_other_layouts_are_left_to_torch() -> None:
     weights = torch.ones(3)
-    assert native.weighted_sum([torch.randn(3, 4)], torch._neg_view(weights)) is None
+    assert kernels.weighted_sum([torch.randn(3, 4)], torch._neg_view(weights)) is None
     with pytest.raises(ValueError, match="3 examples and 2 weights"):
-        native.weighted_sum([torch.randn(3, 4)], weights[:2])
-    assert native.weighted_sum([torch.randn(4, 3).t()], weights) is None
-    assert native.weighted_sum([torch.randn(2, 4), torch.randn(4, 1).t()[:, :4].expand(1, 4)[:0]], weights[:2]) is None
-    assert native.weighted_sum([torch.randn(3, 4, dtype=torch.bfloat16)], weights) is None
+        kernels.weighted_sum([torch.randn(3, 4)], weights[:2])
+    assert kernels.weighted_sum([torch.randn(4, 3).t()], weights) is None
+    assert kernels.weighted_sum([torch.randn(2, 4), torch.randn(4, 1).t()[:, :4].expand(1, 4)[:0]], weights[:2]) is None
+    assert kernels.weighted_sum([torch.randn(3, 4, dtype=torch.bfloat16)], weights) is None
 
 
 @pytest.mark.parametrize(("i", "o"), [(5000, 12), (12, 5000), (12, 20), (5000, 4200)])
@@ -706,7 +706,7 @@ def test_without_kernels(
             gm = perexfx.transform(model)
             found = train_step(gm, batch, squares)
             train_step(gm, batch, squares)
-        assert native.level() == "none"
+        assert kernels.level() == "none"
     finally:
         monkeypatch.undo()
         loading.loaded.cache_clear()

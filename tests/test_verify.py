@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import perexfx
 from perexfx.ir.factors import Factors, Product
 from perexfx.layers.linear import Linear
-from perexfx.runtime import clipping
-from perexfx.runtime import nodes as runtime
+from perexfx.runtime import clipping, nodes
 from perexfx.strategies.outer import Outer
 
 
@@ -240,7 +239,7 @@ def test_factors_that_do_not_follow_from_the_norms(monkeypatch: pytest.MonkeyPat
 
 
 def test_factors_of_another_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    clip_factors_of = runtime.clip_factors_of
+    clip_factors_of = nodes.clip_factors_of
 
     def swapped(*given: Any) -> dict[str, Tensor]:
         factors = clip_factors_of(*given)
@@ -248,7 +247,7 @@ def test_factors_of_another_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     gm = two_layers(clipping="per_layer")
     assert perexfx.verify(gm)
-    monkeypatch.setattr(runtime, "clip_factors_of", swapped)
+    monkeypatch.setattr(nodes, "clip_factors_of", swapped)
     with pytest.raises(perexfx.ProofError, match=r"`0.weight` is multiplied with clip factors that do not follow from"):
         perexfx.verify(gm)
 
@@ -264,7 +263,7 @@ def test_a_mask_that_fills_in_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_equal_gradients_of_two_operands_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = runtime._squared_norms
+    counted = nodes._squared_norms
 
     def forgets_a_bias(tape: Any, group: str) -> Tensor | None:
         found = {key: tape.observed.pop(key) for key in list(tape.observed) if key[1] == "bias_hh"}
@@ -274,7 +273,7 @@ def test_equal_gradients_of_two_operands_are_told_apart(monkeypatch: pytest.Monk
 
     gm = perexfx.transform(nn.LSTM(3, 4), torch.randn(5, 2, 3), batch_dim=1)
     assert perexfx.verify(gm)
-    monkeypatch.setattr(runtime, "_squared_norms", forgets_a_bias)
+    monkeypatch.setattr(nodes, "_squared_norms", forgets_a_bias)
     with pytest.raises(perexfx.ProofError, match="hands over for `bias_hh` is not in the norms"):
         perexfx.verify(gm)
 
@@ -349,14 +348,14 @@ def test_data_that_no_site_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_gradient_of_another_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = runtime.add_pulled
+    honest = nodes.add_pulled
 
     def swapped(tape: Any, key: Any, value: Tensor, pull_back: Any, sums: dict[str, Tensor]) -> None:
         honest(tape, ("0" if key[0] == "2" else "2", key[1]), value, pull_back, sums)
 
     torch.manual_seed(0)
     gm = perexfx.transform(nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)), torch.randn(4, 5))
-    monkeypatch.setattr(runtime, "add_pulled", swapped)
+    monkeypatch.setattr(nodes, "add_pulled", swapped)
     with pytest.raises(perexfx.ProofError, match="has more in it than its sites hand over"):
         perexfx.verify(gm)
 

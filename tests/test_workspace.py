@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import perexfx
 from perexfx.ir.recurrent import lstm_layer
-from perexfx.kernels import lstm_workspace as workspace
+from perexfx.kernels import lstm_workspace
 from perexfx.kernels.lstm_workspace import gates_in, has_gates, lstm_with_workspace
 
 SIZES = [(5, 2, 3, 4), (3, 4, 5, 6), (7, 5, 16, 24), (1, 3, 8, 8), (9, 1, 4, 64), (6, 16, 32, 128), (4, 3, 300, 100)]
@@ -90,7 +90,7 @@ def test_where_no_gates_are_found_they_are_computed(stride: int | None, monkeypa
     model = Whole(nn.LSTM(3, 8, batch_first=True))
     batch = Batch((torch.randn(4, 6, 3),), torch.randn(4))
     expected = train_step(perexfx.transform(model), batch, squares)
-    monkeypatch.setattr(workspace, "_row_stride", lambda *_: stride)
+    monkeypatch.setattr(lstm_workspace, "_row_stride", lambda *_: stride)
     found = train_step(perexfx.transform(model), batch, squares)
     assert_close(found, expected, 1e-5, "computed gates")
 
@@ -98,7 +98,7 @@ def test_where_no_gates_are_found_they_are_computed(stride: int | None, monkeypa
 @pytest.mark.skipif(not has_onednn, reason="this build of torch has no oneDNN, whose workspace it is")
 def test_the_trial_is_in_float32_on_the_cpu_whatever_the_defaults_are() -> None:
     x, weight = torch.randn(5, 3, 11), torch.randn(4 * 7, 7)
-    workspace._row_stride.cache_clear()
+    lstm_workspace._row_stride.cache_clear()
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from perexfx import kernels as native
+from perexfx import kernels
 from perexfx.machine.on_disk import processor
 
 
@@ -75,7 +75,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "kernels": native.level(),
+        "kernels": kernels.level(),
     }
     return {**found, "gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else found
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perexfx import kernels as native
+from perexfx import kernels
 from perexfx.ir.factors import Product, drop_examples, scale_examples
 from perexfx.kernels.geometry import ConvolutionGeometry
 
@@ -250,7 +250,7 @@ class Convolution:
         sizes = (n, frames, tuple(size), tuple(grad_output.shape[3:]), self.shape, self.geometry)
         by_kernel, by_product = _ways_of_sum(*sizes, layer_input.stride(2) == 1)
         if by_kernel:
-            found = native.kernel_sum(layer_input, grad_output, weights, self.shape, self.geometry)
+            found = kernels.kernel_sum(layer_input, grad_output, weights, self.shape, self.geometry)
             if found is not None:
                 return found
         if by_product:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from perexfx import kernels as native
+from perexfx import kernels
 from perexfx.ir.factors import Gradient, GradientSignature, drop_examples, parameter_of
 
 PIECE_BYTES = 16 << 20
@@ -55,7 +55,7 @@ class Kept:
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Each element is read once."""
-        if (found := native.weighted_sum(self.pieces, weights)) is not None:
+        if (found := kernels.weighted_sum(self.pieces, weights)) is not None:
             return self._parameter(found)
         if len(self.pieces) == 1:
             return self._parameter(Gradient(self.pieces[0]).weighted_sum(weights))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perexfx import kernels as native
+from perexfx import kernels
 from perexfx.ir.factors import Factors, Gradient, GradientSignature, Signature
 from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, sum_positions
 
@@ -47,7 +47,7 @@ class _ChannelNorm(Rule):
         x, eps = arguments["input"], arguments["eps"]
         weight, bias = (value if value is None else value.contiguous() for value in map(arguments.get, self.operands))
         rows, channels, *size = x.shape
-        if _has_channels_last(x) and (found := native.group_norm(x, weight, bias, self._groups(arguments), eps)):
+        if _has_channels_last(x) and (found := kernels.group_norm(x, weight, bias, self._groups(arguments), eps)):
             output, mean, rstd = found
             return output, (mean, rstd)
         output, mean, rstd = torch.native_group_norm(  # takes every argument to be contiguous, without a look
@@ -139,7 +139,7 @@ def _channels_last_backward(
     in_group = channels // groups
     grad_output = grad_output.contiguous(memory_format=torch.channels_last)
     scale = weight if weight is None else weight.contiguous()
-    if (by_kernel := native.group_norm_back(grad_output, x, scale, mean, rstd)) is not None:
+    if (by_kernel := kernels.group_norm_back(grad_output, x, scale, mean, rstd)) is not None:
         return by_kernel[0], {"weight": by_kernel[1], "bias": by_kernel[2]}
     grad_input = torch.empty_like(x)
     pixels, grads, into = (v.permute(0, 2, 3, 1).view(rows, positions, channels) for v in (x, grad_output, grad_input))

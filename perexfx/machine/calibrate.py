@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import nnls
 
-from perexfx import kernels as native
+from perexfx import kernels
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost
 from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature, Signature
@@ -79,7 +79,7 @@ def signatures() -> list[Signature]:
 
 
 def _product(n: int, t: int, i: int, o: int) -> ProductSignature:
-    return ProductSignature(n, 1, t, i, o, (o, i), has_kernels=native.are_built())
+    return ProductSignature(n, 1, t, i, o, (o, i), has_kernels=kernels.are_built())
 
 
 def _convolution(
@@ -96,7 +96,7 @@ def _convolution(
         (out, channels // groups, kernel, kernel),
         slide,
         last,
-        native.are_built(),
+        kernels.are_built(),
     )
 
 
@@ -160,8 +160,8 @@ def _of_images(n: int, channels: int, out: int, size: int, kernel: int, stride: 
         torch.ops.aten.max_pool2d_with_indices_backward(pooled, g, [2, 2], [2, 2], [0, 0], [1, 1], False, indices)
 
     def normalise() -> None:
-        if last and (made := native.group_norm(g, scale, scale, groups, 1e-5)) is not None:
-            native.group_norm_back(g, g, scale, *made[1:])
+        if last and (made := kernels.group_norm(g, scale, scale, groups, 1e-5)) is not None:
+            kernels.group_norm_back(g, g, scale, *made[1:])
             return
         torch.native_group_norm(g, scale, scale, n, out, sizes.positions, groups, 1e-5)
         how = (mean, rstd, scale, n, out, sizes.positions, groups, [True, True, True])
@@ -171,7 +171,7 @@ def _of_images(n: int, channels: int, out: int, size: int, kernel: int, stride: 
     work = {
         "convolution": convolution_work(sizes, last),
         "max_pool": (image_work("max_pool", sizes.output_elements, last),),
-        "group_norm": (image_work("group_norm", sizes.output_elements, last, native.are_built()),),
+        "group_norm": (image_work("group_norm", sizes.output_elements, last, kernels.are_built()),),
     }
     what = f"images of {describe(sizes)}"
     return [Observation(what, name, Cost(work[name], 0), seconds[name]) for name in seconds]
@@ -255,7 +255,7 @@ def quality(machine: Machine, observations: Sequence[Observation]) -> Quality:
 def profile_name() -> str:
     """For reports."""
     threads = f"{torch.get_num_threads()} threads"
-    return f"profile of {processor()}, {threads}, torch {torch.__version__}, kernels {native.level()}"
+    return f"profile of {processor()}, {threads}, torch {torch.__version__}, kernels {kernels.level()}"
 
 
 __all__ = ["Observation", "Quality", "describe", "fit", "observe", "profile_name", "quality", "signatures"]

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from perexfx import kernels as native
+from perexfx import kernels
 from perexfx.ir.machine import BUILT_IN, Machine
 
 _logger = logging.getLogger("perexfx")
@@ -67,7 +67,7 @@ def folder() -> Path:
 def identity() -> str:
     """Of this machine, torch version, number of threads and kernels, in a file's name."""
     machine = hashlib.sha256(f"{platform.node()} {processor()}".encode()).hexdigest()[:12]
-    return f"{machine}-torch{torch.__version__}-{torch.get_num_threads()}threads-{native.level()}"
+    return f"{machine}-torch{torch.__version__}-{torch.get_num_threads()}threads-{kernels.level()}"
 
 
 @cache

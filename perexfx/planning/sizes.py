@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from perexfx import kernels as native
+from perexfx import kernels
 from perexfx.analysis.analyze import Analysis
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.errors import CoverageError
@@ -65,7 +65,7 @@ def fit(
 
 def with_kernels(fitted: Mapping[str, Fitted], dtype: torch.dtype, device: torch.device) -> dict[str, Fitted]:
     """Sites that know whether there are kernels in C++ for them."""
-    if device.type != "cpu" or dtype not in native.DTYPES or not native.are_built():
+    if device.type != "cpu" or dtype not in kernels.DTYPES or not kernels.are_built():
         return dict(fitted)
     return {
         name: replace(found, signatures={key: _with_kernels(value) for key, value in found.signatures.items()})
@@ -75,7 +75,7 @@ def with_kernels(fitted: Mapping[str, Fitted], dtype: torch.dtype, device: torch
 
 def _with_kernels(signature: Signature) -> Signature:
     if isinstance(signature, ConvolutionSignature):
-        return replace(signature, has_kernels=len(signature.shape) <= native.MOST_AXES)
+        return replace(signature, has_kernels=len(signature.shape) <= kernels.MOST_AXES)
     return replace(signature, has_kernels=True) if isinstance(signature, ProductSignature) else signature
 
 

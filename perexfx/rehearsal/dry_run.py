@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perexfx import kernels as native
+from perexfx import kernels
 from perexfx.analysis.fake_run import FakeInterpreter, fake_inputs, leaves_of
 from perexfx.capture.quiet import quiet
 from perexfx.capture.tracer import TRACING, same_einsums
@@ -101,7 +101,7 @@ def rehearse(gm: fx.GraphModule, state: PerExample, plan: Plan, inputs: Inputs) 
         inputs: The kind of input.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with TRACING, same_einsums(), state.rehearsed(), quiet(), native.for_sizes():
+    with TRACING, same_einsums(), state.rehearsed(), quiet(), kernels.for_sizes():
         given = fake_inputs(fake, inputs, state.settings.batch_dim, plan.batch_size)
         ordinary = _Recorder()
         _step(gm, state.captured.graph, fake, given, ordinary)

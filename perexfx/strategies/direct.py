@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perexfx import kernels as native
+from perexfx import kernels
 from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Product, ProductSignature, Signature
@@ -73,7 +73,7 @@ class Direct:
         assert isinstance(factors, Convolution)
         size = _examples_at_a_time(factors.layer_input, factors.signature)
         found = [
-            native.kernel_gradients(part.layer_input, part.grad_output, part.shape, part.geometry)
+            kernels.kernel_gradients(part.layer_input, part.grad_output, part.shape, part.geometry)
             for part in factors.split(size)
         ]
         if (taken := _joined(found, factors.layer_input)) is None:
@@ -82,13 +82,13 @@ class Direct:
         return squared, Kept(pieces, factors.shape, (*range(2, len(factors.shape)), 1, 0))
 
     def _of_product(self, factors: Product) -> tuple[Tensor, Factors]:
-        lanes = native.LANES * 4 // factors.left.element_size()
+        lanes = kernels.LANES * 4 // factors.left.element_size()
         turned = _is_turned(factors.left.shape[3], factors.right.shape[3], lanes)
         columns, rows = (factors.right, factors.left) if turned else (factors.left, factors.right)
         n = columns.shape[0]
         size = _examples_at_a_time(columns, factors.signature) if self.keep else max(1, n)
         found = [
-            native.product_gradients(part, other, self.keep)
+            kernels.product_gradients(part, other, self.keep)
             for part, other in zip(columns.split(size), rows.split(size), strict=True)
         ]
         if (taken := _joined(found, columns)) is None:
@@ -122,7 +122,7 @@ ROWS, VECTORS = 6, 4
 
 def _product_waste(signature: ProductSignature, itemsize: int) -> float:
     """As `_waste`."""
-    lanes = native.LANES * 4 // itemsize
+    lanes = kernels.LANES * 4 // itemsize
     rows, columns = signature.o, signature.i
     if _is_turned(columns, rows, lanes):
         rows, columns = columns, rows
@@ -136,7 +136,7 @@ def _is_turned(inputs: int, outputs: int, lanes: int) -> bool:
 
 def _waste(signature: ConvolutionSignature, itemsize: int) -> float:
     """What the kernel takes / what it would with as many channels as it likes: few fill neither vectors nor blocks."""
-    lanes = native.LANES * 4 // itemsize
+    lanes = kernels.LANES * 4 // itemsize
     if signature.is_depthwise:
         return _in_vectors(signature.out_channels, lanes)
     outputs = max(1, signature.out_channels // signature.geometry.groups)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perexfx import kernels as native
+from perexfx import kernels
 from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Product, ProductSignature, Rows, RowsSignature, SharedGram, Signature
@@ -81,7 +81,7 @@ class Gram:
         right = product.right.reshape(n * g, t, product.right.shape[3])
         size = max(1, CHUNK_ELEMENTS // max(1, t * t))
         is_whole = n * g <= size
-        if native.are_for(left, right):
+        if kernels.are_for(left, right):
             left_gram, right_gram = (product.left_gram, product.right_gram) if is_whole else (None, None)
             return _by_kernel((left, left_gram), (right, right_gram)).reshape(n, g).sum(1), factors
         blocks = 2 if t >= HALVED and 2 * t * t * right.shape[2] < SMALL_EACH else 1
@@ -110,9 +110,9 @@ def _by_kernel(left: _Rows, right: _Rows) -> Tensor:
     if own[1] is not None:
         return _sum_of_blocks(*_grams(left, right, 1))
     if shared[1] is None:
-        found = native.gram_norms(left[0], None, right[0])
+        found = kernels.gram_norms(left[0], None, right[0])
     else:
-        found = native.gram_norms(None, _taken(shared, 1)[0], own[0])
+        found = kernels.gram_norms(None, _taken(shared, 1)[0], own[0])
     assert found is not None
     return found.clamp_(min=0).to(left[0].dtype)
 
@@ -135,7 +135,7 @@ def _copied(rows: _Rows, blocks: int) -> _Blocks:
 def _gram(rows: Tensor, blocks: int) -> tuple[Tensor, ...]:
     """The Gram matrices of `[m, t, i]`, whole or without the block below the diagonal; that one comes last."""
     half = -(-rows.shape[1] // 2)
-    whole = native.gram(rows)
+    whole = kernels.gram(rows)
     if whole is None and blocks == 2:
         first, second = rows.split(half, dim=1)
         return products(first, first), products(second, second), products(first, second)

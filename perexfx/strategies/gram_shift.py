@@ -9,7 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from perexfx import kernels as native
+from perexfx import kernels
 from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Signature
@@ -121,7 +121,7 @@ class GramShift:
         assert isinstance(factors, Convolution)
         geometry = factors.geometry
         if _fits_kernel(geometry, factors.shape[2:], tuple(factors.grad_output.shape[3:])):
-            squared = native.shifted_squares(factors.layer_input, factors.grad_output, factors.shape, geometry)
+            squared = kernels.shifted_squares(factors.layer_input, factors.grad_output, factors.shape, geometry)
             if squared is not None:
                 dtype = torch.promote_types(factors.layer_input.dtype, torch.float32)
                 return squared.clamp_(min=0).to(dtype), factors

@@ -1,6 +1,6 @@
 """Operations that work along some axes and leave the others alone: reductions, sorts, pooling, normalisation.
 
-Promises: as in `perexfx.analysis.axes.call`. None of the axes worked along holds the examples.
+Promises: as in `call.py`. None of the axes worked along holds the examples.
 """
 
 from __future__ import annotations

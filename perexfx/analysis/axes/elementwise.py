@@ -1,6 +1,6 @@
 """Operations that work entry by entry, and those whose result has the shape of an argument.
 
-Promises: as in `perexfx.analysis.axes.call`. Values are broadcast from the right; those with examples must have them in the same
+Promises: as in `call.py`. Values are broadcast from the right; those with examples must have them in the same
 place, and none is stretched over the examples of another.
 """
 

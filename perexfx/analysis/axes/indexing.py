@@ -1,6 +1,6 @@
 """Operations that pick, write or look up at positions.
 
-Promises: as in `perexfx.analysis.axes.call`. Positions that depend on an example are used within that example only: along the
+Promises: as in `call.py`. Positions that depend on an example are used within that example only: along the
 example axis itself the one index accepted is the examples' own number, `arange(B)`.
 """
 

@@ -1,6 +1,6 @@
 """Operations that only move elements: followed exactly, by running them on tags.
 
-Promises: as in `perexfx.analysis.axes.call`. Where an operation picks places along the example axis, it is accepted only if the
+Promises: as in `call.py`. Where an operation picks places along the example axis, it is accepted only if the
 places follow the number of examples: what fits two batch sizes by accident is refused.
 """
 

@@ -1,6 +1,6 @@
 """Products: of matrices, vectors, kernels, queries and keys.
 
-Promises: as in `perexfx.analysis.axes.call`. No product is summed over examples, and no example is multiplied with another.
+Promises: as in `call.py`. No product is summed over examples, and no example is multiplied with another.
 """
 
 from __future__ import annotations
