@@ -20,7 +20,7 @@ GROUPS = {
     "ProofError RefusedError ShapeError StrategyError",
 }
 VALUES = {
-    "transform": "perexfx.runtime.state.PerExample",
+    "transform": "perexfx.runtime.face.PerExample",
     "compile_step": "perexfx.steps.compiled.CompiledStep",
     "check": "perexfx.inspecting.check.result.CheckResult",
     "verify": "perexfx.inspecting.proof.verify.Proof",

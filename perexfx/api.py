@@ -27,8 +27,11 @@ from perexfx.planning.plan import Plan
 from perexfx.planning.planner import check_forced, make_plan
 from perexfx.planning.sizes import fit, operand_dtype, with_kernels, with_shared_inputs
 from perexfx.rehearsal.dry_run import Rehearsed
-from perexfx.runtime.rewrite import Transformed, rewrite, twin_of
-from perexfx.runtime.state import PerExample, Settings
+from perexfx.runtime.face import PerExample
+from perexfx.runtime.rewrite import rewrite, twin_of
+from perexfx.runtime.settings import Settings
+from perexfx.runtime.state import Runtime
+from perexfx.runtime.transformed import Transformed
 from perexfx.sites.match import confirm, match
 from perexfx.sites.refuse import refuse_batch_statistics, refuse_other_trainables
 from perexfx.sites.regions import faster_with_channels_last, regions_of, with_formats
@@ -105,11 +108,11 @@ def transform(
     regions = regions_of(captured.graph, twin, sites)
     segments = segments_of(captured.graph, sites)
     planner = partial(_plan_for, tuple(rules))
-    state = PerExample(sites, regions, segments, settings, captured, trainable, frozen, planner)
-    transformed = rewrite(twin, captured.graph, state)
+    runtime = Runtime(sites, regions, segments, settings, captured, trainable, frozen, planner)
+    transformed = rewrite(twin, captured.graph, runtime)
     if known is not None:
-        state.remember(known.kind, known.analysis)
-        state.prepare(known.kind, known.n)
+        runtime.remember(known.kind, known.analysis)
+        runtime.prepare(known.kind, known.n)
     return transformed
 
 
@@ -181,28 +184,28 @@ def _analyze_for(
     return _Known(kind, n, analyze(captured.graph, twin, kind, batch_dim))
 
 
-def _plan_for(rules: tuple[Rule, ...], state: PerExample, module: nn.Module, kind: Inputs, n: int) -> Plan:
+def _plan_for(rules: tuple[Rule, ...], runtime: Runtime, module: nn.Module, kind: Inputs, n: int) -> Plan:
     """The plan for one kind of input and batch size; analyzed once per kind, planned once per batch size."""
-    settings, graph = state.settings, state.captured.graph
-    analysis = state.known(kind)
+    settings, graph = runtime.settings, runtime.captured.graph
+    analysis = runtime.known(kind)
     if analysis is None:
         with _drawn(graph, module):
             analysis = analyze(graph, module, kind, settings.batch_dim)
-            found = match(graph, module, state.trainable, (*rules, *RULES), Fallback(), settings.batch_dim, analysis)
-            confirm(state.sites, found)
-        state.remember(kind, analysis)
-    fitted = fit(state.sites, graph, analysis, n, Fallback)
-    dtype = operand_dtype(state.sites, graph, analysis)
+            found = match(graph, module, runtime.trainable, (*rules, *RULES), Fallback(), settings.batch_dim, analysis)
+            confirm(runtime.sites.sites, found)
+        runtime.remember(kind, analysis)
+    fitted = fit(runtime.sites.sites, graph, analysis, n, Fallback)
+    dtype = operand_dtype(runtime.sites.sites, graph, analysis)
     device = next(iter(module.parameters())).device
-    fitted = with_shared_inputs(with_kernels(fitted, dtype, device), state.sites, graph)
+    fitted = with_shared_inputs(with_kernels(fitted, dtype, device), runtime.sites.sites, graph)
     machine = current() if settings.cost_model == "profile" else Measured.on_this_machine(dtype, device)
     alternatives = Alternatives(STRATEGIES, Reweight, machine, dtype.itemsize)
     channels_last = faster_with_channels_last(
-        state.regions, graph, module, analysis, fitted, alternatives.least_seconds, machine
+        runtime.regions, graph, module, analysis, fitted, alternatives.least_seconds, machine
     )
-    fitted = with_formats(fitted, state.regions, channels_last)
+    fitted = with_formats(fitted, runtime.regions, channels_last)
     segments = fit_segments(
-        state.segments,
+        runtime.segments,
         graph,
         module,
         analysis,
@@ -210,13 +213,13 @@ def _plan_for(rules: tuple[Rule, ...], state: PerExample, module: nn.Module, kin
     )
     with _drawn(graph, module):
         plan = make_plan(
-            state.sites,
+            runtime.sites.sites,
             fitted,
             alternatives,
             forced=settings.strategy,
             channels_last=channels_last,
             segments=segments,
-            footprint=Rehearsed(state, kind),
+            footprint=Rehearsed(runtime, kind),
         )
     return plan if settings.memory_budget is None else plan.within(settings.memory_budget)
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import perexfx
 from perexfx.bench.measure import timed
 from perexfx.ir.errors import ArgumentError
-from perexfx.runtime.rewrite import Transformed
+from perexfx.runtime.transformed import Transformed
 
 EPOCHS = 30
 EXPECTED_BATCH = 128

@@ -15,6 +15,7 @@ from torch import nn
 
 import perexfx
 from perexfx.bench.models import LanguageModel, ResNet18, small_cnn
+from perexfx.runtime.face import runtime_of
 from perexfx.views.drawing import CLIP, drawing_of
 
 
@@ -74,7 +75,7 @@ def is_in_view(page: Page, side: str, name: str) -> bool:
 def test_a_small_graph_is_drawn_whole(page: Page, tmp_path: Path) -> None:
     gm = perexfx.transform(small_cnn(), torch.zeros(16, 1, 28, 28))
     show(page, gm, tmp_path / "graph.html")
-    captured = {node.name for node in gm.perexfx.captured.graph.nodes if node.op != "get_attr"}
+    captured = {node.name for node in runtime_of(gm).captured.graph.nodes if node.op != "get_attr"}
     assert drawn(page, "before") == captured
     assert captured | {CLIP, *(f"perexfx_norm{at}" for at in ("", "_1", "_2", "_3"))} <= drawn(page, "after")
     text = page.text_content(node("after", "conv2d")) or ""
@@ -182,7 +183,7 @@ def test_clip_edges_and_sizes_are_shown_on_request(page: Page, tmp_path: Path) -
     after = drawing_of(gm).after
     assert after is not None
     from_clip = [edge for edge in after.edges if edge.source == CLIP]
-    assert len(from_clip) > len(gm.perexfx.groups)  # a parameter expression reads it too
+    assert len(from_clip) > len(runtime_of(gm).sites.groups)  # a parameter expression reads it too
     assert abs(page.locator("#after .edge").count() - shown) == len(from_clip)
 
 

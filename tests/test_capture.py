@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import perexfx
 from perexfx.capture.forward import CaptureError
+from perexfx.runtime.face import runtime_of
 
 TOLERANCE = 1e-9
 
@@ -201,7 +202,7 @@ def test_dropout_of_an_exported_model_follows_the_mode() -> None:
     model, x = Drops(), torch.randn(6, 8)
     for mode in (True, False):
         gm = perexfx.transform(model.train(mode), (x,))
-        assert not gm.perexfx.captured.fixed_modes
+        assert not runtime_of(gm).captured.fixed_modes
         gm.train()
         torch.manual_seed(0)
         found = gm(x)

@@ -21,6 +21,8 @@ from perexfx.ir.factors import Gradient, Product
 from perexfx.layers.layer_norm import LayerNorm
 from perexfx.layers.linear import Linear
 from perexfx.runtime import clipping
+from perexfx.runtime.face import runtime_of
+from perexfx.runtime.state import Runtime
 from perexfx.strategies.outer import Outer
 
 SAMPLE = (
@@ -110,14 +112,14 @@ def test_the_strategies_are_those_of_the_whole_batch(monkeypatch: pytest.MonkeyP
     model = nn.Linear(3, 2).double()
     gm = perexfx.transform(model, strategy={"weight": "gram"})
     chosen = []
-    original = type(gm.perexfx).prepare
+    original = Runtime.prepare
 
-    def prepare(state: Any, kind: Any, n: int) -> Any:
-        plan = original(state, kind, n)
+    def prepare(runtime: Any, kind: Any, n: int) -> Any:
+        plan = original(runtime, kind, n)
         chosen.append((n, plan["weight"]))
         return plan
 
-    monkeypatch.setattr(type(gm.perexfx), "prepare", prepare)
+    monkeypatch.setattr(Runtime, "prepare", prepare)
     assert perexfx.check(gm, torch.randn(7, 9, 3).double(), examples=2)
     assert chosen == [(7, "gram"), (2, "gram")]
 
@@ -426,7 +428,7 @@ def test_everything_is_left_as_it_was() -> None:
     gm(x)["logits"].sum().backward()
     hooked: list[Tensor] = []
     model.first.weight.register_hook(hooked.append)
-    state = gm.perexfx
+    state = runtime_of(gm)
     before = dict(vars(state)), dict(state.plans), dict(state._analyses)
     gradients = {name: p.grad for name, p in gm.named_parameters()}
     flags = [m.training for m in (*gm.modules(), *model.modules())]

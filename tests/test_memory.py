@@ -23,7 +23,8 @@ from perexfx.ir.errors import BudgetError
 from perexfx.rehearsal.dry_run import rehearse
 from perexfx.rehearsal.step_memory import Rehearsal
 from perexfx.rehearsal.timeline import Span, Timeline
-from perexfx.runtime.rewrite import Transformed
+from perexfx.runtime.face import runtime_of
+from perexfx.runtime.transformed import Transformed
 
 
 def vit() -> nn.Module:
@@ -86,8 +87,9 @@ def test_what_is_predicted_is_what_torch_allocates(name: str, strategy: str) -> 
 
 
 def rehearsal_at(gm: Transformed, n: int) -> Rehearsal:
-    kind, _ = next(iter(gm.perexfx.plans))
-    return rehearse(gm, gm.perexfx, gm.perexfx.prepare(kind, n), kind)
+    runtime = runtime_of(gm)
+    kind, _ = next(iter(runtime.plans))
+    return rehearse(gm, runtime, runtime.prepare(kind, n), kind)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -107,11 +109,11 @@ def test_a_rehearsal_changes_nothing() -> None:
     x = torch.randn(4, 5)
     gm = perexfx.transform(model, x)
     F.cross_entropy(gm(x), torch.zeros(4, dtype=torch.long)).backward()
-    before = gm.perexfx.norms, dict(gm.perexfx.plans), torch.get_rng_state()
+    before = gm.perexfx.norms, dict(runtime_of(gm).plans), torch.get_rng_state()
     gradients = [parameter.grad for parameter in model.parameters()]
     assert isinstance(gm.perexfx.plan.bytes_added, int)
     assert gm.perexfx.norms is before[0]
-    assert gm.perexfx.plans == before[1]
+    assert runtime_of(gm).plans == before[1]
     assert torch.equal(torch.get_rng_state(), before[2])
     assert all(parameter.grad is own for parameter, own in zip(model.parameters(), gradients, strict=True))
 
@@ -165,7 +167,7 @@ def test_what_cannot_be_rehearsed_is_overestimated(monkeypatch: pytest.MonkeyPat
     def fails(*_: object) -> None:
         raise RuntimeError("a model that reads numbers")
 
-    monkeypatch.setattr(perexfx.rehearse, "rehearse", fails)
+    monkeypatch.setattr("perexfx.rehearsal.dry_run.rehearse", fails)
     plan = perexfx.transform(Small(), torch.empty(4, 3, 12, 12)).perexfx.plan
     assert exact < sum(decision.chosen.bytes_held for decision in plan.decisions) <= plan.bytes_added
 

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 import perexfx
 from perexfx.bench.models import ResNet18, SequenceClassifier, mlp
+from perexfx.runtime.face import runtime_of
 from perexfx.views.onnx.decompositions import DECOMPOSITIONS
 from perexfx.views.onnx.pooling import BY_SCALE
 
@@ -216,7 +217,7 @@ def check_structure(model: Model, gm: nn.Module) -> None:
     sites = [call for call in others if call.op_type != "norm"]
     assert clip.op_type == "clip"
     assert [call.name for call in sites] == [site.name for site in state.sites]
-    assert [metadata(call)["perexfx.group"] for call in norms] == list(state.groups)
+    assert [metadata(call)["perexfx.group"] for call in norms] == list(runtime_of(gm).sites.groups)
     assert all(call.input[0] == clip.output[0] for call in norms)
     assert all(call.input[0] in {norm.output[0] for norm in norms} for call in sites)
     names = {name for name, _ in (*gm.named_parameters(), *gm.named_buffers())}
@@ -239,7 +240,7 @@ def test_ties(tmp_path: Path) -> None:
     assert_same(model(ids)["output"], gm(ids).detach())
     assert [value.name for value in model.proto.graph.initializer] == ["layer.weight", "layer.bias", "rows.weight"]
     groups = [metadata(call)["perexfx.group"] for call in model.calls if call.op_type == "norm"]
-    assert groups == list(gm.perexfx.groups)
+    assert groups == list(runtime_of(gm).sites.groups)
 
 
 def test_examples_on_another_axis(tmp_path: Path) -> None:
@@ -422,11 +423,13 @@ def test_the_module_is_left_as_it_was(graph: str, tmp_path: Path) -> None:
     gm[0].eval() if isinstance(gm, nn.Sequential) else gm.get_submodule("0").eval()
     F.cross_entropy(gm(x), y).backward()
     state: Any = gm.perexfx
-    before = (state.norms, state.plan, dict(state.plans), [p.grad for p in gm.parameters()], list(gm.modules()))
+    plans = runtime_of(gm).plans
+    before = (state.norms, state.plan, dict(plans), [p.grad for p in gm.parameters()], list(gm.modules()))
     modes, values = [m.training for m in gm.modules()], [p.clone() for p in gm.parameters()]
     rest: dict[str, Any] = {"loss_fn": F.cross_entropy, "targets": y[:3]} if graph == "step" else {}
     perexfx.export_onnx(gm, tmp_path / "model.onnx", x[:3], graph=graph, **rest)
-    after = (state.norms, state.plan, dict(state.plans), [p.grad for p in gm.parameters()], list(gm.modules()))
+    plans = runtime_of(gm).plans
+    after = (state.norms, state.plan, dict(plans), [p.grad for p in gm.parameters()], list(gm.modules()))
     assert all(one is other for one, other in zip(before[:2], after[:2], strict=True))
     assert before[2].keys() == after[2].keys()
     assert all(one is other for one, other in zip(before[3] + before[4], after[3] + after[4], strict=True))

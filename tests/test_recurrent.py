@@ -19,6 +19,7 @@ from perexfx.capture.lower import lower_recurrent
 from perexfx.ir.inputs import Inputs
 from perexfx.ir.recurrent import gru_layer, lstm_layer, rnn_layer
 from perexfx.kernels import gemm
+from perexfx.runtime.face import runtime_of
 
 
 def squares(output: Tensor, targets: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ def test_the_analysis_sees_one_operation_per_layer_and_direction(kind: type[nn.R
     counts = []
     for steps in (4, 400):
         inputs, _ = Inputs.of({"x": torch.randn(2, steps, 3)}, 0)
-        names = [call.func._schema.name for call in record(gm.perexfx.captured.graph, gm, inputs, 0, 3).calls]
+        names = [call.func._schema.name for call in record(runtime_of(gm).captured.graph, gm, inputs, 0, 3).calls]
         assert names.count("perexfx::recurrent_layer") == 4
         counts.append(len(names))
     assert counts[0] == counts[1]
@@ -64,7 +65,7 @@ def test_the_analysis_sees_one_operation_per_layer_and_direction(kind: type[nn.R
 
 def test_nodes_have_readable_names_and_places() -> None:
     gm = perexfx.transform(Whole(nn.GRU(3, 4, 2, bidirectional=True)), batch_dim=1)
-    names = [node.name for node in gm.perexfx.captured.graph.nodes]
+    names = [node.name for node in runtime_of(gm).captured.graph.nodes]
     assert [name for name in names if "layer_" in name and "gru" in name] == [
         "gru_layer_0",
         "gru_layer_0_reverse",

@@ -17,6 +17,7 @@ import perexfx
 from perexfx import api
 from perexfx.analysis.analyze import Analysis
 from perexfx.bench.models import ResNet18, small_cnn
+from perexfx.runtime.face import runtime_of
 from perexfx.sites.regions import Region, may_reformat
 
 STRATEGIES = ("auto", "materialize", "materialize_norms", "gram", "grouped", "loop", "loop_norms", "gram_shift")
@@ -67,7 +68,7 @@ def with_regions() -> list[str]:
     return [
         name
         for name, case in BY_NAME.items()
-        if perexfx.transform(case.build(), batch_dim=case.batch_dim).perexfx.regions
+        if runtime_of(perexfx.transform(case.build(), batch_dim=case.batch_dim)).regions
     ]
 
 
@@ -213,7 +214,7 @@ def test_float32_networks_have_their_channels_last_and_are_right() -> None:
 
 def test_float64_keeps_the_default_format() -> None:
     gm = perexfx.transform(small_cnn().double(), torch.randn(8, 1, 28, 28, dtype=torch.float64))
-    assert gm.perexfx.regions
+    assert runtime_of(gm).regions
     assert active(gm) == 0
 
 

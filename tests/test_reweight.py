@@ -25,7 +25,9 @@ from perexfx.ir.node import info_of
 from perexfx.ir.strategy import REWEIGHT
 from perexfx.planning.knapsack import choose
 from perexfx.planning.plan import Decision
-from perexfx.runtime.rewrite import Transformed
+from perexfx.runtime.face import runtime_of
+from perexfx.runtime.options import StepOptions
+from perexfx.runtime.transformed import Transformed
 from perexfx.strategies import Materialize
 
 
@@ -228,10 +230,11 @@ def test_gradients_of_inputs_and_of_each_example() -> None:
     (found,) = torch.autograd.grad(F.cross_entropy(gm(x), batch.targets), [x])
     (expected,) = torch.autograd.grad(F.cross_entropy(model(x), batch.targets), [x])
     assert_close({"x": found}, {"x": expected}, 1e-11, "x")
-    gm.perexfx.keep_gradients = True
-    found = train_step(gm, batch, F.cross_entropy)
+    each: dict[str, Tensor] = {}
+    with runtime_of(gm).stepping(StepOptions(gradients_to=each.update)):
+        found = train_step(gm, batch, F.cross_entropy)
     assert_close(found, train_step(perexfx.transform(model), batch, F.cross_entropy), 1e-11, "sums")
-    assert_close(gm.perexfx.gradients, one_at_a_time(model, batch, F.cross_entropy), 1e-9, "each")
+    assert_close(each, one_at_a_time(model, batch, F.cross_entropy), 1e-9, "each")
 
 
 def test_freezing_after_the_transform() -> None:

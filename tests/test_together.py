@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import perexfx
 import perexfx.strategies.gram as grams
+from perexfx.runtime.face import runtime_of
+from perexfx.runtime.options import StepOptions
 
 
 class Attention(nn.Module):
@@ -162,12 +164,18 @@ def test_small_gradients(clipping: object, keeps: bool) -> None:
     torch.manual_seed(0)
     model, batch = Norms().double(), a_batch(5)
     gm = perexfx.transform(model, batch.inputs, clip_norm=0.1, clipping=clipping)  # pyright: ignore[reportArgumentType]
-    gm.perexfx.keep_gradients = keeps
-    found = train_step(gm, batch, squares)
+    options = StepOptions(gradients_to=dict[str, Tensor]().update if keeps else None)
+    with runtime_of(gm).stepping(options):
+        found = train_step(gm, batch, squares)
     gradients = one_at_a_time(model, batch, squares)
     torch.testing.assert_close(gm.perexfx.norms, norms_of(gradients), rtol=1e-9, atol=0.0)
     rows = gm.perexfx.clip_factors.reshape(-1, batch.size)
-    groups = {name: at for at, sites in enumerate(gm.perexfx.groups.values()) for s in sites for name in s.parameters}
+    groups = {
+        name: at
+        for at, sites in enumerate(runtime_of(gm).sites.groups.values())
+        for s in sites
+        for name in s.parameters
+    }
     for name, gradient in gradients.items():
         factors = rows[groups[name] if clipping == "per_layer" else 0] / batch.size
         expected = torch.tensordot(factors, gradient, dims=1)

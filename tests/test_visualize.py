@@ -22,6 +22,7 @@ import perexfx
 from perexfx.bench.models import LanguageModel, ResNet18, small_cnn
 from perexfx.ir.node import info_of
 from perexfx.ir.strategy import REWEIGHT
+from perexfx.runtime.face import runtime_of
 from perexfx.strategies import STRATEGIES
 from perexfx.views import palette
 from perexfx.views.dot import SHOWN, to_dot
@@ -60,7 +61,7 @@ def refused(*inputs: Tensor) -> perexfx.RefusedError:
 def test_nothing_of_a_graph_is_lost(case: Case) -> None:
     gm = perexfx.transform(case.build(), case.batch().inputs, batch_dim=case.batch_dim)
     drawing = drawing_of(gm)
-    captured = [node for node in gm.perexfx.captured.graph.nodes if node.op != "get_attr"]
+    captured = [node for node in runtime_of(gm).captured.graph.nodes if node.op != "get_attr"]
     assert [node.id for node in drawing.before.nodes] == [node.name for node in captured]
     assert {(edge.source, edge.target) for edge in drawing.before.edges} == {
         (read.name, node.name) for node in captured for read in node.all_input_nodes if read.op != "get_attr"
@@ -71,7 +72,7 @@ def test_nothing_of_a_graph_is_lost(case: Case) -> None:
     assert {node.id for node in drawing.before.nodes} <= after.keys()
     sites = {site.node: site.name for site in gm.perexfx.sites}
     assert {name: node.site for name, node in after.items() if node.role == "site"} == sites
-    assert sorted(node.site for node in after.values() if node.role == "norm") == sorted(gm.perexfx.groups)
+    assert sorted(node.site for node in after.values() if node.role == "norm") == sorted(runtime_of(gm).sites.groups)
     assert len([node for node in after.values() if node.role == "clip"]) == 1
     added = {node.name for node in gm.graph.nodes if info_of(node).role == "format"}
     assert {name for name, node in after.items() if node.role == "format"} == added

@@ -28,8 +28,11 @@ from perexfx.ir.rule import Backward, Wrapped
 from perexfx.ir.strategy import REWEIGHT, Strategy
 from perexfx.planning.plan import Plan
 from perexfx.planning.reruns import Rerun
-from perexfx.runtime.rewrite import Transformed
-from perexfx.runtime.state import PerExample, state_of
+from perexfx.runtime.face import runtime_of, stepping
+from perexfx.runtime.options import StepOptions
+from perexfx.runtime.state import Runtime
+from perexfx.runtime.transformed import Transformed
+from perexfx.sites.table import SiteTable
 from perexfx.steps.static import LossFunction, checked_loss
 from perexfx.steps.static import call as forward_of
 
@@ -95,26 +98,26 @@ def profile(gm: Transformed, loss_fn: LossFunction, x: GivenInputs, y: Any, *, s
         ArgumentError: An argument is not what it should be.
         PerexError: As the forward of `gm`.
     """
-    state = state_of(gm)
+    runtime = runtime_of(gm)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ArgumentError(f"`steps` should be a positive number. Found {steps!r}.")
     if not callable(loss_fn):
         raise ArgumentError(f"`loss_fn` should be a function of output and targets. Found {type(loss_fn).__name__}.")
-    kind, n = state.kind_of(named_leaves(by_name(bind_inputs(gm, x, "x"))))
-    plain = fx.GraphModule(gm, copy.deepcopy(state.captured.graph))
+    kind, n = runtime.kind_of(named_leaves(by_name(bind_inputs(gm, x, "x"))))
+    plain = fx.GraphModule(gm, copy.deepcopy(runtime.captured.graph))
     device = next(iter(gm.parameters())).device
     clock = _Clock(device)
-    planned = state.plans.get((kind, n))
-    with _left_as_it_was(gm, state):
-        plan = planned or state.prepare(kind, n)
-        state.plans[kind, n] = plan
+    planned = runtime.plans.get((kind, n))
+    with _left_as_it_was(gm, runtime):
+        plan = runtime.follow(kind, n, planned) if planned else runtime.prepare(kind, n)
         ordinary, clipped = _in_turn(
             [lambda: _step(gm, plain.forward, loss_fn, x, y), lambda: _step(gm, gm, loss_fn, x, y)], steps, clock
         )
-        state.plans[kind, n], state.one_by_one, state.around_rerun = _timed(plan, state, clock), True, clock.runs_again
+        timed = StepOptions(_timed(plan, runtime.sites, clock), one_by_one=True, around_rerun=clock.runs_again)
+        step_by_site = stepping(gm, timed)
         for at in range(WARM_UP + steps):
             clock.held.clear()
-            _step(gm, gm, loss_fn, x, y)
+            _step(gm, step_by_site, loss_fn, x, y)
             clock.next_step(is_counted=at >= WARM_UP)
     found = Profile(
         batch_size=n,
@@ -123,11 +126,10 @@ def profile(gm: Transformed, loss_fn: LossFunction, x: GivenInputs, y: Any, *, s
         ordinary_seconds=statistics.median(ordinary),
         clipped_seconds=statistics.median(clipped),
         ratio=statistics.median(c / o for o, c in zip(ordinary, clipped, strict=True)),
-        sites=tuple(SiteTime(s.name, clock.seconds_at(s.name), clock.held.get(s.name)) for s in state.sites),
+        sites=tuple(SiteTime(s.name, clock.seconds_at(s.name), clock.held.get(s.name)) for s in runtime.sites.sites),
     )
-    state.profiles[kind, n] = found
-    state.plans[kind, n] = state.plan = plan
-    state.kind = kind
+    runtime.notes.of(Profile)[kind, n] = found
+    runtime.follow(kind, n, plan)
     return found
 
 
@@ -153,10 +155,10 @@ def _in_turn(steps: list[Callable[[], None]], times: int, clock: _Clock) -> list
 
 
 @contextmanager
-def _left_as_it_was(gm: Transformed, state: PerExample) -> Iterator[None]:
+def _left_as_it_was(gm: Transformed, runtime: Runtime) -> Iterator[None]:
     devices = {p.device for p in gm.parameters() if p.is_cuda}
     before = {name: buffer.clone() for name, buffer in gm.named_buffers()}
-    with state.set_aside(), torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+    with runtime.set_aside(), torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
         try:
             yield
         finally:
@@ -283,9 +285,9 @@ class _TimedRule(Wrapped):
         return gradients, {name: _TimedFactors(found, self.site, self.clock) for name, found in factors.items()}
 
 
-def _timed(plan: Plan, state: PerExample, clock: _Clock) -> Plan:
+def _timed(plan: Plan, sites: SiteTable, clock: _Clock) -> Plan:
     """The plan with every strategy timed."""
-    joined = {site.name for group in state.joined for site in state.groups[group]}
+    joined = {site.name for group in sites.joined for site in sites.groups[group]}
     decisions = tuple(
         replace(d, chosen=Alternative(_TimedStrategy(d.chosen.strategy, d.site, clock), 0.0, d.chosen.cost))
         for d in plan.decisions

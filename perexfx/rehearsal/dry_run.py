@@ -11,7 +11,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,8 @@ from perexfx.planning.plan import Plan
 from perexfx.rehearsal.library_memory import hidden_bytes, workspace_bytes
 from perexfx.rehearsal.step_memory import HandedOver, Passages, Passed, Rehearsal
 from perexfx.rehearsal.timeline import Span, Timeline
-from perexfx.runtime.state import PerExample
+from perexfx.runtime.options import StepOptions
+from perexfx.runtime.state import Runtime
 from perexfx.sites.segments import Segment
 
 _logger = logging.getLogger("perexfx")
@@ -48,11 +49,11 @@ class Rehearsed:
     Where a step cannot be rehearsed, what a choice holds is taken, which is more.
 
     Attributes:
-        state: Of the transformed module; remembers rehearsals.
+        runtime: Of the transformed module.
         inputs: The kind of input.
     """
 
-    state: PerExample
+    runtime: Runtime
     inputs: Inputs
 
     def bytes_added(self, plan: Plan, choice: Choice) -> int:
@@ -68,15 +69,16 @@ class Rehearsed:
         return None if rehearsal is None else rehearsal.ordinary_bytes
 
     def _rehearsal(self, plan: Plan) -> Rehearsal | None:
-        known, n = self.state.rehearsals.setdefault((self.inputs, plan.channels_last), {}), plan.batch_size
+        notes, n = self.runtime.notes.of(_Rehearsals), plan.batch_size
+        known = notes.setdefault((self.inputs, plan.channels_last), _Rehearsals()).of_batch_sizes
         if n not in known:
             first, second = (*known.values(), None, None)[:2]
             found = first.between(second, n) if first and second else None
             if found is None:
                 try:
-                    owner = self.state.owner
+                    owner = self.runtime.owner
                     assert isinstance(owner, fx.GraphModule)
-                    found = rehearse(owner, self.state, plan, self.inputs)
+                    found = rehearse(owner, self.runtime, plan, self.inputs)
                 except Exception as error:  # whatever a model does with fake tensors
                     _logger.info("The step cannot be rehearsed; its memory is overestimated: %s", error)
             if len(known) >= REHEARSALS_KEPT:
@@ -91,23 +93,30 @@ REHEARSALS_KEPT = 8
 """Of one kind of input; from the first two the others follow."""
 
 
-def rehearse(gm: fx.GraphModule, state: PerExample, plan: Plan, inputs: Inputs) -> Rehearsal:
+@dataclass
+class _Rehearsals:
+    """What is known of one kind of input and one choice of regions: batch size -> rehearsal, or that there is none."""
+
+    of_batch_sizes: dict[int, Rehearsal | None] = field(default_factory=dict)
+
+
+def rehearse(gm: fx.GraphModule, runtime: Runtime, plan: Plan, inputs: Inputs) -> Rehearsal:
     """What an ordinary and a clipped step hold, from running them with fake tensors.
 
     Args:
         gm: The transformed module.
-        state: Its state.
+        runtime: Its state.
         plan: For the batch size; what it chose does not matter.
         inputs: The kind of input.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with TRACING, same_einsums(), state.rehearsed(), quiet(), kernels.for_sizes():
-        given = fake_inputs(fake, inputs, state.settings.batch_dim, plan.batch_size)
+    with TRACING, same_einsums(), runtime.rehearsed(), quiet(), kernels.for_sizes():
+        given = fake_inputs(fake, inputs, runtime.settings.batch_dim, plan.batch_size)
         ordinary = _Recorder()
-        _step(gm, state.captured.graph, fake, given, ordinary)
+        _step(gm, runtime.captured.graph, fake, given, ordinary)
         clipped = _Recorder()
-        state.plans[inputs, plan.batch_size] = _watched(plan, clipped)
-        passages = _step(gm, gm.graph, fake, given, clipped, plan.segments)
+        with runtime.stepping(StepOptions(_watched(plan, clipped))):
+            passages = _step(gm, gm.graph, fake, given, clipped, plan.segments)
     return Rehearsal(
         plan.batch_size, ordinary.timeline(), clipped.timeline(), clipped.handed_over(), plan.segments, passages
     )

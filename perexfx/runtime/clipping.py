@@ -19,8 +19,8 @@ from perexfx.runtime.tape import Tape
 
 def clip_factors_of(tape: Tape, norms: Tensor, lost: Tensor) -> dict[str, Tensor]:
     """Group -> factors `[B]`; zero for examples that are not finite."""
-    settings = tape.state.settings
-    groups = list(tape.state.groups)
+    settings = tape.settings
+    groups = list(tape.sites.groups)
     if settings.clipping == "per_layer":
         share = None if settings.clip_norm is None else settings.clip_norm / math.sqrt(len(groups))
         zero = torch.zeros_like(norms)

@@ -1,7 +1,7 @@
-"""Traces: what tells one value from another without keeping it.
+"""Digests: what tells one value from another without keeping it.
 
-Promises: two runs of the same layers on the same values leave the same trace, up to rounding; other random numbers,
-modes or parameters leave another, also beside outliers and where a layer keeps its sums.
+Promises: two runs of the same layers on the same values have the same digest, up to rounding; other random numbers,
+modes or parameters have another, also beside outliers and where a layer keeps its sums.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from perexfx.ir.layout import Layout
 
 
 @dataclass(frozen=True)
-class Trace:
+class Digest:
     """What tells one value from another.
 
     Attributes:
@@ -32,7 +32,7 @@ class Trace:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, value: Tensor, layout: Layout) -> Trace:
+    def of(cls, value: Tensor, layout: Layout) -> Digest:
         """Of a value whose layout is known."""
         rows = layout.examples_first(value.detach()).flatten(1)
         rows = rows.to(torch.promote_types(value.dtype, torch.float32))
@@ -41,7 +41,7 @@ class Trace:
         step = max(1, rows.shape[1] // SAMPLES)
         return cls(rows[:, ::step].clone(), sums, torch.linalg.vector_norm(rows, 2, 1), value.dtype)
 
-    def differs(self, other: Trace) -> Tensor:
+    def differs(self, other: Digest) -> Tensor:
         """Which examples differ by more than rounding. Shape `[B]`."""
         tolerance = torch.finfo(self.dtype).eps ** 0.5
         numbers = self.numbers.abs()
@@ -60,4 +60,4 @@ GOLDEN = 0.6180339887498949
 SAMPLES = 64
 
 
-__all__ = ["Trace"]
+__all__ = ["Digest"]

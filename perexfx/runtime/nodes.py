@@ -4,7 +4,7 @@ Promises: one ordinary backward fills `.grad` with clipped sums. Every site leav
 node turns them into squared norms (the gradient of a zero token of shape [B]), autograd adds the tokens up, and the
 clip node, which runs last, turns the total into factors and returns each parameter's clipped sum as its gradient. A
 site that shares nothing with others is its own norm node, and small gradients at hand wait for the clip node, which
-takes them all at once. No state outlives a backward but `norms` and `clip_factors`.
+takes them all at once. Nothing outlives a backward but its `Results`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from perexfx.kernels.watched import is_watched
 from perexfx.runtime.clipping import clip_factors_of
 from perexfx.runtime.pull_back import add_pulled, pull_back, pull_back_each
 from perexfx.runtime.replay import SecondTape, sums_again
-from perexfx.runtime.state import PerExample
 from perexfx.runtime.tape import Tape
 from perexfx.runtime.waiting import may_wait, together
 
@@ -47,7 +46,7 @@ class _Clip(Function):
         token = torch.zeros(tape.n, dtype=dtype, device=parameters[0].device)
         given = tuple([parameter.detach() for parameter in parameters])
         tape.parameters = dict(zip(names, given, strict=True))
-        needed = names if tape.cuts else tape.state.evaluated
+        needed = names if tape.cuts else tape.sites.evaluated
         tape.versions = {name: tape.parameters[name]._version for name in needed}
         ctx.mark_non_differentiable(*given)
         return (token, *given)
@@ -59,7 +58,7 @@ class _Clip(Function):
         tape: Tape = ctx.tape
         if total is None and not tape.waiting:
             return (None,) * (2 + len(ctx.names))
-        tape.state.claim_backward()
+        tape.last.claim()
         gradients = _clipped_sums(tape, total)
         tape.release()
         return (None, None, *(gradients.get(name) for name in ctx.names))
@@ -92,7 +91,7 @@ def norm(tape: Tape, token: Tensor, group: str) -> Tensor:
 
     A site alone in its group joins them itself.
     """
-    return token if tape.plan is None or tape.state.is_alone(group) else _Norm.apply(tape, token, group)
+    return token if tape.plan is None or tape.sites.is_alone(group) else _Norm.apply(tape, token, group)
 
 
 class _Structure:
@@ -184,11 +183,11 @@ class _PerExampleOp(Function):
             tape.add(site.name, factors)
             return (None, None, *[gradients.get(name) for name in call.names])
         assert tape.plan is not None
-        shared = {} if tape.state.one_by_one or is_watched() else tape.plan.left_users
+        shared = {} if tape.options.one_by_one or is_watched() else tape.plan.left_users
         for name, found in factors.items():
             key = site.name, name
             tape.observed[key] = tape.with_shared_left(found, shared[key]) if key in shared else found
-        squared = _squared_norms(tape, site.group) if tape.state.is_alone(site.group) else None
+        squared = _squared_norms(tape, site.group) if tape.sites.is_alone(site.group) else None
         return (None, squared, *[gradients.get(name) for name in call.names])
 
 
@@ -207,7 +206,7 @@ def per_example(tape: Tape, token: Tensor, name: str, constants: Any, *args: Any
         args: The layer's own arguments.
         kwargs: The layer's own keyword arguments.
     """
-    site = tape.state.site(name)
+    site = tape.sites.site(name)
     arguments = site.rule.bind(site.target, args, kwargs)
     if tape.plan is None or not tape.is_trained(name):
         return _call(site, args, kwargs)
@@ -246,16 +245,16 @@ def _squared_norms(tape: Tape, group: str) -> Tensor | None:
     assert tape.plan is not None
     uses = [
         (site, operand)
-        for site in tape.state.groups[group]
+        for site in tape.sites.groups[group]
         for operand in site.operands
         if (site.name, operand.name) in tape.observed
     ]
     if not uses:
         return None
-    if group in tape.state.joined:
+    if group in tape.sites.joined:
         total = _joined_squared_norms(tape, uses)
     else:
-        total, is_waited = None, tape.state.takes_together and not is_watched()
+        total, is_waited = None, tape.takes_together and not is_watched()
         for site, operand in uses:
             key = site.name, operand.name
             factors = tape.observed.pop(key)
@@ -265,7 +264,7 @@ def _squared_norms(tape: Tape, group: str) -> Tensor | None:
             squared, held = tape.plan.strategies[key].squared_norms(factors)
             if tape.cuts and key in tape.plan.reweighted:
                 tape.reweighted.add(key)
-            if key not in tape.reweighted or tape.state.keep_gradients:
+            if key not in tape.reweighted or tape.options.gradients_to is not None:
                 tape.held[key] = held
             total = squared if total is None else total + squared
     if total is not None:
@@ -286,7 +285,6 @@ def _joined_squared_norms(tape: Tape, uses: Sequence[tuple[Site, Operand]]) -> T
 
 def _clipped_sums(tape: Tape, total: Tensor | None) -> dict[str, Tensor]:
     """Factors from the total and from what waited, then each parameter's weighted sum."""
-    state = tape.state
     waited = together(tape.waiting)
     tape.waiting = {}
     for small in waited:
@@ -303,11 +301,11 @@ def _clipped_sums(tape: Tape, total: Tensor | None) -> dict[str, Tensor]:
             tape.n,
         )
     factors = clip_factors_of(tape, norms, lost)
-    state.norms = norms
     rows = list(factors.values())
-    state.clip_factors = torch.stack(rows) if state.settings.clipping == "per_layer" else rows[0]
-    if state.keep_gradients:
-        state.gradients = _per_example_gradients(tape)
+    tape.results.norms = norms
+    tape.results.clip_factors = torch.stack(rows) if tape.settings.clipping == "per_layer" else rows[0]
+    if tape.options.gradients_to is not None:
+        tape.options.gradients_to(_per_example_gradients(tape))
 
     def weighted_sum(group: str, held: Factors) -> Tensor:
         return (held.without(lost) if drops else held).weighted_sum(factors[group])
@@ -317,7 +315,7 @@ def _clipped_sums(tape: Tape, total: Tensor | None) -> dict[str, Tensor]:
         held = tape.held.pop(key)
         if key in tape.reweighted:
             continue
-        site = state.site(key[0]) if key[0] else _first_use(state, key[1])
+        site = tape.sites.site(key[0]) if key[0] else tape.sites.first_user(key[1])
         add_pulled(tape, key, weighted_sum(site.group, held), pull_back, sums)
         del held
     for small in waited:
@@ -327,7 +325,7 @@ def _clipped_sums(tape: Tape, total: Tensor | None) -> dict[str, Tensor]:
     for rerun in tape.plan.reruns if tape.reweighted else ():  # when nothing else is held any more
         if tape.reweighted.isdisjoint(rerun.keys):
             continue
-        with state.around_rerun(rerun):
+        with tape.options.around_rerun(rerun):
             found = sums_again(tape, rerun, weighted_sum, lost)
         for key, value in found.items():
             add_pulled(tape, key, value, pull_back, sums)
@@ -340,10 +338,6 @@ def _per_example_gradients(tape: Tape) -> dict[str, Tensor]:
     for key, held in tape.held.items():
         add_pulled(tape, key, held.gradients() * tape.scale, pull_back_each, each)
     return each
-
-
-def _first_use(state: PerExample, parameter: str) -> Site:
-    return next(site for site in state.sites if parameter in site.parameters)
 
 
 __all__ = ["clip", "norm", "per_example"]

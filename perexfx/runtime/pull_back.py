@@ -79,7 +79,7 @@ def add_pulled(
     """Adds what a value contributes to each trained parameter."""
     pulled = {key[1]: value}
     if key[0]:
-        pulled = pull_back(tape, key, tape.state.operand(key).expression, value)
+        pulled = pull_back(tape, key, tape.sites.operand(key).expression, value)
     for name, part in pulled.items():
         if name in tape.active:
             sums[name] = sums[name] + part if name in sums else part

@@ -1,4 +1,4 @@
-"""Second runs: what the cuts between segments keep for them, and what the clip node gets from them.
+"""Replay: running segments of the graph a second time, for the clipped sums of their sites.
 
 Promises: a segment that is run again computes what it has computed before, or it is an error: the same nodes run in the
 same order, on the same values, with the same random numbers and parameters, and the sums of the result are compared.
@@ -9,104 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
-from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import ModeError
 from perexfx.ir.factors import Factors
 from perexfx.ir.node import info_of
 from perexfx.ir.site import Key
 from perexfx.planning.reruns import Rerun
-from perexfx.runtime.digests import Trace
+from perexfx.runtime.cuts import cut, settings_of
+from perexfx.runtime.digests import Digest
 from perexfx.runtime.pull_back import check_unchanged
 from perexfx.runtime.tape import Tape
-
-# What cuts keep
-
-
-@dataclass(frozen=True)
-class AtCut:
-    """What a backward finds at a cut.
-
-    Attributes:
-        gradient: Of the value there, and what tells it from others, where a rerun ends; None where it has none.
-        values: What the segment after it reads, by name, where it is to run again.
-        trace: What tells the value from others, where a rerun ends.
-        states: Of the random number generators of CPU and device, where a rerun begins.
-        settings: Of the modules that it calls, where a rerun begins.
-    """
-
-    gradient: tuple[Tensor, Trace] | None
-    values: Mapping[str, Any]
-    trace: Trace | None
-    states: tuple[Tensor, ...]
-    settings: Mapping[str, Mapping[str, Any]]
-
-
-class _Cut(Function):
-    """Identity on token and value. What reruns need is saved as all else is for a backward.
-
-    The sites above have the token that comes out, so that their squared norms pass here whatever else does.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tape: Tape, at: int, token: Tensor, value: Tensor, kept: Mapping[str, Any]) -> Any:
-        assert tape.plan is not None
-        found, segments = tape.cuts[at], tape.plan.segments
-        leaves, ctx.spec = pytree.tree_flatten(dict(kept))
-        ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        ctx.are_tensors = [isinstance(leaf, Tensor) for leaf in leaves]
-        ctx.save_for_backward(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
-        ctx.tape, ctx.at = tape, at
-        ctx.trace = Trace.of(value, segments[at - 1].layout_of_exit) if found.ends else None
-        ctx.states = _states(value.device) if found.begins else ()
-        assert tape.owner is not None
-        ctx.settings = _settings_of(tape.owner, found.modules)
-        ctx.set_materialize_grads(False)
-        is_returned = at == len(segments)  # and may be changed in place
-        return token.view_as(token), value.clone() if is_returned else value.view_as(value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides names)
-        tape: Tape = ctx.tape
-        tape.enter_backward()
-        saved = iter(ctx.saved_tensors)
-        pairs = zip(ctx.are_tensors, ctx.others, strict=True)
-        leaves = [next(saved).detach() if is_tensor else other for is_tensor, other in pairs]
-        values = pytree.tree_unflatten(leaves, ctx.spec)
-        squared, gradient = grad_outputs
-        kept = None
-        if ctx.trace is not None and gradient is not None:
-            assert tape.plan is not None
-            kept = gradient, Trace.of(gradient, tape.plan.segments[ctx.at - 1].layout_of_exit)
-        tape.at_cuts[ctx.at] = AtCut(kept, values, ctx.trace, ctx.states, ctx.settings)
-        return None, None, squared, gradient, None
-
-
-def cut(tape: Tape, token: Tensor, at: int, value: Any, *given: Any) -> tuple[Tensor, Any]:
-    """The token for what lies above, and the value between two segments.
-
-    Args:
-        tape: Of this forward.
-        token: From the clip node, or the cut before.
-        at: Number of the segment after it.
-        value: What gradients pass through; before the first segment the token again.
-        given: The values that the segment after it reads, in its order.
-    """
-    if at not in tape.cuts:
-        return token, value
-    named = dict(zip(tape.state.segments[at].given, given, strict=True)) if given else {}
-    return _Cut.apply(tape, at, token, value, {name: named[name] for name in tape.cuts[at].keeps})
-
-
-# What comes of them
 
 
 class SecondTape(Tape):
@@ -119,7 +35,15 @@ class SecondTape(Tape):
     """
 
     def __init__(self, first: Tape, rerun: Rerun, weighted_sum: Callable[[str, Factors], Tensor]) -> None:
-        super().__init__(first.state, first.plan, first.n)
+        super().__init__(
+            first.sites,
+            first.settings,
+            first.options,
+            first.plan,
+            first.n,
+            results=first.results,
+            last=first.last,
+        )
         self.first, self.left_alone, self.cuts = first, first.left_alone, {}
         self.active, self.weighted_sum = first.active, weighted_sum
         keys = rerun.keys & first.reweighted
@@ -135,7 +59,7 @@ class SecondTape(Tape):
 
     def add(self, site: str, factors: Mapping[str, Factors]) -> None:
         """Sums what a site leaves, where it was asked for."""
-        group = self.state.site(site).group
+        group = self.sites.site(site).group
         for name in self.operands[site]:
             self.sums[site, name] = self.weighted_sum(group, factors[name])
 
@@ -170,11 +94,11 @@ def sums_again(
     del begin
     with _random_numbers_of(states, token.device), torch.enable_grad():
         result = _run(second, token, values, rerun, last.exit)
-    assert end.trace is not None
-    _check_same(end.trace, Trace.of(result, last.layout_of_exit), lost, layers)
+    assert end.digest is not None
+    _check_same(end.digest, Digest.of(result, last.layout_of_exit), lost, layers)
     if end.gradient is not None:
-        gradient, trace = end.gradient
-        if bool((trace.differs(Trace.of(gradient, last.layout_of_exit)) & ~lost).any()):
+        gradient, digest = end.gradient
+        if bool((digest.differs(Digest.of(gradient, last.layout_of_exit)) & ~lost).any()):
             raise ModeError(
                 f"The gradient that arrives at `{last.exit}` was overwritten by a backward below, and is needed for "
                 f"the second one of the layers {layers}. Let that backward return a new tensor, or name another "
@@ -208,7 +132,7 @@ def _run(tape: SecondTape, token: Tensor, values: dict[str, Any], rerun: Rerun, 
     for node in nodes:
         args, kwargs = node.args, dict(node.kwargs)
         if info_of(node).role == "site":  # whose parameter expressions are not evaluated again
-            args = (*args[:3], tuple(() for _ in tape.state.site(str(args[2])).operands), *args[4:])
+            args = (*args[:3], tuple(() for _ in tape.sites.site(str(args[2])).operands), *args[4:])
         given: Any
         given, kwargs = fx.map_arg((args, kwargs), value_of)
         values[node.name] = _call(owner, node, given, kwargs)
@@ -269,7 +193,7 @@ def _call(owner: nn.Module, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
 # Whether it is the same
 
 
-def _check_same(known: Trace, found: Trace, lost: Tensor, layers: str) -> None:
+def _check_same(known: Digest, found: Digest, lost: Tensor, layers: str) -> None:
     """Raises: ModeError, where a second run has given another value."""
     differs = known.differs(found) & ~lost
     if bool(differs.any()):
@@ -280,20 +204,9 @@ def _check_same(known: Trace, found: Trace, lost: Tensor, layers: str) -> None:
         )
 
 
-def _settings_of(owner: nn.Module, paths: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Path of a module -> its modes and numbers, and how many hooks it has."""
-    found = {}
-    for path in paths:
-        attributes = vars(owner.get_submodule(path)).items()
-        plain = {name: value for name, value in attributes if isinstance(value, bool | int | float | str | tuple)}
-        hooks = {name: len(value) for name, value in attributes if name.endswith("_hooks") and value}
-        found[path] = plain | hooks
-    return found
-
-
 def _check_settings(known: Mapping[str, Mapping[str, Any]], owner: nn.Module, layers: str) -> None:
     """Raises: ModeError, where a module has other settings than it had."""
-    found = _settings_of(owner, list(known))
+    found = settings_of(owner, list(known))
     changed = [path for path, before in known.items() if before != found[path]]
     if changed:
         raise ModeError(
@@ -303,13 +216,6 @@ def _check_settings(known: Mapping[str, Mapping[str, Any]], owner: nn.Module, la
 
 
 # Random numbers
-
-
-def _states(device: torch.device) -> tuple[Tensor, ...]:
-    states = [torch.get_rng_state()]
-    if device.type != "cpu":
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return tuple(states)
 
 
 @contextmanager
@@ -323,4 +229,4 @@ def _random_numbers_of(states: Sequence[Tensor], device: torch.device) -> Iterat
         yield
 
 
-__all__ = ["AtCut", "SecondTape", "cut", "sums_again"]
+__all__ = ["SecondTape", "sums_again"]

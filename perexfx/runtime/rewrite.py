@@ -7,12 +7,9 @@ Parameter objects under their names, and the model itself is left as it was.
 
 from __future__ import annotations
 
-import copy
-import copyreg
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import wraps
 from typing import Any
 
 import torch
@@ -20,93 +17,32 @@ from torch import fx, nn
 
 from perexfx.ir.node import annotate, info_of
 from perexfx.ir.site import Site
+from perexfx.runtime.cuts import cut
+from perexfx.runtime.face import PerExample
 from perexfx.runtime.formats import enter, leave
 from perexfx.runtime.nodes import clip, norm, per_example
-from perexfx.runtime.replay import cut
-from perexfx.runtime.state import PerExample
+from perexfx.runtime.state import Runtime
+from perexfx.runtime.transformed import FACE, Transformed
 from perexfx.sites.regions import Region, images_of, reads_either_format
 from perexfx.sites.segments import Segment
 
-STATE = "perexfx"
 PREFIX = "perexfx_"
 """Of the names of inserted nodes: those of the captured graph keep theirs."""
 
 
-def _overload(name: str, overload: str) -> Any:
-    """An overload by its name: `aten::silu`, `default`."""
-    namespace, operation = name.split("::")
-    return getattr(getattr(getattr(torch.ops, namespace), operation), overload)
-
-
-# torch cannot pickle overloads, and exported graphs name them
-copyreg.pickle(torch._ops.OpOverload, lambda op: (_overload, (op._schema.name, op._overloadname)))
-
-
-class Transformed(fx.GraphModule):
-    """A GraphModule with every attribute of the module it was made from.
-
-    fx itself keeps only what the graph names, and loses the rest when it copies or saves.
-    """
-
-    perexfx: PerExample
-
-    def __init__(self, body: Mapping[str, Any], graph: fx.Graph, class_name: str = "Transformed") -> None:
-        super().__init__({}, fx.Graph(), class_name)
-        for name, value in body.items():
-            self.__dict__[name] = value
-        self.graph = graph
-        self.perexfx.belongs_to(self)
-
-    def recompile(self) -> Any:
-        """Keeps torch.compile out of the forward: it would lose what the nodes leave for the backward."""
-        code = super().recompile()
-        if STATE in self._modules:
-            self.perexfx.proofs.clear()  # they were of another graph
-        cls: Any = type(self)
-        cls.forward = _uncompiled(cls.forward)
-        return code
-
-    def _body(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_graph", "_code", "_tracer_cls")}
-
-    def __reduce__(self) -> Any:
-        graph = copy.deepcopy(self.graph)  # without its link back to this module
-        return _rebuild, (self._body(), graph, type(self).__name__)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Transformed:
-        copied = _rebuild(copy.deepcopy(self._body(), memo), copy.deepcopy(self.graph), type(self).__name__)
-        memo[id(self)] = copied
-        return copied
-
-
-def _uncompiled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that runs eagerly inside of torch.compile, whose machinery is loaded when it is first called."""
-    disabled: list[Callable[..., Any]] = []
-
-    @wraps(forward)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not disabled:
-            disabled.append(torch.compiler.disable(forward))
-        return disabled[0](*args, **kwargs)
-
-    return call
-
-
-def _rebuild(body: Mapping[str, Any], graph: fx.Graph, class_name: str) -> Transformed:
-    return Transformed(body, graph, class_name)
-
-
-def rewrite(twin: nn.Module, captured: fx.Graph, state: PerExample) -> Transformed:
+def rewrite(twin: nn.Module, captured: fx.Graph, runtime: Runtime) -> Transformed:
     """The transformed module.
 
     Args:
         twin: From `twin_of`; its attributes become those of the result.
         captured: The graph in functional form.
-        state: What becomes `gm.perexfx`: the sites and regions of that graph.
+        runtime: What stands behind `gm.perexfx`: the sites and regions of that graph.
     """
-    body = {**twin.__dict__, "_modules": {**twin._modules, STATE: state.train(twin.training)}}
-    segments = state.segments if state.settings.may_reweight else ()
-    return Transformed(body, _rewritten(captured, state.sites, state.regions, segments), type(twin).__name__)
+    face = PerExample(runtime).train(twin.training)
+    body = {**twin.__dict__, "_modules": {**twin._modules, FACE: face}}
+    segments = runtime.segments if runtime.settings.may_reweight else ()
+    graph = _rewritten(captured, runtime.sites.sites, runtime.regions, segments)
+    return Transformed(body, graph, type(twin).__name__)
 
 
 def twin_of(model: nn.Module, constants: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -278,7 +214,7 @@ def _insert_clip(
 ) -> tuple[fx.Node, fx.Node, dict[str, fx.Node]]:
     """The tape, the clip node, and what comes out of it: the token and the parameters."""
     arguments = tuple(str(node.target).lstrip("*") for node in inputs)
-    tape = graph.create_node("call_module", STATE, (arguments, *inputs), name=f"{PREFIX}tape")
+    tape = graph.create_node("call_module", FACE, (arguments, *inputs), name=f"{PREFIX}tape")
     read = [graph.create_node("get_attr", name, name=f"{PREFIX}{name.replace('.', '_')}") for name in names]
     node = graph.create_node("call_function", clip, (tape, names, *read), name=f"{PREFIX}clip")
     token = graph.create_node("call_function", operator.getitem, (node, 0), name=f"{PREFIX}token")

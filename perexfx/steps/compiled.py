@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import CaptureError
-from perexfx.runtime.rewrite import Transformed
+from perexfx.runtime.face import runtime_of
+from perexfx.runtime.tape import Results
+from perexfx.runtime.transformed import Transformed
 from perexfx.steps.static import LossFunction, Step, call, functional_step, traced
 
 _logger = logging.getLogger("perexfx")
@@ -68,7 +70,7 @@ class CompiledStep:
             with torch.no_grad():
                 given = {name: parameter.detach() for name, parameter in params.items()}
                 loss, norms, factors, gradients = run(given, buffers, x, y)
-            self.gm.perexfx.norms, self.gm.perexfx.clip_factors = norms, factors
+            runtime_of(self.gm).results = Results(norms, factors)
             _accumulate({params[name]: gradient for name, gradient in gradients.items() if gradient is not None})
         if self.optimizer is not None:
             self.optimizer.step()
@@ -98,8 +100,8 @@ class CompiledStep:
 
     def _candidates(self, x: Any, y: Any) -> dict[str, Step]:
         """The ways beside the eager one that there are for a batch, by name."""
-        state = self.gm.perexfx
-        if state.settings.memory_budget is not None and state.plan is not None and state.plan.reruns:
+        settings, plan = self.gm.perexfx.settings, self.gm.perexfx.plan
+        if settings.memory_budget is not None and plan is not None and plan.reruns:
             _logger.info("The step stays eager: a graph has no second backward, which the memory budget asks for.")
             return {}
         try:
@@ -140,14 +142,10 @@ class CompiledStep:
         params = {name: parameter.detach() for name, parameter in self.gm.named_parameters()}
         buffers = {name: buffer.clone() for name, buffer in self.gm.named_buffers()}
         devices = {parameter.device for parameter in params.values() if parameter.device.type == "cuda"}
-        with torch.random.fork_rng(list(devices)), torch.no_grad():
-            state = dict(self.gm.perexfx.__dict__)
-            try:
-                found = way(params, buffers, x, y)
-                for device in devices:
-                    torch.cuda.synchronize(device)
-            finally:
-                self.gm.perexfx.__dict__.update(state)
+        with torch.random.fork_rng(list(devices)), torch.no_grad(), runtime_of(self.gm).results_kept():
+            found = way(params, buffers, x, y)
+            for device in devices:
+                torch.cuda.synchronize(device)
         return found
 
 

@@ -6,16 +6,16 @@ backward, and reads what its sites left behind.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from perexfx.api import transform
-from perexfx.runtime.rewrite import Transformed
-
-LossFunction = Callable[[Any, Any], Tensor]
+from perexfx.runtime.face import stepping
+from perexfx.runtime.options import StepOptions
+from perexfx.runtime.transformed import Transformed
+from perexfx.steps.static import LossFunction, call
 
 
 def per_example_norms(
@@ -71,9 +71,8 @@ def per_example_grads(
         PerexError: As `perexfx.transform`.
     """
     gm = transform(model, x, clip_norm=None, loss_reduction=loss_reduction, batch_dim=batch_dim, strategy="materialize")
-    gm.perexfx.keep_gradients = True
-    _backward(gm, loss_fn, x, y)
-    found = gm.perexfx.gradients or {}
+    found: dict[str, Tensor] = {}
+    _backward(gm, loss_fn, x, y, StepOptions(gradients_to=found.update))
     assert gm.perexfx.plan is not None
     n = gm.perexfx.plan.batch_size
     return {
@@ -112,9 +111,8 @@ def gradient_gram(
     return torch.stack([rows @ rows.t() for rows in flat]).sum(0)
 
 
-def _backward(gm: Transformed, loss_fn: LossFunction, x: Any, y: Any) -> None:
+def _backward(gm: Transformed, loss_fn: LossFunction, x: Any, y: Any, options: StepOptions = StepOptions()) -> None:  # noqa: B008 (a frozen value)
     """One forward and backward that leave `.grad` alone."""
-    args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
-    output = gm(*args, **kwargs)
+    output = call(stepping(gm, options), x)
     trainable = [parameter for parameter in gm.parameters() if parameter.requires_grad]
     torch.autograd.grad(loss_fn(output, y), trainable, allow_unused=True)

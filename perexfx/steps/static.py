@@ -20,7 +20,8 @@ from perexfx.analysis.failures import without_numbers
 from perexfx.capture.quiet import quiet
 from perexfx.ir.errors import ArgumentError, CaptureError, PerexError
 from perexfx.ir.inputs import GivenInputs, bind_inputs, by_name, named_leaves
-from perexfx.runtime.rewrite import Transformed
+from perexfx.runtime.face import runtime_of
+from perexfx.runtime.transformed import Transformed
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -71,8 +72,8 @@ def functional_step(gm: Transformed, loss_fn: LossFunction) -> Step:
             loss = checked_loss(loss_fn(call(gm, x), y))
             wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
             found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
-        state = gm.perexfx
-        return loss.detach(), state.norms, state.clip_factors, dict(zip(wanted, found, strict=True))
+        results = gm.perexfx
+        return loss.detach(), results.norms, results.clip_factors, dict(zip(wanted, found, strict=True))
 
     return step
 
@@ -110,8 +111,9 @@ def traced(
     """
     arguments = named_leaves(by_name(bind_inputs(gm, x, "x")))
     given = dict(gm.named_parameters()), dict(gm.named_buffers()), x, y
-    with gm.perexfx.set_aside(), quiet():
-        gm.perexfx.prepare(*gm.perexfx.kind_of(arguments))
+    runtime = runtime_of(gm)
+    with runtime.set_aside(), quiet():
+        runtime.prepare(*runtime.kind_of(arguments))
         try:
             trace = make_fx(
                 _of_tensors(step, given),

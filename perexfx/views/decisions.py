@@ -14,7 +14,7 @@ from perexfx.ir.errors import BudgetError
 from perexfx.ir.inputs import Inputs
 from perexfx.ir.site import Key, Site
 from perexfx.planning.plan import Decision, Plan
-from perexfx.runtime.state import PerExample
+from perexfx.runtime.state import Runtime
 from perexfx.views.words import megabytes
 
 
@@ -105,9 +105,9 @@ class Row:
     measured_bytes: int | None = None
 
 
-def rows_of(state: PerExample, plan: Plan) -> tuple[Row, ...]:
+def rows_of(sites: Sequence[Site], plan: Plan) -> tuple[Row, ...]:
     """A row per site, in graph order."""
-    return tuple(_row(site, plan) for site in state.sites)
+    return tuple(_row(site, plan) for site in sites)
 
 
 def _row(site: Site, plan: Plan) -> Row:
@@ -239,13 +239,13 @@ def sizes_to_try(n: int) -> list[int]:
     return sorted({*powers, n})
 
 
-def plans_for(state: PerExample, kind: Inputs, sizes: Sequence[int]) -> dict[int, Plan | None]:
+def plans_for(runtime: Runtime, kind: Inputs, sizes: Sequence[int]) -> dict[int, Plan | None]:
     """Batch size -> the plan for one kind of input; None where none fits the memory budget."""
     found: dict[int, Plan | None] = {}
-    with state.set_aside():
+    with runtime.set_aside():
         for n in sizes:
             try:
-                found[n] = state.prepare(kind, n)
+                found[n] = runtime.prepare(kind, n)
             except BudgetError:
                 found[n] = None
     return found

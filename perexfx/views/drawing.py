@@ -19,9 +19,10 @@ from perexfx.analysis.analyze import Analysis
 from perexfx.ir.errors import ArgumentError, RefusedError
 from perexfx.ir.node import info_of
 from perexfx.ir.refusal import Refusal
+from perexfx.runtime.cuts import cut
+from perexfx.runtime.face import runtime_of
 from perexfx.runtime.nodes import clip
-from perexfx.runtime.replay import cut
-from perexfx.runtime.state import PerExample, state_of
+from perexfx.runtime.state import Runtime
 from perexfx.sites.classify import reads_shape_only
 from perexfx.views.decisions import Row, rows_of
 from perexfx.views.words import clipping_in_words, counted
@@ -121,18 +122,19 @@ def drawing_of(subject: nn.Module | RefusedError) -> Drawing:
         return _of_refusal(subject)
     if isinstance(subject, BaseException):
         raise ArgumentError(f"A {type(subject).__name__} has no graph to draw: the forward was not captured.")
-    state = state_of(subject)
-    captured, analysis = state.captured.graph, None if state.kind is None else state.known(state.kind)
-    sites = {site.node: site.name for site in state.sites}
-    shapes = _Shapes(analysis, 0 if state.plan is None else state.plan.batch_size)
+    runtime = runtime_of(subject)
+    captured, analysis = runtime.captured.graph, None if runtime.kind is None else runtime.known(runtime.kind)
+    plan = runtime.plan
+    sites = {site.node: site.name for site in runtime.sites.sites}
+    shapes = _Shapes(analysis, 0 if plan is None else plan.batch_size)
     before = _captured_side(captured, subject, shapes, sites)
-    after = _rewritten_side(subject, {node.id: node for node in before.nodes}, state)
+    after = _rewritten_side(subject, {node.id: node for node in before.nodes}, runtime)
     boxes = _boxes(before.nodes)
-    rows = () if state.plan is None else rows_of(state, state.plan)
-    planned = "not planned yet" if state.plan is None else f"batch of {state.plan.batch_size}"
+    rows = () if plan is None else rows_of(runtime.sites.sites, plan)
+    planned = "not planned yet" if plan is None else f"batch of {plan.batch_size}"
     return Drawing(
         title=type(subject).__name__,
-        subtitle=f"{counted(len(state.sites), 'site')}, {planned}, {clipping_in_words(state.settings)}",
+        subtitle=f"{counted(len(sites), 'site')}, {planned}, {clipping_in_words(runtime.settings)}",
         before=_boxed(before, boxes),
         after=_boxed(after, boxes),
         boxes={path: _class_of(subject, path) for path in boxes},
@@ -208,7 +210,7 @@ def _captured_side(graph: fx.Graph, module: Any, shapes: _Shapes, sites: Mapping
     return Side(tuple(nodes), tuple(dict.fromkeys(edges)))
 
 
-def _rewritten_side(gm: Any, known: Mapping[str, Node], state: PerExample) -> Side:
+def _rewritten_side(gm: Any, known: Mapping[str, Node], runtime: Runtime) -> Side:
     """The rewritten graph. The tape is left out, and the clip node stands for the parameters that it hands out."""
     nodes, edges = [], []
     stands_for: dict[fx.Node, str] = {}
@@ -227,13 +229,13 @@ def _rewritten_side(gm: Any, known: Mapping[str, Node], state: PerExample) -> Si
             label = "channels last" if node.target.__name__ == "enter" else "channels first"
             nodes.append(Node(node.name, label, "format", _paths(info.module), info.module))
         elif info.role == "cut":
-            label = _label_of_cut(node, state)
+            label = _label_of_cut(node, runtime)
             if not label:
                 stands_for[node] = stands_for[_passed_by(node)]
                 continue
             nodes.append(Node(node.name, label, "cut", _paths(info.module), info.module))
         elif info.role == "site":
-            parameters = state.site(info.site).parameters
+            parameters = runtime.sites.site(info.site).parameters
             nodes.append(replace(known[node.name], role="site", parameters=parameters))
         else:
             nodes.append(known[node.name])
@@ -247,12 +249,12 @@ def _rewritten_side(gm: Any, known: Mapping[str, Node], state: PerExample) -> Si
     return Side(tuple(nodes), tuple(dict.fromkeys(edges)))
 
 
-def _label_of_cut(node: fx.Node, state: PerExample) -> str:
+def _label_of_cut(node: fx.Node, runtime: Runtime) -> str:
     """What a cut's value is to the plan; "" where it is nothing, and for its token."""
-    if node.target is cut or node.args[1] == 0 or state.plan is None:
+    if node.target is cut or node.args[1] == 0 or runtime.plan is None:
         return ""
     through = cast(fx.Node, node.args[0])
-    found = state.plan.cuts.get(cast(int, through.args[2]))
+    found = runtime.plan.cuts.get(cast(int, through.args[2]))
     if found is None or not (found.begins or found.ends):
         return ""
     return f"second run {'begins' if found.begins else 'ends'}"

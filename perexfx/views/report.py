@@ -15,7 +15,7 @@ from torch import nn
 from perexfx.inspecting.profile import Profile
 from perexfx.inspecting.proof.verify import Proof
 from perexfx.ir.errors import ArgumentError
-from perexfx.runtime.state import planned
+from perexfx.runtime.face import planned
 from perexfx.views.decisions import (
     CHOICES,
     BudgetStep,
@@ -257,28 +257,29 @@ def report(gm: nn.Module, *, batch_sizes: Sequence[int] | None = None) -> Report
     Raises:
         ArgumentError: It is not a transformed module, there is no plan yet, or a batch size is not positive.
     """
-    state, plan, kind = planned(gm)
+    runtime, plan, kind = planned(gm)
     if batch_sizes is not None:
-        return sweep_of(state, kind, batch_sizes)
-    sizes = sizes_to_try(plan.batch_size) if state.settings.cost_model == "profile" else []
-    plans = plans_for(state, kind, sizes)
+        return sweep_of(runtime, kind, batch_sizes)
+    sizes = sizes_to_try(plan.batch_size) if runtime.settings.cost_model == "profile" else []
+    plans = plans_for(runtime, kind, sizes)
     found = Report(
         batch_size=plan.batch_size,
-        clipping=clipping_in_words(state.settings),
+        clipping=clipping_in_words(runtime.settings),
         machine=plan.machine,
         memory_budget=plan.memory_budget,
         seconds=plan.seconds,
         ordinary_seconds=plan.ordinary_seconds,
         bytes_added=plan.bytes_added,
         ordinary_bytes=plan.ordinary_bytes,
-        channels_last=tuple(site.name for at in sorted(plan.channels_last) for site in state.regions[at].sites),
-        rows=rows_of(state, plan),
+        channels_last=tuple(site.name for at in sorted(plan.channels_last) for site in runtime.regions[at].sites),
+        rows=rows_of(runtime.sites.sites, plan),
         flips=flips_of(plans),
         batch_sizes=tuple(sizes),
         unfit=tuple(n for n, other in plans.items() if other is None),
         budgets=budget_steps(plan),
     )
-    return _with_results(found, state.proofs.get((kind, plan.batch_size)), state.profiles.get((kind, plan.batch_size)))
+    at = kind, plan.batch_size
+    return _with_results(found, runtime.notes.of(Proof).get(at), runtime.notes.of(Profile).get(at))
 
 
 def _with_results(found: Report, proof: Proof | None, measured: Profile | None) -> Report:

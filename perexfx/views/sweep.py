@@ -13,7 +13,7 @@ from perexfx.ir.errors import ArgumentError
 from perexfx.ir.inputs import Inputs
 from perexfx.ir.site import Key
 from perexfx.planning.plan import Plan
-from perexfx.runtime.state import PerExample
+from perexfx.runtime.state import Runtime
 from perexfx.views.decisions import decided, plans_for
 from perexfx.views.pages import Viewed
 from perexfx.views.words import aligned, megabytes
@@ -129,7 +129,7 @@ class Sweep(Viewed):
         return sweep_table(self)
 
 
-def sweep_of(state: PerExample, kind: Inputs, batch_sizes: Sequence[int]) -> Sweep:
+def sweep_of(runtime: Runtime, kind: Inputs, batch_sizes: Sequence[int]) -> Sweep:
     """The plans for one kind of input at several batch sizes.
 
     Raises:
@@ -138,10 +138,10 @@ def sweep_of(state: PerExample, kind: Inputs, batch_sizes: Sequence[int]) -> Swe
     sizes = list(batch_sizes) if isinstance(batch_sizes, Iterable) else []
     if not sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
         raise ArgumentError(f"`batch_sizes` should be positive numbers. Found {batch_sizes!r}.")
-    plans = plans_for(state, kind, sizes)
-    assert state.plan is not None
-    keys = decided(state.plan)
-    return Sweep(state.plan.machine, tuple(keys.values()), tuple(_column(n, plans[n], list(keys)) for n in sizes))
+    plans = plans_for(runtime, kind, sizes)
+    assert runtime.plan is not None
+    keys = decided(runtime.plan)
+    return Sweep(runtime.plan.machine, tuple(keys.values()), tuple(_column(n, plans[n], list(keys)) for n in sizes))
 
 
 def _column(n: int, plan: Plan | None, keys: Sequence[Key]) -> Column:

@@ -17,7 +17,7 @@ from perexfx.inspecting.check.reference import Alone, rows_of
 from perexfx.inspecting.check.result import ParameterVerdict, Verdict
 from perexfx.ir.layout import Layout
 from perexfx.runtime.clipping import AUTOMATIC_STABILITY
-from perexfx.runtime.state import PerExample
+from perexfx.runtime.state import Runtime
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Relative errors that are taken for rounding, by dtype: what deep networks lose to it, with room to spare, and well
@@ -127,11 +127,12 @@ class Truth:
         return torch.stack([torch.zeros_like(self.scale), *(rows.square().sum(1) for rows in chosen)]).sum(0).sqrt()
 
 
-def compare_norms(state: PerExample, truth: Truth, tolerance: float) -> Verdict:
+def compare_norms(runtime: Runtime, truth: Truth, tolerance: float) -> Verdict:
     """Norms, and clip factors, of the last backward against those of the reference."""
-    assert state.norms is not None
-    assert state.clip_factors is not None
-    found, wanted = wide(state.norms), truth.norms()
+    results = runtime.results
+    assert results.norms is not None
+    assert results.clip_factors is not None
+    found, wanted = wide(results.norms), truth.norms()
     overall = wanted[truth.finite].max() if bool(truth.finite.any()) else wanted.new_ones(())
     errors = relative((found - wanted).abs(), torch.maximum(wanted, EXAMPLES * overall))
     errors = torch.where(truth.finite, errors, torch.where(found.isfinite(), math.inf, 0.0))
@@ -139,8 +140,8 @@ def compare_norms(state: PerExample, truth: Truth, tolerance: float) -> Verdict:
     if error > tolerance:
         example = int(errors.argmax())
         return Verdict("norms", error, f"example {example} has {found[example]:.6g}, and {wanted[example]:.6g} alone")
-    rows = torch.stack(list(factors_of(state, truth).values()))
-    differences = relative((wide(state.clip_factors) - rows).abs(), rows).amax(0)
+    rows = torch.stack(list(factors_of(runtime, truth).values()))
+    differences = relative((wide(results.clip_factors) - rows).abs(), rows).amax(0)
     factor_error = float(differences.max())
     reason = f"the clip factor of example {int(differences.argmax())} is wrong" if factor_error > tolerance else ""
     return Verdict("norms", max(error, factor_error), reason)
@@ -151,17 +152,17 @@ def graded(norms: Tensor) -> Tensor:
     return torch.ones_like(norms).cumsum(0) / max(len(norms), 1)
 
 
-def factors_of(state: PerExample, truth: Truth) -> dict[str, Tensor]:
+def factors_of(runtime: Runtime, truth: Truth) -> dict[str, Tensor]:
     """Group -> the factors `[n]` that the reference's norms give."""
-    settings, norms = state.settings, truth.norms()
+    settings, norms, groups = runtime.settings, truth.norms(), runtime.sites.groups
     C = math.inf if settings.clip_norm is None else settings.clip_norm
     factors = {}
-    for group, sites in state.groups.items():
+    for group, sites in groups.items():
         if callable(settings.clipping):
             found = graded(norms)
         elif settings.clipping == "per_layer":
             own = truth.norms({name for site in sites for name in site.parameters})
-            found = (C / math.sqrt(len(state.groups)) / own).clamp(max=1)
+            found = (C / math.sqrt(len(groups)) / own).clamp(max=1)
         elif settings.clipping == "automatic" and settings.clip_norm is not None:
             found = C / (norms + AUTOMATIC_STABILITY)
         else:
@@ -171,35 +172,42 @@ def factors_of(state: PerExample, truth: Truth) -> dict[str, Tensor]:
 
 
 def compare_parameters(
-    state: PerExample, sums: Mapping[str, Tensor], truth: Truth, tolerance: float
+    runtime: Runtime, each: Mapping[str, Tensor], sums: Mapping[str, Tensor], truth: Truth, tolerance: float
 ) -> tuple[ParameterVerdict, ...]:
     """Per-example gradients of the last backward, and what it adds to `.grad`, against the reference.
 
     The sums are those with the factors that the backward had, which `compare_norms` judges: a wrong norm is not the
     fault of every parameter.
+
+    Args:
+        runtime: Of the transformed module.
+        each: Parameter name -> each example's gradient, as the step found it.
+        sums: Parameter name -> what the backward adds to `.grad`.
+        truth: What the reference gives.
+        tolerance: The largest relative error taken for rounding.
     """
-    assert state.clip_factors is not None
-    n = len(truth.scale)
-    used = wide(state.clip_factors).reshape(-1, n).expand(len(state.groups), n)
-    factors = dict(zip(state.groups, used, strict=True))
-    groups = {name: site.group for site in reversed(state.sites) for name in site.parameters}
+    assert runtime.results.clip_factors is not None
+    n, sites = len(truth.scale), runtime.sites
+    used = wide(runtime.results.clip_factors).reshape(-1, n).expand(len(sites.groups), n)
+    factors = dict(zip(sites.groups, used, strict=True))
+    groups = {name: site.group for site in reversed(sites.sites) for name in site.parameters}
     joined = {}
     for name, rows in truth.gradients.items():
         weights = factors[groups[name]] if name in groups else torch.ones_like(truth.scale)
-        weights = weights / n if state.settings.loss_reduction == "mean" else weights
+        weights = weights / n if runtime.settings.loss_reduction == "mean" else weights
         joined[name] = torch.where(truth.finite[:, None], rows, 0.0).mul(weights[:, None]).sum(0)
     overall = torch.stack([largest(value[None])[0] for value in joined.values()]).max()
     verdicts = []
     for name, rows in truth.gradients.items():
-        each = (state.gradients or {}).get(name)
-        found = torch.zeros_like(rows) if each is None else wide(each).reshape(rows.shape)
+        own = each.get(name)
+        found = torch.zeros_like(rows) if own is None else wide(own).reshape(rows.shape)
         differences = torch.where(truth.finite[:, None], (found - rows).abs(), 0.0)
         errors = relative(largest(differences), torch.maximum(largest(rows), truth.floor))
         difference = largest((wide(sums[name]).flatten() - joined[name])[None])[0]
         in_grad = float(relative(difference, torch.maximum(largest(joined[name][None])[0], PARTS * overall)))
         reason = ""
         if float(errors.max()) > tolerance:
-            reason = f"the gradient of example {int(errors.argmax())} is {'missing' if each is None else 'wrong'}"
+            reason = f"the gradient of example {int(errors.argmax())} is {'missing' if own is None else 'wrong'}"
         elif in_grad > tolerance:
             reason = "`.grad` is not the clipped sum"
         verdicts.append(ParameterVerdict(name, float(errors.max()), reason, in_grad))

@@ -14,22 +14,23 @@ from torch import Tensor, fx, nn
 
 from perexfx.inspecting.check.compare import change
 from perexfx.inspecting.check.reference import Call, Stateless, output_tensors
-from perexfx.runtime.state import PerExample
+from perexfx.runtime.face import PerExample
+from perexfx.runtime.state import Runtime
 
 
 class Forwards:
     """A transformed module and its reference.
 
     Attributes:
-        state: `gm.perexfx`.
+        runtime: What stands behind `gm.perexfx`.
         trained: Trainable parameter name -> the tensor that both read in its place.
         reference: What the reference is, in words.
         transformed: The transformed module.
         plain: The reference.
     """
 
-    def __init__(self, gm: fx.GraphModule, state: PerExample, model: nn.Module | None) -> None:
-        self.gm, self.state, self.model = gm, state, model
+    def __init__(self, gm: fx.GraphModule, runtime: Runtime, model: nn.Module | None) -> None:
+        self.gm, self.runtime, self.model = gm, runtime, model
         self.reference = "the captured graph" if model is None else "the model"
         leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in gm.named_parameters()}
         self.trained = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
@@ -40,7 +41,7 @@ class Forwards:
     def _renew(self) -> None:
         """The reference in the modes of the transformed module; a copied graph has copies of its flags."""
         if self.model is None:
-            plain = fx.GraphModule(self.gm, copy.deepcopy(self.state.captured.graph))
+            plain = fx.GraphModule(self.gm, copy.deepcopy(self.runtime.captured.graph))
         else:
             plain = self.model
             flags = {path: module.training for path, module in self.gm.named_modules(remove_duplicate=False)}
@@ -52,7 +53,7 @@ class Forwards:
     @property
     def mode(self) -> str:
         """The mode that the modules are in."""
-        flags = {module.training for module in self.gm.modules() if module is not self.state}
+        flags = {module.training for module in self.gm.modules() if not isinstance(module, PerExample)}
         return "as set" if len(flags) > 1 else "train" if flags == {True} else "eval"
 
     def settle(self, call: Call, tolerance: float) -> dict[str, float] | None:
@@ -61,7 +62,7 @@ class Forwards:
         Returns: None where the forward is random in both.
         """
         noise = self._noise(call)
-        holds_for_eval = not any(self.state.captured.fixed_modes.values())
+        holds_for_eval = not any(self.runtime.captured.fixed_modes.values())
         if max(noise.values(), default=0.0) > tolerance and holds_for_eval and self.mode != "eval":
             self.gm.eval()
             self._renew()

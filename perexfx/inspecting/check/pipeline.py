@@ -42,7 +42,9 @@ from perexfx.inspecting.check.result import CheckResult, Verdict
 from perexfx.ir.errors import ArgumentError
 from perexfx.ir.inputs import GivenInputs, bind_inputs
 from perexfx.ir.layout import Layout
-from perexfx.runtime.state import PerExample, state_of
+from perexfx.runtime.face import PerExample, runtime_of
+from perexfx.runtime.options import StepOptions
+from perexfx.runtime.state import Runtime
 
 
 def check(
@@ -91,14 +93,14 @@ def check(
         ArgumentError: An argument is not what it should be, or a single example does not run.
         PerexError: As the forward of `gm`.
     """
-    state = _check_arguments(gm, loss_fn, targets, examples, tolerance)
+    runtime = _check_arguments(gm, loss_fn, targets, examples, tolerance)
     assert isinstance(gm, fx.GraphModule)
     _check_same_parameters(gm, model)
     bound = bind_inputs(gm, inputs, "inputs")
-    with _gradients_on(), state.set_aside(), modes_kept(gm, model), _random_state_kept(gm):
-        call, n, layouts = _prepare(state, bound, targets, examples)
+    with _gradients_on(), runtime.set_aside(), modes_kept(gm, model), _random_state_kept(gm):
+        call, n, layouts = _prepare(runtime, bound, targets, examples)
         tolerance = tolerance or _tolerance_for(gm, call)
-        forwards = Forwards(gm, state, model)
+        forwards = Forwards(gm, runtime, model)
         as_set = forwards.mode
         noise = forwards.settle(call, tolerance)
         notes = [] if forwards.mode == as_set else [f"the forward is random in {as_set} mode, so eval mode was checked"]
@@ -118,9 +120,10 @@ def _compare(
     forwards: Forwards, call: Call, found: CheckResult, layouts: tuple[Layout | None, ...], loss_fn: Loss | None
 ) -> CheckResult:
     """All that one forward and backward gives, against each example alone."""
-    state, tolerance, n = forwards.state, found.tolerance, found.examples
-    state.keep_gradients, state.norms, state.gradients = True, None, None
-    output = forwards.transformed(call)
+    runtime, tolerance, n = forwards.runtime, found.tolerance, found.examples
+    each: dict[str, Tensor] = {}
+    with runtime.stepping(StepOptions(gradients_to=each.update)):
+        output = forwards.transformed(call)
     together = output_tensors(output)
     if difference := structures_differ(together, forwards.outputs(call)):
         return replace(found, outputs=Verdict("outputs", float("inf"), difference))
@@ -129,11 +132,11 @@ def _compare(
         for value, layout in zip(together.values(), layouts, strict=True)
     ):
         raise ArgumentError("The output has no floating-point numbers to make a loss of. Pass `loss_fn` and `targets`.")
-    reduction = state.settings.loss_reduction
+    reduction = runtime.settings.loss_reduction
     loss = loss_fn or BuiltInLoss(layouts, reduction)
     value = loss(output, call.targets)
     sums = gradients_of(value, forwards.trained)
-    if state.norms is None:
+    if runtime.results.norms is None:
         raise ArgumentError("The loss depends on no trainable parameter, so there are no gradients to compare.")
     alone = one_at_a_time(forwards.plain, call, n, loss, forwards.trained)
     truth = Truth.of(alone)
@@ -142,28 +145,28 @@ def _compare(
         found,
         outputs=compare_outputs(together, alone, layouts, tolerance),
         loss=None if loss_fn is None else compare_losses(value, alone, reduction, tolerance),
-        norms=compare_norms(state, truth, tolerance),
-        parameters=compare_parameters(state, sums, truth, tolerance),
+        norms=compare_norms(runtime, truth, tolerance),
+        parameters=compare_parameters(runtime, each, sums, truth, tolerance),
         notes=(f"{lost} of {n} examples have gradients that are not finite; they must count as zero",) if lost else (),
     )
 
 
 def _prepare(
-    state: PerExample, bound: inspect.BoundArguments, targets: Any, examples: int
+    runtime: Runtime, bound: inspect.BoundArguments, targets: Any, examples: int
 ) -> tuple[Call, int, tuple[Layout | None, ...]]:
     """The first examples, how many these are, and where the outputs carry them; forces the whole batch's strategies."""
-    kind, size = state.kind_of(named_tensors(bound.arguments))
+    kind, size = runtime.kind_of(named_tensors(bound.arguments))
     if size == 0:
         raise ArgumentError("`inputs` has no examples. Pass a batch of one at least; several show whether they mix.")
-    plan = state.prepare(kind, size)
-    analysis = state.known(kind)
+    plan = runtime.prepare(kind, size)
+    analysis = runtime.known(kind)
     assert analysis is not None
-    output = next(node for node in state.captured.graph.nodes if node.op == "output")
+    output = next(node for node in runtime.captured.graph.nodes if node.op == "output")
     layouts = tuple(facts.layout for facts in analysis.nodes[output.name].tensors)
-    strategies = {site.name: plan[site.name] for site in state.sites}
-    clipping = graded if callable(state.settings.clipping) else state.settings.clipping
-    state.settings = replace(state.settings, strategy=strategies, memory_budget=None, clipping=clipping)
-    batch_dim, n = state.settings.batch_dim, min(examples, size)
+    strategies = {site.name: plan[site.name] for site in runtime.sites.sites}
+    clipping = graded if callable(runtime.settings.clipping) else runtime.settings.clipping
+    runtime.settings = replace(runtime.settings, strategy=strategies, memory_budget=None, clipping=clipping)
+    batch_dim, n = runtime.settings.batch_dim, min(examples, size)
     axes = {name: batch_dim for name, carries in zip(kind.names, kind.carriers, strict=True) if carries}
     whole = Call(bound, axes, targets, _target_axes(targets, size, batch_dim))
     return whole.take(range(n)), n, layouts
@@ -212,8 +215,8 @@ def _random_state_kept(gm: nn.Module) -> Iterator[None]:
 
 def _check_arguments(
     gm: nn.Module, loss_fn: Loss | None, targets: Any, examples: int, tolerance: float | None
-) -> PerExample:
-    state = state_of(gm)
+) -> Runtime:
+    runtime = runtime_of(gm)
     if loss_fn is not None and not callable(loss_fn):
         raise ArgumentError(f"`loss_fn` should be a function of output and targets. Found {type(loss_fn).__name__}.")
     if loss_fn is None and targets is not None:
@@ -224,7 +227,7 @@ def _check_arguments(
         isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 < tolerance < 1
     ):
         raise ArgumentError(f"`tolerance` should be a relative error between 0 and 1. Found {tolerance!r}.")
-    return state
+    return runtime
 
 
 def _check_same_parameters(gm: nn.Module, model: nn.Module | None) -> None:

@@ -30,7 +30,9 @@ from perexfx.ir.node import place_of
 from perexfx.ir.rule import Arguments, Backward, Fitted, Geometry, Wrapped
 from perexfx.ir.site import Key
 from perexfx.planning.plan import Plan
-from perexfx.runtime.rewrite import Transformed
+from perexfx.runtime.face import runtime_of
+from perexfx.runtime.options import StepOptions
+from perexfx.runtime.transformed import Transformed
 from perexfx.sites.classify import passes_no_gradient
 
 
@@ -98,13 +100,11 @@ def dataflow(gm: Transformed, plan: Plan, inputs: Inputs) -> Dataflow:
     Raises:
         CaptureError: The step cannot be run without numbers.
     """
-    state = gm.perexfx
+    runtime = runtime_of(gm)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = _Recorder()
-    with TRACING, same_einsums(), state.rehearsed(), quiet(), torch.inference_mode(False):
-        given = fake_inputs(fake, inputs, state.settings.batch_dim, plan.batch_size)
-        state.plans[inputs, plan.batch_size] = _watched(plan, recorder)
-        state.norms = state.clip_factors = None
+    with TRACING, same_einsums(), runtime.rehearsed(), quiet(), torch.inference_mode(False):
+        given = fake_inputs(fake, inputs, runtime.settings.batch_dim, plan.batch_size)
         interpreter = _Interpreter(gm, gm.graph, fake, recorder)
         trained = {name: p for name, p in gm.named_parameters() if p.requires_grad}
         parameters = {name: interpreter.fake_of(value) for name, value in trained.items()}
@@ -112,7 +112,7 @@ def dataflow(gm: Transformed, plan: Plan, inputs: Inputs) -> Dataflow:
             with fake, torch.enable_grad():
                 sources = [recorder.add_source(value, f"input `{name}`") for name, value in given.items()]
                 placed = {name: recorder.add_source(p, f"parameter `{name}`") for name, p in parameters.items()}
-                with recorder:
+                with recorder, runtime.stepping(StepOptions(_watched(plan, recorder))):
                     results = leaves_of(interpreter.run(*arguments_for(gm.graph, given)))
                     interpreter.env.clear()
                     differentiable = [value for value in results if value.requires_grad]
@@ -132,9 +132,9 @@ def dataflow(gm: Transformed, plan: Plan, inputs: Inputs) -> Dataflow:
                 name: None if value is None else recorder.add_sink(value, f"gradient of `{name}`")
                 for name, value in zip(parameters, found, strict=True)
             },
-            norms=recorder.add_sink(state.norms, "norms"),
-            factors=_roots(recorder, state.clip_factors),
-            is_per_layer=state.settings.clipping == "per_layer",
+            norms=recorder.add_sink(runtime.results.norms, "norms"),
+            factors=_roots(recorder, runtime.results.clip_factors),
+            is_per_layer=runtime.settings.clipping == "per_layer",
             handed_over=recorder.handed_over,
         )
 

@@ -25,9 +25,10 @@ from perexfx.inspecting.proof.linear_operations import (
     keeps_fractions,
 )
 from perexfx.ir.errors import ArgumentError, ProofError
-from perexfx.ir.site import Key
-from perexfx.runtime.rewrite import Transformed
-from perexfx.runtime.state import PerExample, Settings, planned
+from perexfx.ir.site import Key, Site
+from perexfx.runtime.face import planned
+from perexfx.runtime.settings import Settings
+from perexfx.runtime.transformed import Transformed
 
 
 @dataclass(frozen=True)
@@ -113,24 +114,27 @@ def verify(gm: nn.Module) -> Proof:
         CaptureError: The step cannot be followed without numbers.
         ArgumentError: `gm` is not transformed, or has no plan yet.
     """
-    state, plan, kind = planned(gm)
+    runtime, plan, kind = planned(gm)
     assert isinstance(gm, Transformed)
     if plan.batch_size == 0:
         raise ArgumentError(
             "The last batch had no examples, and its step has no paths. Call the module on one that has."
         )
-    state.proofs.pop((kind, plan.batch_size), None)
+    proofs = runtime.notes.of(Proof)
+    proofs.pop((kind, plan.batch_size), None)
     flow = dataflow(gm, plan, kind)
-    proof = prove(flow, _own_sites(state), batch_size=plan.batch_size, factors=_said_of_factors(state.settings))
+    proof = prove(
+        flow, _own_sites(runtime.sites.sites), batch_size=plan.batch_size, factors=_said_of_factors(runtime.settings)
+    )
     proof = replace(proof, reweighted=len(plan.reweighted))
-    state.proofs[kind, plan.batch_size] = proof
+    proofs[kind, plan.batch_size] = proof
     return proof
 
 
-def _own_sites(state: PerExample) -> dict[str, list[Key]]:
+def _own_sites(sites: Iterable[Site]) -> dict[str, list[Key]]:
     """Parameter -> the operands of sites that it is used by."""
     found: dict[str, list[Key]] = {}
-    for site in state.sites:
+    for site in sites:
         for operand in site.operands:
             for name in operand.expression.parameters:
                 found.setdefault(name, []).append((site.name, operand.name))

@@ -16,8 +16,9 @@ from perexfx.ir.inputs import named_leaves
 from perexfx.ir.node import info_of, place_of
 from perexfx.ir.refusal import Place, Refusal
 from perexfx.planning.plan import Plan
+from perexfx.runtime.face import runtime_of
 from perexfx.runtime.nodes import clip
-from perexfx.runtime.rewrite import Transformed
+from perexfx.runtime.transformed import Transformed
 from perexfx.views.onnx.metadata import of_clip, of_norm, of_site
 from perexfx.views.onnx.outline import DOMAIN, Functions, cut_out, share_nothing
 from perexfx.views.onnx.plain import Plain, example_sizes, node_name, own_name, readable
@@ -81,7 +82,7 @@ def _holds_not_for(gm: Transformed, arguments: Mapping[str, Any], carriers: tupl
 
     for n in _SIZES_TRIED:
         try:
-            gm.perexfx.captured.conditions.check({k: of(n, v) if k in carries else v for k, v in leaves.items()})
+            runtime_of(gm).captured.conditions.check({k: of(n, v) if k in carries else v for k, v in leaves.items()})
         except ArgumentError as error:
             return str(error)
     return ""
@@ -160,11 +161,11 @@ def _name_initializers(model: ir.Model, program: ExportedProgram, gm: Transforme
 
 def _add_perexfx(model: ir.Model, gm: Transformed, carriers: tuple[bool, ...], plan: Plan) -> None:
     """Sites become functions; the clip node and the norm nodes, which compute nothing, are put in front of them."""
-    state, graph = gm.perexfx, model.graph
+    sites, graph = gm.perexfx.sites, model.graph
     functions = Functions(model)
     taken = {value.name or "" for value in values_of(graph)}
     token, words = _insert_clip(model, functions, gm, model.graph.inputs[carriers.index(True)], taken)
-    by_node = {site.node: site for site in state.sites}
+    by_node = {site.node: site for site in sites}
 
     def key_of(node: ir.Node) -> str | None:
         names = [node_name(path) for path in scopes_of(node)]
@@ -177,7 +178,7 @@ def _add_perexfx(model: ir.Model, gm: Transformed, carriers: tuple[bool, ...], p
             nodes.setdefault(part, []).append(node)
     clear(model)
     tokens: dict[str, ir.Value] = {}
-    for site in state.sites:
+    for site in sites:
         members = nodes.get(site.node, [])
         if not members:  # what returns its argument as it is has no node
             continue
@@ -189,7 +190,7 @@ def _add_perexfx(model: ir.Model, gm: Transformed, carriers: tuple[bool, ...], p
         call.metadata_props.update(of_site(site, plan))
     clip_node = token.producer()
     assert clip_node is not None
-    clip_node.metadata_props.update(of_clip(state.settings))
+    clip_node.metadata_props.update(of_clip(gm.perexfx.settings))
 
 
 def _insert_clip(

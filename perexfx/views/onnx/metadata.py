@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from perexfx.ir.site import Site
 from perexfx.planning.plan import Plan
-from perexfx.runtime.state import Settings
+from perexfx.runtime.settings import Settings
 
 
 def of_site(site: Site, plan: Plan) -> dict[str, str]:

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from perexfx.ir.node import place_of
 from perexfx.ir.refusal import Place
-from perexfx.runtime.rewrite import Transformed
+from perexfx.runtime.transformed import Transformed
 from perexfx.steps.static import LossFunction
 
 _LINE = re.compile(r'File "<eval_with_key>[^\n]*\n\s+(\w+) = ')

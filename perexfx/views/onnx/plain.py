@@ -19,9 +19,10 @@ from torch.utils import _pytree as pytree
 from perexfx.ir.inputs import named_leaves
 from perexfx.ir.node import info_of
 from perexfx.ir.recurrent import lstm_layer
+from perexfx.runtime.cuts import cut
+from perexfx.runtime.face import runtime_of
 from perexfx.runtime.nodes import clip
-from perexfx.runtime.replay import cut
-from perexfx.runtime.rewrite import Transformed
+from perexfx.runtime.transformed import Transformed
 from perexfx.views.onnx.recurrent import lstm_in_torch_or_steps
 from perexfx.views.onnx.translate import free_name
 
@@ -130,7 +131,7 @@ class _Call(nn.Module):
         self.target: Any = node.target
         if self.role == "site":
             name: Any = node.args[2]
-            self.target = gm.perexfx.site(name).target
+            self.target = runtime_of(gm).sites.site(name).target
             self.op = "call_method" if isinstance(self.target, str) else "call_function"
         self.training = gm.training
 

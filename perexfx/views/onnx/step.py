@@ -14,7 +14,7 @@ from perexfx.capture.quiet import quiet
 from perexfx.ir.errors import ExportError
 from perexfx.ir.inputs import GivenInputs, named_leaves
 from perexfx.ir.refusal import Refusal
-from perexfx.runtime.rewrite import Transformed
+from perexfx.runtime.transformed import Transformed
 from perexfx.steps.static import LossFunction, functional_step, traced
 from perexfx.views.onnx.decompositions import DECOMPOSITIONS
 from perexfx.views.onnx.places import StepPlaces

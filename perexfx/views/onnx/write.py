@@ -17,7 +17,8 @@ from perexfx.capture.quiet import quiet
 from perexfx.ir.errors import ArgumentError, ExportError, PerexError
 from perexfx.ir.inputs import GivenInputs, bind_inputs, by_name, named_leaves
 from perexfx.ir.refusal import Refusal
-from perexfx.runtime.rewrite import Transformed
+from perexfx.runtime.face import runtime_of
+from perexfx.runtime.transformed import Transformed
 from perexfx.steps.static import LossFunction, call, functional_step
 from perexfx.views.files import writing
 from perexfx.views.onnx.compare import Trial, compare
@@ -86,24 +87,25 @@ def export_onnx(
     file = _checked(gm, path, graph, loss_fn, targets)
     require_extra()
     arguments = by_name(bind_inputs(gm, example_inputs, "example_inputs"))
-    state = gm.perexfx
-    plans = dict(state.plans)
-    with state.set_aside(), torch.enable_grad():
+    runtime = runtime_of(gm)
+    plans = dict(runtime.plans)
+    with runtime.set_aside(), torch.enable_grad():
         if loss_fn is None:
-            state.plans = plans
+            runtime.plans = plans
         else:
-            state.regions = ()  # a file knows no memory formats, and what only changes them has no translation
+            runtime.regions = ()  # a file knows no memory formats, and what only changes them has no translation
             example_inputs = pytree.tree_map_only(Tensor, Tensor.contiguous, example_inputs)
-        kind, n = state.kind_of(named_leaves(arguments))
+        kind, n = runtime.kind_of(named_leaves(arguments))
         if graph == "step" and n == 0:
             raise ArgumentError("`example_inputs` should have one example at least for a step. Found none.")
         given = _tried(gm, loss_fn, example_inputs, targets)
-        plan = state(tuple(arguments), *arguments.values()).plan
+        plan = runtime.begin(tuple(arguments), tuple(arguments.values())).plan
+        assert plan is not None
         if loss_fn is None:
             model = forward_model(gm, arguments, kind.carriers, plan)
         else:
             model = step_model(gm, loss_fn, example_inputs, arguments, targets)
-        model.metadata_props.update(of_model(graph, state.settings, plan))
+        model.metadata_props.update(of_model(graph, runtime.settings, plan))
         model.producer_name, model.producer_version = "perexfx", model.metadata_props["perexfx.version"]
         model.graph.name = graph
         _write(model, file, [given, *_others(gm, loss_fn, example_inputs, targets)])
