@@ -12,8 +12,8 @@ from perexfx import kernels
 from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Product, ProductSignature, Rows, RowsSignature, SharedGram, Signature
+from perexfx.ir.pricing import batched_product, gram_flops, held_factors
 from perexfx.kernels.gemm import SMALL_EACH, products
-from perexfx.strategies.costs import batched_product, gram_flops, held_factors
 
 CHUNK_ELEMENTS = 1 << 20
 """Gram matrices are formed for as many examples at a time as fit this many elements, so that they stay in cache."""

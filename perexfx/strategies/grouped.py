@@ -12,7 +12,7 @@ from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Signature, squared_norms_of
 from perexfx.ir.kept import Kept
 from perexfx.ir.ordinary import parameter_elements
-from perexfx.strategies.costs import kept_gradients, kernel_gradient_elements, read_for_norm
+from perexfx.ir.pricing import kept_gradients, kernel_gradient_elements, read_for_norm
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Signature, squared_norms_of
 from perexfx.ir.kept import Kept, axes_in_memory
 from perexfx.ir.ordinary import parameter_elements
-from perexfx.strategies.costs import (
+from perexfx.ir.pricing import (
     held_factors,
     kept_gradients,
     kernel_gradient_elements,

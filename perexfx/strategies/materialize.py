@@ -25,14 +25,14 @@ from perexfx.ir.factors import (
 )
 from perexfx.ir.kept import ALONE_BYTES, PIECE_BYTES, Kept, joined
 from perexfx.ir.ordinary import parameter_elements
-from perexfx.kernels.gemm import are_one_by_one, transposed_products, transposed_products_one_by_one
-from perexfx.strategies.costs import (
+from perexfx.ir.pricing import (
     batched_product,
     finish_kept,
     held_factors,
     kept_gradients,
     read_for_norm,
 )
+from perexfx.kernels.gemm import are_one_by_one, transposed_products, transposed_products_one_by_one
 
 
 @dataclass(frozen=True)

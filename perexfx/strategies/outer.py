@@ -8,7 +8,7 @@ from torch import Tensor
 
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Product, ProductSignature, Signature, squared_norms_of
-from perexfx.strategies.costs import held_factors
+from perexfx.ir.pricing import held_factors
 
 
 @dataclass(frozen=True)
