@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from perexfx.analysis.tags import Mixing, layout_of, tags_of
 from perexfx.ir.convolution import Convolution
-from perexfx.ir.factors import Factors, Gradient, Product, Rows, SharedGram, squared_norms_of
+from perexfx.ir.factors import Factors, Gradient, Product, Rows, SharedGram
 from perexfx.ir.layout import Layout
+from perexfx.ir.norms import squared_norms_of
 from perexfx.kernels.geometry import ConvolutionGeometry
 from perexfx.kernels.watched import is_watched
 from perexfx.layers.convolution import _input_gradient

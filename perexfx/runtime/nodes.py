@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import ShapeError
-from perexfx.ir.factors import Factors, Gradient, squared_norms_of
+from perexfx.ir.factors import Factors, Gradient
+from perexfx.ir.norms import squared_norms_of
 from perexfx.ir.rule import Backward, Fitted, Shape
 from perexfx.ir.site import Operand, Site
 from perexfx.kernels.watched import is_watched

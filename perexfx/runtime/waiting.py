@@ -15,7 +15,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from perexfx.ir.factors import Factors, Gradient, squared_norms_of
+from perexfx.ir.factors import Factors, Gradient
+from perexfx.ir.norms import squared_norms_of
 from perexfx.ir.site import Key
 
 SMALL = 1 << 14

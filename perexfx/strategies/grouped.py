@@ -9,8 +9,9 @@ from torch import Tensor
 
 from perexfx.ir.convolution import THIN, Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
-from perexfx.ir.factors import Factors, Signature, squared_norms_of
+from perexfx.ir.factors import Factors, Signature
 from perexfx.ir.kept import Kept
+from perexfx.ir.norms import squared_norms_of
 from perexfx.ir.ordinary import parameter_elements
 from perexfx.ir.pricing import kept_gradients, kernel_gradient_elements, read_for_norm
 

@@ -20,10 +20,9 @@ from perexfx.ir.factors import (
     Rows,
     RowsSignature,
     Signature,
-    block_norms,
-    squared_norms_of,
 )
 from perexfx.ir.kept import ALONE_BYTES, PIECE_BYTES, Kept, joined
+from perexfx.ir.norms import block_norms, squared_norms_of
 from perexfx.ir.ordinary import parameter_elements
 from perexfx.ir.pricing import (
     batched_product,

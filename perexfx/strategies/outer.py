@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from perexfx.ir.cost import Cost, Work
-from perexfx.ir.factors import Factors, Product, ProductSignature, Signature, squared_norms_of
+from perexfx.ir.factors import Factors, Product, ProductSignature, Signature
+from perexfx.ir.norms import squared_norms_of
 from perexfx.ir.pricing import held_factors
 
 
