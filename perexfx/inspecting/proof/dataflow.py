@@ -7,9 +7,8 @@ and need not be: the step begins its backward with any gradient of the outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
@@ -17,14 +16,14 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from perexfx.analysis.failures import without_numbers
 from perexfx.analysis.fake_run import FakeInterpreter, fake_inputs, leaves_of
 from perexfx.capture.quiet import quiet
 from perexfx.capture.tracer import TRACING, same_einsums
+from perexfx.inspecting.proof.operations import Operation, Recorder, storage_of
 from perexfx.ir.errors import CaptureError
-from perexfx.ir.factors import Factors, Product
+from perexfx.ir.factors import Factors
 from perexfx.ir.inputs import Inputs, arguments_for
 from perexfx.ir.node import place_of
 from perexfx.ir.rule import Arguments, Backward, Fitted, Geometry, Wrapped
@@ -34,30 +33,6 @@ from perexfx.runtime.face import runtime_of
 from perexfx.runtime.options import StepOptions
 from perexfx.runtime.transformed import Transformed
 from perexfx.sites.classify import passes_no_gradient
-
-
-@dataclass(frozen=True)
-class Operation:
-    """A node of the dataflow.
-
-    Attributes:
-        name: Of the aten operation, or what the node stands for.
-        where: The part of the step that it belongs to; "" where that is not known.
-        site: The site in whose forward or backward it ran, or "".
-        carries_gradient: Whether a gradient may pass through it.
-        given: Per tensor argument its name in the schema and the nodes that it was made by.
-        numbers: The arguments that are no tensors, by name.
-    """
-
-    name: str
-    where: str = ""
-    site: str = ""
-    carries_gradient: bool = True
-    given: tuple[tuple[str, frozenset[int]], ...] = ()
-    numbers: Mapping[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.where})" if self.where else self.name
 
 
 @dataclass(frozen=True)
@@ -102,7 +77,7 @@ def dataflow(gm: Transformed, plan: Plan, inputs: Inputs) -> Dataflow:
     """
     runtime = runtime_of(gm)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = _Recorder()
+    recorder = Recorder()
     with TRACING, same_einsums(), runtime.rehearsed(), quiet(), torch.inference_mode(False):
         given = fake_inputs(fake, inputs, runtime.settings.batch_dim, plan.batch_size)
         interpreter = _Interpreter(gm, gm.graph, fake, recorder)
@@ -146,7 +121,7 @@ def _gradients(outputs: list[Tensor], parameters: list[Tensor], seeds: list[Tens
     return torch.autograd.grad(outputs, parameters, seeds, allow_unused=True)
 
 
-def _roots(recorder: _Recorder, factors: Tensor | None) -> frozenset[int]:
+def _roots(recorder: Recorder, factors: Tensor | None) -> frozenset[int]:
     """The nodes of the clip factors; where they were stacked for `gm.perexfx.clip_factors`, of each row."""
     found = recorder.made(factors) if factors is not None else frozenset()
     rows = {row for node in found if recorder.operations[node].name == "stack" for row in recorder.graph.pred[node]}
@@ -156,7 +131,7 @@ def _roots(recorder: _Recorder, factors: Tensor | None) -> frozenset[int]:
 class _Interpreter(FakeInterpreter):
     """Tells the recorder which node of the rewritten graph is at work."""
 
-    def __init__(self, module: Transformed, graph: fx.Graph, fake: FakeTensorMode, recorder: _Recorder) -> None:
+    def __init__(self, module: Transformed, graph: fx.Graph, fake: FakeTensorMode, recorder: Recorder) -> None:
         super().__init__(module, graph, fake, trains=True)
         self.recorder = recorder
         self.fetch_attributes()
@@ -177,158 +152,19 @@ class _Interpreter(FakeInterpreter):
         return self.converted.get(id(parameter), parameter)
 
 
-class _Recorder(TorchDispatchMode):
-    """Makes a node of every call that computes or writes something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.graph = nx.DiGraph()
-        self.operations: dict[int, Operation] = {}
-        self.handed_over: dict[Key, tuple[int, ...]] = {}
-        self.where = ""
-        self.site = ""
-        self.carries_gradient = True
-        self._made: dict[int, frozenset[int]] = {}  # storage -> who may have written what is in it
-        self._alive: list[Any] = []  # a storage's address is its name: none may be used again
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        read = [] if _name(func) in _READ_SIZES_ALONE else _named(func, args, kwargs)
-        if _name(func) in _OVERWRITE and _is_whole(args[0]):
-            read = read[1:]
-        given = [(name, self.made(tensor)) for name, value in read for tensor in leaves_of(value)]
-        own = {_storage(tensor) for tensor in leaves_of((args, kwargs))}
-        written = [t for name, value in _named(func, args, kwargs) if _writes(func, name) for t in leaves_of(value)]
-        result = func(*args, **kwargs)
-        is_reread = _name(func) == "view" and func._overloadname == "dtype"  # other numbers in the same memory
-        new = [tensor for tensor in leaves_of(result) if is_reread or _storage(tensor) not in own]
-        if new or written:
-            made = (*new, *written)
-            passes = self.carries_gradient and any(t.is_floating_point() or t.is_complex() for t in made)
-            numbers = {name: value for name, value in _named(func, args, kwargs) if not leaves_of(value)}
-            node = self._add(Operation(_name(func), self.where, self.site, passes, tuple(given), numbers))
-            for tensor in made:
-                self._make(tensor, node)
-        return result
-
-    @contextmanager
-    def at(self, site: str, where: str) -> Iterator[None]:
-        """What runs inside belongs to a site."""
-        before = self.where, self.site
-        self.where, self.site = where, site
-        yield
-        self.where, self.site = before
-
-    def made(self, tensor: Tensor) -> frozenset[int]:
-        """The nodes that a tensor was made by; none for what was there before and is no source."""
-        return self._made.get(_storage(tensor), frozenset())
-
-    def add_source(self, tensor: Tensor, name: str) -> int:
-        """A node for what was there before."""
-        node = self._add(Operation(name))
-        self._make(tensor, node)
-        return node
-
-    def add_sink(self, tensor: Tensor | None, name: str) -> int:
-        """A node for what comes out."""
-        made = frozenset() if tensor is None else self.made(tensor)
-        return self._add(Operation(name, given=((name, made),)))
-
-    def hand_over(self, key: Key, factors: Factors, known: dict[Any, Tensor]) -> Factors:
-        """Factors in memory of their own, so that what is read of them can be told from all else.
-
-        Args:
-            key: Site and operand.
-            factors: What the site's backward has left.
-            known: Tensors of the same backward that have theirs.
-        """
-        is_shared = isinstance(factors, Product) and factors.right_gram is not None
-        own = known if is_shared else {}  # else equal gradients of two operands could not be told apart
-        copied = _with_tensors(factors, lambda tensor: _copy(tensor, own))
-        nodes = {node for tensor in leaves_of(copied) for node in self.made(tensor)}
-        self.handed_over[key] = tuple(sorted(nodes))
-        return copied
-
-    def _add(self, operation: Operation) -> int:
-        node = len(self.operations)
-        self.operations[node] = operation
-        self.graph.add_node(node)
-        self.graph.add_edges_from((before, node) for _, nodes in operation.given for before in nodes)
-        return node
-
-    def _make(self, tensor: Tensor, node: int) -> None:
-        self._alive.append(tensor.untyped_storage())
-        self._made[_storage(tensor)] = frozenset((node,))
-
-
-_READ_SIZES_ALONE = frozenset(
-    "new_empty new_empty_strided new_zeros new_ones new_full "
-    "empty_like zeros_like ones_like full_like rand_like randn_like".split()
-)
-"""Operations that take nothing from a tensor but its size and dtype."""
-
-
-_OVERWRITE = frozenset("zero_ fill_ copy_".split())
-"""Operations after which nothing is left of the tensor that they are given first."""
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor is all that there is in its memory."""
-    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
-
-
-def _named(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The arguments of a call with their names in its schema."""
-    names = [argument.name for argument in func._schema.arguments]
-    return [*zip(names, args, strict=False), *kwargs.items()]
-
-
-def _writes(func: Any, name: str) -> bool:
-    return any(a.name == name and a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
-
-
-def _name(func: Any) -> str:
-    return func._schema.name.removeprefix("aten::")
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _copy(tensor: Tensor, known: dict[Any, Tensor]) -> Tensor:
-    """The same numbers in memory of their own; once for all views that see the same."""
-    seen = _storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
-    if seen not in known:
-        known[seen] = tensor.clone()
-    return known[seen]
-
-
-def _with_tensors(value: Any, change: Any) -> Any:
-    """The same value with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, list | tuple):
-        return type(value)(_with_tensors(part, change) for part in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        parts = {each.name: getattr(value, each.name) for each in fields(value) if each.init}
-        changed = {name: _with_tensors(part, change) for name, part in parts.items()}
-        return replace(value, **{name: part for name, part in changed.items() if part is not parts[name]})
-    return value
-
-
 @dataclass(frozen=True)
 class _Watched(Wrapped):
     """A rule that tells the recorder when it runs, and what it leaves."""
 
     site: str
-    recorder: _Recorder
+    recorder: Recorder
 
     def forward(self, arguments: Arguments, geometry: Geometry) -> tuple[Any, tuple[Tensor, ...]]:
         """The rule's own, in the name of its site; what is a view of an argument is the site's from there on."""
         with self.recorder.at(self.site, f"forward of site `{self.site}`"):
             output, residuals = super().forward(arguments, geometry)
-            own = {_storage(tensor) for tensor in leaves_of(arguments)}
-            return pytree.tree_map_only(Tensor, lambda t: t.clone() if _storage(t) in own else t, output), residuals
+            own = {storage_of(tensor) for tensor in leaves_of(arguments)}
+            return pytree.tree_map_only(Tensor, lambda t: t.clone() if storage_of(t) in own else t, output), residuals
 
     def backward(self, call: Backward) -> tuple[dict[str, Tensor], dict[str, Factors]]:
         """The rule's own, in the name of its site; hands over copies of the factors."""
@@ -342,7 +178,7 @@ class _Watched(Wrapped):
         return gradients, copied
 
 
-def _watched(plan: Plan, recorder: _Recorder) -> Plan:
+def _watched(plan: Plan, recorder: Recorder) -> Plan:
     """The plan with every rule watched."""
     fitted: dict[str, Fitted] = {
         name: replace(found, rule=_Watched(found.rule, name, recorder)) for name, found in plan.fitted.items()
@@ -350,4 +186,4 @@ def _watched(plan: Plan, recorder: _Recorder) -> Plan:
     return replace(plan, fitted=fitted)
 
 
-__all__ = ["Dataflow", "Operation", "dataflow"]
+__all__ = ["Dataflow", "dataflow"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import networkx as nx
 from torch import nn
 
-from perexfx.inspecting.proof.dataflow import Dataflow, Operation, dataflow
+from perexfx.inspecting.proof.dataflow import Dataflow, dataflow
 from perexfx.inspecting.proof.linear_operations import (
     ADDED,
     MOVES,
@@ -24,6 +24,7 @@ from perexfx.inspecting.proof.linear_operations import (
     is_product,
     keeps_fractions,
 )
+from perexfx.inspecting.proof.operations import Operation
 from perexfx.ir.errors import ArgumentError, ProofError
 from perexfx.ir.site import Key, Site
 from perexfx.runtime.face import planned
