@@ -11,6 +11,7 @@ from perexfx.ir.recurrent import lstm_layer
 from perexfx.kernels import lstm_workspace
 from perexfx.kernels.lstm_workspace import gates_in, has_gates, lstm_with_workspace
 from tests.support.cases_recurrent import Whole
+from tests.support.losses import squares
 from tests.support.oracle import Batch, assert_close, norms_of, one_at_a_time, train_step, weighted
 
 SIZES = [(5, 2, 3, 4), (3, 4, 5, 6), (7, 5, 16, 24), (1, 3, 8, 8), (9, 1, 4, 64), (6, 16, 32, 128), (4, 3, 300, 100)]
@@ -57,10 +58,6 @@ def test_what_has_no_workspace() -> None:
         assert not has_gates(x, weight)
     finally:
         torch._C._set_mkldnn_enabled(True)
-
-
-def squares(output: Tensor, targets: Tensor) -> Tensor:
-    return (output.flatten(1).sum(1) - targets).square().mean()
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -1,4 +1,4 @@
-"""Recurrent layers: torch's fused kernels stay, one node per layer and direction, and what is refused."""
+"""Recurrent layers: torch's fused kernels stay, one node per layer and direction."""
 
 from __future__ import annotations
 
@@ -8,21 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import perexfx
 from perexfx.analysis.fake_run import record
-from perexfx.capture.lower import lower_recurrent
 from perexfx.ir.inputs import Inputs
 from perexfx.ir.recurrent import gru_layer, lstm_layer, rnn_layer
 from perexfx.kernels import gemm
 from tests.support.cases_recurrent import Whole, run
+from tests.support.losses import squares
 from tests.support.oracle import Batch, assert_close, norms_of, one_at_a_time, train_step, weighted
-
-
-def squares(output: Tensor, targets: Tensor) -> Tensor:
-    return (output.flatten(1).sum(1) - targets).square().mean()
 
 
 class Calls(TorchDispatchMode):
@@ -194,52 +190,3 @@ def test_a_state_that_is_written_is_not_zeros() -> None:
     gm = perexfx.transform(model, clip_norm=None, batch_dim=1)
     torch.testing.assert_close(gm(*batch.inputs), model(*batch.inputs), rtol=1e-12, atol=1e-12)
     assert_close(train_step(gm, batch, squares), train_step(model, batch, squares), 1e-9, "written")
-
-
-def test_layers_that_run_over_the_examples_are_refused() -> None:
-    class Crossed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.LSTM(3, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h0 = torch.zeros(1, x.shape[1], 4)
-            return run(self.layer, x, [h0, h0])[0]
-
-    with pytest.raises(perexfx.MixingError, match=r"`lstm_layer_0`.*it runs along the example axis"):
-        perexfx.transform(Crossed(), torch.randn(2, 5, 3))
-
-
-def test_packed_sequences_are_refused() -> None:
-    class Packed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.GRU(3, 4)
-
-        def forward(self, data: Tensor, batch_sizes: Tensor) -> Tensor:
-            h0 = torch.zeros(1, 2, 4)
-            weights = [getattr(self.layer, name) for name in self.layer._flat_weights_names]
-            return torch.gru(data, batch_sizes, h0, weights, True, 1, 0.0, False, False)[0]
-
-    with pytest.raises(perexfx.CaptureError, match=r"`gru` \(test_recurrent.py:\d+\) runs on a packed sequence"):
-        perexfx.transform(Packed())
-
-
-def test_options_that_the_forward_computes_are_refused() -> None:
-    graph = fx.Graph()
-    x, h0, w, u, rate = (graph.placeholder(name) for name in ("x", "h0", "w", "u", "rate"))
-    graph.output(graph.call_function(torch.gru, (x, h0, [w, u], False, 1, rate, False, False, False)))
-    with pytest.raises(perexfx.CaptureError, match="`gru` has a `dropout` that the forward computes"):
-        lower_recurrent(graph)
-
-
-def test_exported_operations_are_lowered() -> None:
-    graph = fx.Graph()
-    x, h0, w, u = (graph.placeholder(name) for name in ("x", "h0", "w", "u"))
-    arguments = (x, h0, [w, u], False, 1, 0.0, False, False, False)
-    graph.output(graph.call_function(torch.ops.aten.gru.input, arguments))
-    lower_recurrent(graph)
-    module = fx.GraphModule(nn.Module(), graph)
-    given = torch.randn(5, 2, 3), torch.randn(1, 2, 4), torch.randn(12, 3), torch.randn(12, 4)
-    expected = torch.gru(given[0], given[1], list(given[2:]), False, 1, 0.0, False, False, False)
-    torch.testing.assert_close(module(*given), expected)

@@ -14,15 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import perexfx
-from perexfx.bench.memory import peak_allocation
 from perexfx.bench.models import LanguageModel, ResNet18, SequenceClassifier, ViT
 from perexfx.ir.errors import BudgetError
 from perexfx.rehearsal.dry_run import rehearse
 from perexfx.rehearsal.step_memory import Rehearsal
-from perexfx.rehearsal.timeline import Span, Timeline
 from perexfx.runtime.rewrite import Transformed
-from tests.strategies.test_costs import Small
 from tests.support.marks import needs_kernels
+from tests.support.memory import measured, step_of
+from tests.support.models import Small
 from tests.support.oracle import Batch, assert_close, train_step
 
 
@@ -52,21 +51,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "language model": (language_model, lambda: torch.randint(0, 500, (16, 64))),
     "lstm": (SequenceClassifier, lambda: torch.randn(32, 32, 128)),
 }
-
-
-def step_of(module: nn.Module, x: Tensor) -> Callable[[], object]:
-    trainable = list(module.parameters())
-
-    def loss() -> Tensor:
-        logits = module(x).flatten(0, -2)
-        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
-
-    return lambda: torch.autograd.grad(loss(), trainable)
-
-
-def measured(step: Callable[[], object]) -> int:
-    step()
-    return peak_allocation(step, torch.device("cpu"))
 
 
 CONVOLUTION_ONLY = ("direct", "loop", "grouped", "loop_norms", "gram_shift")
@@ -175,18 +159,3 @@ def test_copies_predict_the_same(copied: Callable[[Transformed], Transformed]) -
     gm = perexfx.transform(Small(), torch.empty(4, 3, 12, 12))
     twin = copied(gm)
     assert twin.perexfx.plan.bytes_added == gm.perexfx.plan.bytes_added
-
-
-def test_the_peak_of_a_timeline() -> None:
-    timeline = Timeline(8, (Span(1, 3, 10), Span(2, 5, 20), Span(6, 7, 25)))
-    assert timeline.peak() == 30
-    assert timeline.peak({0: 6}, [Span(4, 5, 7)]) == 37
-    assert timeline.peak({1: 7}) == 45
-    assert timeline.peak({0: 2}) == 30
-    assert Timeline(1, ()).peak() == 0
-
-
-def test_timelines_of_different_steps_have_nothing_between() -> None:
-    one, two = Timeline(4, (Span(1, 2, 10),)), Timeline(4, (Span(1, 3, 20),))
-    assert one.between(1, two, 2, 3) is None
-    assert one.between(1, Timeline(4, (Span(1, 2, 14),)), 3, 6) == Timeline(4, (Span(1, 2, 20),))

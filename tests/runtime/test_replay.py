@@ -25,7 +25,7 @@ from perexfx.planning.knapsack import choose
 from perexfx.planning.plan import Decision
 from perexfx.runtime.rewrite import Transformed
 from perexfx.strategies import Materialize
-from tests.rehearsal.test_step_memory import measured, step_of
+from tests.support.memory import measured, step_of
 from tests.support.oracle import Batch, assert_close, norms_of, one_at_a_time, train_step, weighted
 
 

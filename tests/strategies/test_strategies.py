@@ -1,67 +1,18 @@
-"""Properties of the parts: layouts, tags, factors and strategies on random shapes."""
+"""Every strategy on random factors: against the gradients from their definition."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from perexfx.analysis.tags import Mixing, layout_of, tags_of
 from perexfx.ir.convolution import Convolution
-from perexfx.ir.factors import Factors, Gradient, Product, Rows, SharedGram, squared_norms_of
-from perexfx.ir.layout import Layout
+from perexfx.ir.factors import Factors, Gradient, Product, Rows
 from perexfx.kernels.geometry import ConvolutionGeometry
-from perexfx.kernels.watched import is_watched
-from perexfx.layers.convolution import _input_gradient
-from perexfx.strategies import STRATEGIES, Gram
+from perexfx.strategies import STRATEGIES
 
 small = st.integers(1, 4)
-
-
-@st.composite
-def layouts(draw: st.DrawFn) -> tuple[Layout, tuple[int, ...], int]:
-    """A layout, a shape that has it, and the number of examples."""
-    n, before, after = draw(st.integers(0, 5)), draw(small), draw(small)
-    shape = draw(st.lists(small, min_size=0, max_size=3))
-    axis = draw(st.integers(0, len(shape)))
-    return Layout(axis, before, after), (*shape[:axis], before * n * after, *shape[axis:]), n
-
-
-@given(layouts())
-def test_examples_first(drawn: tuple[Layout, tuple[int, ...], int]) -> None:
-    layout, shape, n = drawn
-    value = torch.randn(shape)
-    first = layout.examples_first(value)
-    assert first.shape[:2] == (n, layout.repeats)
-    assert torch.equal(first.flatten().sort().values, value.flatten().sort().values)
-    if n:
-        tags = layout.examples_first(tags_of(layout, shape, n))
-        expected = torch.arange(1.0, n + 1).view(-1, *[1] * (tags.dim() - 1))
-        assert torch.equal(tags, expected.expand_as(tags))
-
-
-@given(layouts())
-def test_tags_tell_the_layout(drawn: tuple[Layout, tuple[int, ...], int]) -> None:
-    layout, shape, n = drawn
-    if n < 2:
-        return
-    tags = tags_of(layout, shape, n)
-    assert layout_of(tags, n) == layout
-    assert layout_of(tags.contiguous(), n) == layout
-    with pytest.raises(Mixing):
-        layout_of(tags.flip(layout.axis), n)
-
-
-@given(layouts(), st.integers(0, 3))
-def test_elements_of_no_example_go_with_the_others(drawn: tuple[Layout, tuple[int, ...], int], amount: int) -> None:
-    layout, shape, n = drawn
-    if n < 2 or layout.axis == len(shape) - 1:
-        return
-    padded = torch.nn.functional.pad(tags_of(layout, shape, n), (amount, amount))
-    assert layout_of(padded, n) == layout
 
 
 @st.composite
@@ -156,64 +107,3 @@ def test_dropped_examples_count_as_zero_whatever_they_hold(factors: Factors, dat
     torch.testing.assert_close(factors.without(dropped).weighted_sum(weights), expected, rtol=1e-9, atol=1e-9)
     kept = Gradient(torch.full((n, 2), float("nan"), dtype=torch.float64)).without(dropped)
     assert bool(kept.value[dropped].eq(0).all())
-
-
-def test_norms_of_large_gradients_are_accurate_in_float32() -> None:
-    torch.manual_seed(0)
-    gradients = torch.randn(2, 3_000_001)
-    expected = gradients.double().square().sum(1)
-    torch.testing.assert_close(squared_norms_of(gradients).double(), expected, rtol=1e-6, atol=0)
-    wide = Convolution(
-        torch.randn(2, 1, 512, 4, 4),
-        torch.randn(2, 1, 512, 4, 4),
-        (512, 512, 3, 3),
-        ConvolutionGeometry((1, 1), (1, 1), (1, 1), 1),
-    )
-    doubled = Convolution(wide.layer_input.double(), wide.grad_output.double(), wide.shape, wide.geometry)
-    expected = doubled.gradients().flatten(1).square().sum(1)
-    for strategy in STRATEGIES:
-        if strategy.refuses(wide.signature) is None:
-            squared, _ = strategy.squared_norms(wide)
-            torch.testing.assert_close(squared.double(), expected, rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("t", [63, 64, 65, 130])
-@pytest.mark.parametrize("n", [0, 1, 3])
-def test_grams_without_their_lower_quarter(n: int, t: int) -> None:
-    torch.manual_seed(0)
-    right, shared = torch.randn(n, 1, t, 6).double(), SharedGram(2)
-    for features in (2, 5):
-        factors = Product(torch.randn(n, 1, t, features).double(), right, (6, features), right_gram=shared)
-        expected = squared_norms_of(factors.gradients())
-        for product in (factors, Product(factors.left, right, factors.shape)):
-            torch.testing.assert_close(Gram().squared_norms(product)[0], expected)
-    opposite = Product(torch.ones(1, 1, t, 1), torch.tensor([1.0, -1.0]).repeat(65)[:t].reshape(1, 1, t, 1), (1, 1))
-    assert Gram().squared_norms(opposite)[0] >= 0
-
-
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("stride", [(2,), (3, 1), (2, 3), (1, 2, 2)])
-def test_input_gradients_of_strided_pixels(stride: tuple[int, ...], last: bool) -> None:
-    torch.manual_seed(0)
-    rank = len(stride)
-    x = torch.randn(2, 3, *(7, 8, 5)[:rank]).double()
-    if last and rank == 2:
-        x = x.contiguous(memory_format=torch.channels_last)
-    x.requires_grad_()
-    weight = torch.randn(4, 3, *[1] * rank).double()
-    output = (torch.conv1d, torch.conv2d, torch.conv3d)[rank - 1](x, weight, None, stride)
-    grad_output = torch.randn_like(output)
-    (expected,) = torch.autograd.grad(output, x, grad_output)
-    geometry = ConvolutionGeometry(stride, (0,) * rank, (1,) * rank, 1)
-    found = _input_gradient(grad_output, x.detach(), weight, geometry)
-    torch.testing.assert_close(found, expected)
-    assert found.stride() == x.stride()
-
-
-def test_who_watches_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An export that failed leaves torch's own flag set."""
-    monkeypatch.setattr("torch.utils._python_dispatch._is_in_torch_dispatch_mode", True)
-    assert not is_watched()
-    with TorchDispatchMode():
-        assert is_watched()
-    assert not is_watched()

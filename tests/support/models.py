@@ -1,7 +1,8 @@
-"""Models of the sizes that people draw."""
+"""Models that several files of tests share: one of the size that people draw, and small ones."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -43,3 +44,27 @@ class ResNet50(nn.Module):
         h = self.maxpool(self.relu(self.norm1(self.conv1(x))))
         h = self.layer4(self.layer3(self.layer2(self.layer1(h))))
         return self.fc(self.avgpool(h).flatten(1))
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 32, 3), nn.GroupNorm(4, 32), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+class Mixed(nn.Module):
+    """A site of every kind that the report words differently."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(100, 16), nn.Parameter(torch.zeros(12, 16))
+        self.conv, self.norm = nn.Conv1d(16, 32, 3, stride=2, padding=1, groups=2), nn.GroupNorm(4, 32)
+        self.shared, self.head = nn.Linear(32, 32), nn.Linear(32, 10)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = (self.embedding(ids) + self.positions).transpose(1, 2)
+        x = self.norm(self.conv(x)).mean(2)
+        return self.head(self.shared(torch.tanh(self.shared(x))))

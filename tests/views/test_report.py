@@ -23,23 +23,9 @@ from perexfx.strategies import STRATEGIES
 from perexfx.views import decisions
 from perexfx.views.words import megabytes
 from tests.support.marks import needs_kernels
+from tests.support.models import Mixed
 
 GOLDEN = Path(__file__).parent / "golden"
-
-
-class Mixed(nn.Module):
-    """A site of every kind that the report words differently."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.positions = nn.Embedding(100, 16), nn.Parameter(torch.zeros(12, 16))
-        self.conv, self.norm = nn.Conv1d(16, 32, 3, stride=2, padding=1, groups=2), nn.GroupNorm(4, 32)
-        self.shared, self.head = nn.Linear(32, 32), nn.Linear(32, 10)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = (self.embedding(ids) + self.positions).transpose(1, 2)
-        x = self.norm(self.conv(x)).mean(2)
-        return self.head(self.shared(torch.tanh(self.shared(x))))
 
 
 def check(name: str, text: str) -> None:
@@ -105,7 +91,7 @@ def test_explaining_a_site() -> None:
     gm = perexfx.transform(Mixed(), torch.zeros(8, 12, dtype=torch.long))
     report = perexfx.report(gm)
     text = report.explain("head")
-    assert text.startswith("head: linear, head test_report.py:")
+    assert text.startswith("head: linear, head models.py:")
     assert "weight (head.weight): 32 -> 10\n" in text
     assert "bias (head.bias): [10]\n" in text
     assert re.search(r"gram +rejected +0\.\d+ ms +0\.\d+ MB +\+0\.\d+ ms \(\d\.\d+x\)", text)
@@ -317,26 +303,6 @@ def test_a_profile_is_shown_beside_the_prediction() -> None:
         assert row.measured_bytes == row.bytes_held
     assert f"measured: {found}" in str(report)
     assert re.match(r"ordinary step \d+\.\d\d ms, clipped \d+\.\d\d ms, ratio \d", str(found))
-
-
-def test_sites_that_are_joined_are_timed_too() -> None:
-    gm = perexfx.transform(Mixed())
-    ids = torch.zeros(8, 12, dtype=torch.long)
-    found = perexfx.profile(gm, lambda output, _: output.square().mean(), ids, None, steps=2)
-    sites = {site.name: site for site in found.sites}
-    assert all(site.seconds > 0 for site in found.sites)
-    assert sites["shared"].bytes_held is sites["shared#2"].bytes_held is None
-    assert perexfx.report(gm).batch_size == 8
-
-
-def test_what_a_profile_needs() -> None:
-    gm = perexfx.transform(nn.Linear(3, 2))
-    with pytest.raises(perexfx.ArgumentError, match=r"`steps` should be a positive number. Found 0"):
-        perexfx.profile(gm, F.cross_entropy, torch.zeros(2, 3), None, steps=0)
-    with pytest.raises(perexfx.ArgumentError, match=r"`loss_fn` should be a function of output and targets. Found str"):
-        perexfx.profile(gm, "mse", torch.zeros(2, 3), None)
-    with pytest.raises(perexfx.ArgumentError, match=r"should come from `perexfx.transform`. Found Linear"):
-        perexfx.profile(nn.Linear(3, 2), F.cross_entropy, torch.zeros(2, 3), None)
 
 
 def test_without_a_plan_or_a_transform() -> None:

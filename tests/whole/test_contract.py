@@ -14,28 +14,8 @@ from torch import Tensor, nn
 
 import perexfx
 from tests.support.cases import BY_NAME, squares
+from tests.support.net import build
 from tests.support.oracle import Batch, assert_close, norms_of, one_at_a_time, train_step, weighted
-
-
-class Net(nn.Module):
-    """Convolution, norm, dropout (as a module and as a function), a buffer and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(inplace=True), nn.Dropout(0.5))
-        self.register_buffer("offset", torch.ones(4))
-        self.register_buffer("scratch", torch.ones(1), persistent=False)
-        self.head = nn.Linear(4, 3)
-        self.spare = nn.Linear(2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.features(x).mean((2, 3)) + self.offset
-        return self.head(F.dropout(h, 0.5, training=self.training))
-
-
-def build(training: bool = False) -> tuple[Net, Batch]:
-    torch.manual_seed(0)
-    return Net().double().train(training), Batch((torch.randn(6, 2, 5, 5).double(),), torch.randn(6).double())
 
 
 def test_same_parameters_and_state_dict() -> None:
@@ -396,29 +376,6 @@ def test_new_sequence_lengths_get_a_new_plan() -> None:
         gradients = one_at_a_time(model, batch, squares)
         factors = (0.2 / norms_of(gradients)).clamp(max=1) / 4
         assert_close(found, weighted(gradients, factors), 1e-9, f"length {length}")
-
-
-def test_quantities() -> None:
-    model, batch = build()
-    gradients = one_at_a_time(model, batch, squares)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    each = perexfx.per_example_grads(model, squares, batch.inputs, batch.targets)
-    norms = perexfx.per_example_norms(model, squares, batch.inputs[0], batch.targets)
-    gram = perexfx.gradient_gram(model, squares, {"x": batch.inputs[0]}, batch.targets)
-    assert_close(each, gradients, 1e-9, "gradients")
-    assert_close({"norms": norms}, {"norms": norms_of(gradients)}, 1e-9, "norms")
-    flat = torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
-    assert_close({"gram": gram}, {"gram": flat @ flat.t()}, 1e-9, "gram")
-    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
-
-
-def test_quantities_of_shared_parameters() -> None:
-    for name in ("embedding_tied_to_head", "weight_standardised", "positions_by_range", "transposed_tie"):
-        case = BY_NAME[name]
-        model, batch = case.build(), case.batch()
-        each = perexfx.per_example_grads(model, case.loss, batch.inputs, batch.targets)
-        assert_close(each, one_at_a_time(model, batch, case.loss), 1e-9, name)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
