@@ -60,5 +60,5 @@ def test_what_selects_examples_by_their_targets_is_refused() -> None:
 
 @needs_kernels
 def test_the_table_is_current() -> None:
-    """`python tests/supported.py` writes it."""
+    """`python -m tests.support.supported` writes it."""
     assert PAGE.read_text() == page()

@@ -1,6 +1,6 @@
 """One instance of every layer of `torch.nn` that has parameters, each as a model of its own.
 
-`tests/test_layers.py` holds each to one example at a time; `tests/supported.py` makes a table of them.
+`tests/layers/test_layers.py` holds each to one example at a time; `tests/support/supported.py` makes a table of them.
 """
 
 from __future__ import annotations

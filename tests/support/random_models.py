@@ -1,6 +1,6 @@
 """Random models, and whether perexfx answers them rightly: exactly, or with a refusal.
 
-`python tests/random_models.py --count 1000 --seed 0` tries many and prints the source of each that fails.
+`python -m tests.support.random_models --count 1000 --seed 0` tries many and prints the source of each that fails.
 """
 
 from __future__ import annotations
