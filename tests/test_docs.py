@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from marks import needs_kernels
+
+from tests.support.marks import needs_kernels
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -1,0 +1,1 @@
+"""What the tests share: the oracle, the cases, random models and marks."""
