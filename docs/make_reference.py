@@ -11,7 +11,7 @@ import griffe
 
 HERE = Path(__file__).parent
 GROUPS = {
-    "The transform": "transform Rule replace_batchnorm",
+    "The transform": "transform Rule Strategy replace_batchnorm",
     "Without training": "per_example_norms per_example_grads gradient_gram",
     "Whole steps": "step_graph compile_step",
     "Is it right?": "check verify",

@@ -19,6 +19,7 @@ from perexfx.ir.errors import (
     StrategyError,
 )
 from perexfx.ir.rule import Rule
+from perexfx.ir.strategy import Strategy
 from perexfx.passes.replace_batchnorm import replace_batchnorm
 from perexfx.steps.compiled import compile_step
 from perexfx.steps.quantities import gradient_gram, per_example_grads, per_example_norms
@@ -40,6 +41,7 @@ __all__ = [
     "RefusedError",
     "Rule",
     "ShapeError",
+    "Strategy",
     "StrategyError",
     "check",
     "compile_step",

@@ -19,6 +19,7 @@ from perexfx.ir.errors import ArgumentError, PerexError, RefusedError
 from perexfx.ir.inputs import GivenInputs, Inputs, arguments_of, batch_sizes, bind_inputs, by_name, named_leaves
 from perexfx.ir.rule import Rule
 from perexfx.ir.site import Site
+from perexfx.ir.strategy import REWEIGHT, Strategy
 from perexfx.layers import RULES, Fallback
 from perexfx.machine.on_disk import current
 from perexfx.machine.timings import Measured
@@ -51,6 +52,7 @@ def transform(
     batch_dim: int = 0,
     cost_model: str = "profile",
     rules: Sequence[Rule] = (),
+    strategies: Sequence[Strategy] = (),
 ) -> Transformed:
     """A GraphModule whose ordinary `loss.backward()` fills `.grad` with clipped per-example gradients.
 
@@ -79,6 +81,8 @@ def transform(
             made one, else by the built-in one. "measured": the candidates are timed on the real sizes, once for this
             machine; the first plan takes seconds longer.
         rules: Layer rules of your own (`perexfx.Rule`), tried before the built-in ones.
+        strategies: Strategies of your own (`perexfx.Strategy`), which the planner chooses from beside the built-in
+            ones; they win ties.
 
     Returns:
         The transformed module.
@@ -93,6 +97,7 @@ def transform(
     """
     settings = Settings(clip_norm, clipping, loss_reduction, strategy, memory_budget, batch_dim, cost_model)
     _check_arguments(model, settings)
+    _check_strategies(strategies)
     inputs = None if example_inputs is None else by_name(bind_inputs(model, example_inputs, "example_inputs"))
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
@@ -104,10 +109,10 @@ def transform(
         sites = match(captured.graph, twin, trainable, (*rules, *RULES), Fallback(), batch_dim, analysis)
     _check_reached(sites, trainable)
     with _drawn(captured.graph, twin):
-        check_forced(sites, STRATEGIES, strategy)
+        check_forced(sites, (*strategies, *STRATEGIES), strategy)
     regions = regions_of(captured.graph, twin, sites)
     segments = segments_of(captured.graph, sites)
-    planner = partial(_plan_for, tuple(rules))
+    planner = partial(_plan_for, tuple(rules), tuple(strategies))
     runtime = Runtime(sites, regions, segments, settings, captured, trainable, frozen, planner)
     transformed = rewrite(twin, captured.graph, runtime)
     if known is not None:
@@ -184,7 +189,9 @@ def _analyze_for(
     return _Known(kind, n, analyze(captured.graph, twin, kind, batch_dim))
 
 
-def _plan_for(rules: tuple[Rule, ...], runtime: Runtime, module: nn.Module, kind: Inputs, n: int) -> Plan:
+def _plan_for(
+    rules: tuple[Rule, ...], strategies: tuple[Strategy, ...], runtime: Runtime, module: nn.Module, kind: Inputs, n: int
+) -> Plan:
     """The plan for one kind of input and batch size; analyzed once per kind, planned once per batch size."""
     settings, graph = runtime.settings, runtime.captured.graph
     analysis = runtime.known(kind)
@@ -199,7 +206,7 @@ def _plan_for(rules: tuple[Rule, ...], runtime: Runtime, module: nn.Module, kind
     device = next(iter(module.parameters())).device
     fitted = with_shared_inputs(with_kernels(fitted, dtype, device), runtime.sites.sites, graph)
     machine = current() if settings.cost_model == "profile" else Measured.on_this_machine(dtype, device)
-    alternatives = Alternatives(STRATEGIES, Reweight, machine, dtype.itemsize)
+    alternatives = Alternatives((*strategies, *STRATEGIES), Reweight, machine, dtype.itemsize)
     channels_last = faster_with_channels_last(
         runtime.regions, graph, module, analysis, fitted, alternatives.least_seconds, machine
     )
@@ -282,6 +289,25 @@ def _check_arguments(model: nn.Module, settings: Settings) -> None:
         raise ArgumentError(f'`cost_model` should be "profile" or "measured". Found {settings.cost_model!r}.')
     if isinstance(settings.batch_dim, bool) or not isinstance(settings.batch_dim, int) or settings.batch_dim < 0:
         raise ArgumentError(f"`batch_dim` should be an axis counted from the front. Found {settings.batch_dim!r}.")
+
+
+def _check_strategies(strategies: Sequence[Strategy]) -> None:
+    """Raises: ArgumentError, naming the first that is no strategy, or has the name of another."""
+    taken = {"auto", REWEIGHT, *(strategy.name for strategy in STRATEGIES)}
+    for strategy in strategies:
+        name = getattr(strategy, "name", None)
+        missing = [part for part in ("refuses", "cost", "squared_norms") if not callable(getattr(strategy, part, None))]
+        if not isinstance(name, str) or missing or isinstance(strategy, type):
+            raise ArgumentError(
+                "`strategies` should hold instances with a `name`, and with `refuses`, `cost` and `squared_norms` as "
+                f"`perexfx.Strategy` has them. Found {strategy!r}."
+            )
+        if name in taken:
+            raise ArgumentError(
+                f"There are two strategies with the name {name!r}, by which `strategy` and reports know them. Rename "
+                "yours."
+            )
+        taken.add(name)
 
 
 def _check_reached(sites: Sequence[Site], trainable: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from perexfx.ir.cost import Cost, Work
+from perexfx.ir.errors import ArgumentError
 from perexfx.ir.factors import Signature
 from perexfx.ir.strategy import Strategy
 
@@ -66,7 +67,13 @@ class Machine:
 
     def seconds(self, cost: Cost) -> float:
         """Predicted time of some work."""
-        return sum(self.rates[work.kind].seconds(work) for work in cost.work)
+        try:
+            return sum(self.rates[work.kind].seconds(work) for work in cost.work)
+        except KeyError as error:
+            raise ArgumentError(
+                f"There is no rate for work of kind {error}, which the cost of a strategy or of a rule names. Kinds "
+                f"are {', '.join(sorted(self.rates))}."
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it; what costs nothing has no rate."""

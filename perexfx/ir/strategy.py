@@ -16,7 +16,8 @@ REWEIGHT = "reweight"
 class Strategy(Protocol):
     """One exact way to get a site's squared norms, and the factors its clipped sum is made of.
 
-    Strategies are frozen and stateless: `refuses` and `cost` read sizes alone, so a plan needs no tensors.
+    Strategies are frozen, hashable and stateless: `refuses` and `cost` read sizes alone, so a plan needs no tensors.
+    Whatever has these members is one; nothing needs to be inherited.
     """
 
     @property
@@ -38,5 +39,13 @@ class Strategy(Protocol):
         ...
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
-        """The squared gradient norm of each example, `[n]`, and what to hold for the weighted sum."""
+        """The squared gradient norm of each example, and what to hold for the weighted sum.
+
+        Args:
+            factors: Of a signature that it does not refuse.
+
+        Returns:
+            Squared norms of shape `[n]`, exact, accumulated in float32 at least; and factors with the same per-example
+            gradients: those given (the clipped sum is one ordinary product later), or a `Gradient` (kept).
+        """
         ...

@@ -152,7 +152,9 @@ class Measured:
         return self.machine.seconds(cost)
 
     def _key(self, signature: Signature, strategy: Strategy) -> tuple[str, str]:
-        return f"{self.device.type} {self.dtype} {signature}", strategy.name
+        kind = type(strategy)
+        of = "" if kind.__module__.startswith("perexfx.") else f"{kind.__module__}.{kind.__qualname__}: "
+        return f"{self.device.type} {self.dtype} {signature}", f"{of}{strategy.name}"
 
 
 @cache

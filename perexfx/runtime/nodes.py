@@ -9,7 +9,6 @@ takes them all at once. Nothing outlives a backward but its `Results`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import reduce
 from typing import Any
@@ -21,18 +20,16 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import ShapeError
-from perexfx.ir.factors import Factors, Gradient
+from perexfx.ir.factors import Gradient
 from perexfx.ir.norms import squared_norms_of
 from perexfx.ir.rule import Backward, Fitted, Shape
-from perexfx.ir.site import Operand, Site
+from perexfx.ir.site import Key, Operand, Site
 from perexfx.kernels.watched import is_watched
-from perexfx.runtime.clipping import clip_factors_of
-from perexfx.runtime.pull_back import add_pulled, pull_back, pull_back_each
-from perexfx.runtime.replay import SecondTape, sums_again
+from perexfx.runtime.clipped_sums import clipped_sums
+from perexfx.runtime.pull_back import add_pulled, pull_back_each
+from perexfx.runtime.replay import SecondTape
 from perexfx.runtime.tape import Tape
-from perexfx.runtime.waiting import may_wait, together
-
-_logger = logging.getLogger("perexfx")
+from perexfx.runtime.waiting import may_wait
 
 
 class _Clip(Function):
@@ -60,7 +57,7 @@ class _Clip(Function):
         if total is None and not tape.waiting:
             return (None,) * (2 + len(ctx.names))
         tape.last.claim()
-        gradients = _clipped_sums(tape, total)
+        gradients = clipped_sums(tape, total)
         tape.release()
         return (None, None, *(gradients.get(name) for name in ctx.names))
 
@@ -263,6 +260,7 @@ def _squared_norms(tape: Tape, group: str) -> Tensor | None:
                 tape.waiting[key] = factors
                 continue
             squared, held = tape.plan.strategies[key].squared_norms(factors)
+            _check_norms(squared, tape, key)
             if tape.cuts and key in tape.plan.reweighted:
                 tape.reweighted.add(key)
             if key not in tape.reweighted or tape.options.gradients_to is not None:
@@ -271,6 +269,16 @@ def _squared_norms(tape: Tape, group: str) -> Tensor | None:
     if total is not None:
         tape.squared_norms[group] = total
     return total
+
+
+def _check_norms(squared: Tensor, tape: Tape, key: Key) -> None:
+    """Raises: ShapeError, where a strategy does not give one number per example: others would be added to all."""
+    if squared.shape != (tape.n,):
+        assert tape.plan is not None
+        raise ShapeError(
+            f"Strategy {tape.plan.strategies[key].name!r} should return squared norms of shape [{tape.n}] for operand "
+            f"`{key[1]}` of site `{key[0]}`. Found {list(squared.shape)}."
+        )
 
 
 def _joined_squared_norms(tape: Tape, uses: Sequence[tuple[Site, Operand]]) -> Tensor:
@@ -282,63 +290,6 @@ def _joined_squared_norms(tape: Tape, uses: Sequence[tuple[Site, Operand]]) -> T
     for name, value in sums.items():
         tape.held["", name] = Gradient(value)
     return torch.stack([squared_norms_of(value) for value in sums.values()]).sum(0)
-
-
-def _clipped_sums(tape: Tape, total: Tensor | None) -> dict[str, Tensor]:
-    """Factors from the total and from what waited, then each parameter's weighted sum."""
-    waited = together(tape.waiting)
-    tape.waiting = {}
-    for small in waited:
-        total = small.squared_norms() if total is None else total + small.squared_norms()
-    assert total is not None
-    norms = total.sqrt() * tape.scale
-    lost = ~torch.isfinite(norms)
-    is_traced = is_watched()  # a graph has no branches: it selects in any case
-    drops = is_traced or bool(lost.any())
-    if drops and not is_traced:
-        _logger.warning(
-            "%d of %d examples have gradients that are not finite; they count as zero.",
-            int(lost.sum()),
-            tape.n,
-        )
-    factors = clip_factors_of(tape, norms, lost)
-    rows = list(factors.values())
-    tape.results.norms = norms
-    tape.results.clip_factors = torch.stack(rows) if tape.settings.clipping == "per_layer" else rows[0]
-    if tape.options.gradients_to is not None:
-        tape.options.gradients_to(_per_example_gradients(tape))
-
-    def weighted_sum(group: str, held: Factors) -> Tensor:
-        return (held.without(lost) if drops else held).weighted_sum(factors[group])
-
-    sums: dict[str, Tensor] = {}
-    for key in list(tape.held):
-        held = tape.held.pop(key)
-        if key in tape.reweighted:
-            continue
-        site = tape.sites.site(key[0]) if key[0] else tape.sites.first_user(key[1])
-        add_pulled(tape, key, weighted_sum(site.group, held), pull_back, sums)
-        del held
-    for small in waited:
-        for key, value in (small.without(lost) if drops else small).weighted_sums(rows[0]):
-            add_pulled(tape, key, value, pull_back, sums)
-    assert tape.plan is not None
-    for rerun in tape.plan.reruns if tape.reweighted else ():  # when nothing else is held any more
-        if tape.reweighted.isdisjoint(rerun.keys):
-            continue
-        with tape.options.around_rerun(rerun):
-            found = sums_again(tape, rerun, weighted_sum, lost)
-        for key, value in found.items():
-            add_pulled(tape, key, value, pull_back, sums)
-    return {name: value.to(tape.parameters[name].dtype) for name, value in sums.items()}
-
-
-def _per_example_gradients(tape: Tape) -> dict[str, Tensor]:
-    """Of each example's own loss, by parameter."""
-    each: dict[str, Tensor] = {}
-    for key, held in tape.held.items():
-        add_pulled(tape, key, held.gradients() * tape.scale, pull_back_each, each)
-    return each
 
 
 __all__ = ["clip", "norm", "per_example"]

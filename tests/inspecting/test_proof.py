@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import perexfx
 from perexfx.ir.factors import Factors, Product
 from perexfx.layers.linear import Linear
-from perexfx.runtime import clipping, nodes
+from perexfx.runtime import clipped_sums, clipping, nodes
 from perexfx.strategies.outer import Outer
 from tests.support.cases import CASES, Case
 
@@ -239,7 +239,7 @@ def test_factors_that_do_not_follow_from_the_norms(monkeypatch: pytest.MonkeyPat
 
 
 def test_factors_of_another_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    clip_factors_of = nodes.clip_factors_of
+    clip_factors_of = clipped_sums.clip_factors_of
 
     def swapped(*given: Any) -> dict[str, Tensor]:
         factors = clip_factors_of(*given)
@@ -247,7 +247,7 @@ def test_factors_of_another_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     gm = two_layers(clipping="per_layer")
     assert perexfx.verify(gm)
-    monkeypatch.setattr(nodes, "clip_factors_of", swapped)
+    monkeypatch.setattr(clipped_sums, "clip_factors_of", swapped)
     with pytest.raises(perexfx.ProofError, match=r"`0.weight` is multiplied with clip factors that do not follow from"):
         perexfx.verify(gm)
 
@@ -348,14 +348,14 @@ def test_data_that_no_site_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_gradient_of_another_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = nodes.add_pulled
+    honest = clipped_sums.add_pulled
 
     def swapped(tape: Any, key: Any, value: Tensor, pull_back: Any, sums: dict[str, Tensor]) -> None:
         honest(tape, ("0" if key[0] == "2" else "2", key[1]), value, pull_back, sums)
 
     torch.manual_seed(0)
     gm = perexfx.transform(nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)), torch.randn(4, 5))
-    monkeypatch.setattr(nodes, "add_pulled", swapped)
+    monkeypatch.setattr(clipped_sums, "add_pulled", swapped)
     with pytest.raises(perexfx.ProofError, match="has more in it than its sites hand over"):
         perexfx.verify(gm)
 

@@ -24,7 +24,7 @@ def test_layer_is_exact(layer: Case, capture: str, monkeypatch: pytest.MonkeyPat
     def fails(*_: Any) -> Any:
         raise CaptureError("not this one.")
 
-    monkeypatch.setattr(f"perexfx.capture.{'_traced' if capture == 'exported' else '_exported'}", fails)
+    monkeypatch.setattr(f"perexfx.capture.forward.{'_traced' if capture == 'exported' else '_exported'}", fails)
     model = layer.build()
     gm = perexfx.transform(model, layer.batch().inputs, batch_dim=layer.batch_dim, clip_norm=0.5)
     for n in (4, 1, 6):
