@@ -16,6 +16,7 @@ from perexfx.inspecting.profile import Profile
 from perexfx.inspecting.proof.verify import Proof
 from perexfx.ir.errors import ArgumentError
 from perexfx.runtime.face import planned
+from perexfx.views.cells import Cells
 from perexfx.views.decisions import (
     CHOICES,
     BudgetStep,
@@ -136,6 +137,12 @@ class Report(Viewed):
         }
         return tuple(known[heading] for heading in self.headings)
 
+    @property
+    def _table(self) -> Cells:
+        """A row per site."""
+        rows = tuple(map(self.cells, self.rows))
+        return Cells(self.title, self.headings, rows, self.numbers, ("strategy", "next best"))
+
     def labelled(self, row: Row) -> list[tuple[str, str]]:
         """The cells of a row with their headings."""
         return list(zip(self.headings, self.cells(row), strict=True))
@@ -178,6 +185,19 @@ class Report(Viewed):
         if self.proof:
             lines += ["", self.proof]
         return lines
+
+    def _tables_below(self) -> Iterator[Cells | str]:
+        """What a terminal shows below the table."""
+        if self.flips:
+            rows = tuple((named(sites), ranges) for ranges, sites in self.flips_together.items())
+            yield Cells("Other batch sizes (powers of two were tried)", ("sites", "strategy"), rows)
+        if self.budgets is None:
+            yield self.untried
+        elif self.budgets:
+            rows = tuple(map(self.budget_cells, self.budgets))
+            yield Cells("Smaller memory budgets", ("peak", "time", "changes"), rows)
+        if self.proof:
+            yield self.proof
 
     def budget_cells(self, step: BudgetStep) -> tuple[str, str, str]:
         """Peak, time and changes under a smaller budget."""
@@ -233,7 +253,7 @@ class Report(Viewed):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Group]:
         from perexfx.views.rich_tables import report_table  # noqa: PLC0415 (rich itself is what calls this)
 
-        yield report_table(self, options.max_width)
+        yield report_table(self._table, self.totals, list(self._tables_below()), options.max_width)
 
 
 @overload

@@ -14,6 +14,7 @@ from perexfx.ir.inputs import Inputs
 from perexfx.ir.site import Key
 from perexfx.planning.plan import Plan
 from perexfx.runtime.state import Runtime
+from perexfx.views.cells import Cells
 from perexfx.views.decisions import decided, plans_for
 from perexfx.views.pages import Viewed
 from perexfx.views.words import aligned, megabytes
@@ -126,7 +127,9 @@ class Sweep(Viewed):
     def __rich__(self) -> Table:
         from perexfx.views.rich_tables import sweep_table  # noqa: PLC0415 (rich itself is what calls this)
 
-        return sweep_table(self)
+        headings, *rows = self.table[: len(self.sites) + 1]
+        table = Cells(self.title, headings, tuple(rows), numbers=headings[1:], strategies=headings[1:])
+        return sweep_table(table, self.totals)
 
 
 def sweep_of(runtime: Runtime, kind: Inputs, batch_sizes: Sequence[int]) -> Sweep:
