@@ -13,6 +13,7 @@ from perexfx.analysis.tags import Mixing, layout_of, tags_of
 from perexfx.ir.convolution import Convolution
 from perexfx.ir.factors import Factors, Gradient, Product, Rows, SharedGram, squared_norms_of
 from perexfx.ir.layout import Layout
+from perexfx.ir.schemas import all_arguments, arguments_by_name, names_written
 from perexfx.kernels.geometry import ConvolutionGeometry
 from perexfx.kernels.watched import is_watched
 from perexfx.layers.convolution import _input_gradient
@@ -217,3 +218,12 @@ def test_who_watches_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     with TorchDispatchMode():
         assert is_watched()
     assert not is_watched()
+
+
+def test_arguments_have_the_names_of_the_schema() -> None:
+    mean, add, into = torch.ops.aten.mean.dim, torch.ops.aten.add.Tensor, torch.ops.aten.add.out
+    assert arguments_by_name(mean, ("x",), {"dim": [0]}) == {"self": "x", "dim": [0]}
+    assert all_arguments(mean, ("x", [0]), {}) == {"self": "x", "dim": [0], "keepdim": False, "dtype": None}
+    assert list(all_arguments(add, ("x",), {"alpha": 2, "other": "y"})) == ["self", "other", "alpha"]
+    assert names_written(add) == []
+    assert names_written(into) == ["out"]

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 
 from perexfx.ir.errors import ArgumentError, ExportError
 from perexfx.ir.refusal import Place, Refusal
+from perexfx.ir.schemas import all_arguments
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -134,9 +135,7 @@ def _is_random(node: fx.Node) -> bool:
     """Whether a call draws random numbers, by its operation and its arguments."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
-    schema: Any = getattr(node.target, "_schema")  # noqa: B009 (node.target has a type without it)
-    given = {argument.name: argument.default_value for argument in schema.arguments}
-    given |= dict(zip(given, node.args, strict=False)) | node.kwargs
+    given = all_arguments(node.target, node.args, node.kwargs)
     chance = given.get("p", given.get("dropout_p", given.get("dropout")))
     trains = given.get("train", given.get("training", True))
     return bool(trains) and (chance is None or chance > 0)
