@@ -28,6 +28,7 @@ from perexfx.ir.rule import Backward, Wrapped
 from perexfx.ir.strategy import REWEIGHT, Strategy
 from perexfx.planning.plan import Plan
 from perexfx.planning.reruns import Rerun
+from perexfx.runtime.generators import random_state_kept
 from perexfx.runtime.rewrite import Transformed
 from perexfx.runtime.state import PerExample, state_of
 from perexfx.steps.static import LossFunction, checked_loss
@@ -154,9 +155,9 @@ def _in_turn(steps: list[Callable[[], None]], times: int, clock: _Clock) -> list
 
 @contextmanager
 def _left_as_it_was(gm: Transformed, state: PerExample) -> Iterator[None]:
-    devices = {p.device for p in gm.parameters() if p.is_cuda}
+    devices = {parameter.device for parameter in gm.parameters()}
     before = {name: buffer.clone() for name, buffer in gm.named_buffers()}
-    with state.set_aside(), torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+    with state.set_aside(), random_state_kept(devices), torch.inference_mode(False), torch.enable_grad():
         try:
             yield
         finally:

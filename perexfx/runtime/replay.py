@@ -24,6 +24,7 @@ from perexfx.ir.node import info_of
 from perexfx.ir.site import Key
 from perexfx.planning.reruns import Rerun
 from perexfx.runtime.digests import Trace
+from perexfx.runtime.generators import random_state_kept
 from perexfx.runtime.pull_back import check_unchanged
 from perexfx.runtime.tape import Tape
 
@@ -315,10 +316,9 @@ def _states(device: torch.device) -> tuple[Tensor, ...]:
 @contextmanager
 def _random_numbers_of(states: Sequence[Tensor], device: torch.device) -> Iterator[None]:
     """With the generators as they were; afterwards they are as before."""
-    is_cpu = device.type == "cpu"
-    with torch.random.fork_rng([] if is_cpu else [device], device_type="cuda" if is_cpu else device.type):
+    with random_state_kept([device]):
         torch.set_rng_state(states[0])
-        if not is_cpu:
+        if device.type != "cpu":
             torch.get_device_module(device).set_rng_state(states[1], device)
         yield
 

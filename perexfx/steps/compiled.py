@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import CaptureError
+from perexfx.runtime.generators import random_state_kept
 from perexfx.runtime.rewrite import Transformed
 from perexfx.steps.static import LossFunction, Step, call, functional_step, traced
 
@@ -139,13 +140,14 @@ class CompiledStep:
         """What a way finds; random numbers, buffers and what the module remembers are as before."""
         params = {name: parameter.detach() for name, parameter in self.gm.named_parameters()}
         buffers = {name: buffer.clone() for name, buffer in self.gm.named_buffers()}
-        devices = {parameter.device for parameter in params.values() if parameter.device.type == "cuda"}
-        with torch.random.fork_rng(list(devices)), torch.no_grad():
+        devices = {parameter.device for parameter in params.values()}
+        with random_state_kept(devices), torch.no_grad():
             state = dict(self.gm.perexfx.__dict__)
             try:
                 found = way(params, buffers, x, y)
                 for device in devices:
-                    torch.cuda.synchronize(device)
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)
             finally:
                 self.gm.perexfx.__dict__.update(state)
         return found

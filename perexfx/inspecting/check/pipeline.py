@@ -8,8 +8,6 @@ the forward does.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from perexfx.capture.modes import modes_kept
 from perexfx.inspecting.check.compare import (
     TOLERANCES,
     Truth,
@@ -27,7 +26,7 @@ from perexfx.inspecting.check.compare import (
     graded,
     structures_differ,
 )
-from perexfx.inspecting.check.forwards import Forwards, modes_kept
+from perexfx.inspecting.check.forwards import Forwards
 from perexfx.inspecting.check.mixing import find_mixing
 from perexfx.inspecting.check.reference import (
     BuiltInLoss,
@@ -42,6 +41,7 @@ from perexfx.inspecting.check.result import CheckResult, Verdict
 from perexfx.ir.errors import ArgumentError
 from perexfx.ir.inputs import GivenInputs, bind_inputs
 from perexfx.ir.layout import Layout
+from perexfx.runtime.generators import random_state_kept
 from perexfx.runtime.state import PerExample, state_of
 
 
@@ -95,7 +95,14 @@ def check(
     assert isinstance(gm, fx.GraphModule)
     _check_same_parameters(gm, model)
     bound = bind_inputs(gm, inputs, "inputs")
-    with _gradients_on(), state.set_aside(), modes_kept(gm, model), _random_state_kept(gm):
+    devices = {tensor.device for tensor in (*gm.parameters(), *gm.buffers())}
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        state.set_aside(),
+        modes_kept(gm, model),
+        random_state_kept(devices),
+    ):
         call, n, layouts = _prepare(state, bound, targets, examples)
         tolerance = tolerance or _tolerance_for(gm, call)
         forwards = Forwards(gm, state, model)
@@ -193,21 +200,6 @@ def _tolerance_for(gm: nn.Module, call: Call) -> float:
     if torch.backends.cudnn.allow_tf32 and any(tensor.is_cuda for tensor in tensors):
         dtypes = {torch.float16 if dtype is torch.float32 else dtype for dtype in dtypes}  # TF32 has no more digits
     return max(TOLERANCES.get(dtype, max(TOLERANCES.values())) for dtype in dtypes)
-
-
-@contextmanager
-def _gradients_on() -> Iterator[None]:
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-@contextmanager
-def _random_state_kept(gm: nn.Module) -> Iterator[None]:
-    """The generators of the CPU and of the module's accelerators are put back afterwards."""
-    devices = {tensor.device for tensor in (*gm.parameters(), *gm.buffers())} - {torch.device("cpu")}
-    kind = next(iter(devices)).type if devices else "cuda"
-    with torch.random.fork_rng([device for device in devices if device.type == kind], device_type=kind):
-        yield
 
 
 def _check_arguments(
