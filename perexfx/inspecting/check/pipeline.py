@@ -31,7 +31,6 @@ from perexfx.inspecting.check.mixing import find_mixing
 from perexfx.inspecting.check.reference import (
     BuiltInLoss,
     Call,
-    Loss,
     gradients_of,
     named_tensors,
     one_at_a_time,
@@ -43,6 +42,7 @@ from perexfx.ir.inputs import GivenInputs, bind_inputs
 from perexfx.ir.layout import Layout
 from perexfx.runtime.generators import random_state_kept
 from perexfx.runtime.state import PerExample, state_of
+from perexfx.steps.static import LossFunction
 
 
 def check(
@@ -50,7 +50,7 @@ def check(
     inputs: GivenInputs,
     *,
     model: nn.Module | None = None,
-    loss_fn: Loss | None = None,
+    loss_fn: LossFunction | None = None,
     targets: Any = None,
     examples: int = 4,
     tolerance: float | None = None,
@@ -122,7 +122,7 @@ def check(
 
 
 def _compare(
-    forwards: Forwards, call: Call, found: CheckResult, layouts: tuple[Layout | None, ...], loss_fn: Loss | None
+    forwards: Forwards, call: Call, found: CheckResult, layouts: tuple[Layout | None, ...], loss_fn: LossFunction | None
 ) -> CheckResult:
     """All that one forward and backward gives, against each example alone."""
     state, tolerance, n = forwards.state, found.tolerance, found.examples
@@ -203,7 +203,7 @@ def _tolerance_for(gm: nn.Module, call: Call) -> float:
 
 
 def _check_arguments(
-    gm: nn.Module, loss_fn: Loss | None, targets: Any, examples: int, tolerance: float | None
+    gm: nn.Module, loss_fn: LossFunction | None, targets: Any, examples: int, tolerance: float | None
 ) -> PerExample:
     state = state_of(gm)
     if loss_fn is not None and not callable(loss_fn):
