@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import perexfx
 from perexfx.bench.measure import timed
-from perexfx.ir.errors import ArgumentError
 from perexfx.runtime.transformed import Transformed
+from perexfx.views.files import make_folder
 
 EPOCHS = 30
 EXPECTED_BATCH = 128
@@ -122,10 +122,7 @@ def run(out: Path) -> None:
     Raises:
         ArgumentError: The folder cannot be made.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArgumentError(f"`--out` should be a folder. Found {str(out)!r}: {error}.") from None
+    make_folder(out)
     train_x, test_x, train_y, test_y = load_images()
     ordinary, _, _ = train(train_x, train_y, private=False)
     private, transformed, norms = train(train_x, train_y, private=True)

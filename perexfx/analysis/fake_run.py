@@ -27,6 +27,7 @@ from perexfx.capture.custom import CustomFunction, gradients_of, nonlinear_in
 from perexfx.capture.tracer import TRACING, same_einsums
 from perexfx.ir.errors import RefusedError
 from perexfx.ir.inputs import Inputs, arguments_for
+from perexfx.ir.schemas import arguments_by_name
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,7 @@ class Call:
 
     def named_arguments(self) -> dict[str, Any]:
         """Its arguments by their names in the operation's schema."""
-        names = [argument.name for argument in self.func._schema.arguments]
-        return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
+        return arguments_by_name(self.func, self.args, self.kwargs)
 
 
 def leaves(value: Any) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from perexfx.analysis.fake_run import Call, Run, leaves_of
+from perexfx.ir.schemas import names_written
 
 
 def written_by(graph: fx.Graph, run: Run) -> dict[str, tuple[str, ...]]:
@@ -37,7 +38,7 @@ def written_by(graph: fx.Graph, run: Run) -> dict[str, tuple[str, ...]]:
 
 
 def _written_into(call: Call) -> list[Tensor]:
-    names = [a.name for a in call.func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    names = names_written(call.func)
     if not names:
         return []
     given = call.named_arguments()

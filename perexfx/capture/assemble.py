@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from torch.utils import _pytree as pytree
 
-from perexfx.capture.bags import MODES, OVERLOADS, arguments_by_name, size_of_bags
+from perexfx.capture.bags import MODES, OVERLOADS, size_of_bags
 from perexfx.capture.conditions import Conditions
 from perexfx.capture.outputs import OutputTemplate
 from perexfx.capture.places import LIBRARIES
@@ -30,6 +30,7 @@ from perexfx.capture.vocabulary import to_public_names
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.inputs import TEMPLATE, Template
 from perexfx.ir.node import NodeInfo, annotate
+from perexfx.ir.schemas import all_arguments
 
 aten = torch.ops.aten
 
@@ -187,7 +188,8 @@ class Assembly:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(f"`{node.name}` ({info.source}) is control flow, `{node.target}`, which is not covered.")
         if node.target in OVERLOADS and (size := size_of_bags(node)) is not None:
-            found = self._embedding_bag(_mapped(arguments_by_name(node), values), _mapped(size, values), info)
+            given = all_arguments(node.target, node.args, node.kwargs)
+            found = self._embedding_bag(_mapped(given, values), _mapped(size, values), info)
             return found, None, None, None
         kwargs = _mapped(node.kwargs, values)
         copied = annotate(self.graph.create_node("call_function", node.target, args, kwargs, node.name), info)

@@ -12,27 +12,20 @@ from typing import Any
 import torch
 from torch import fx
 
+from perexfx.ir.schemas import all_arguments
+
 _aten = torch.ops.aten
 OVERLOADS = (_aten.embedding_bag.default, _aten.embedding_bag.padding_idx)
 MODES = ("sum", "mean", "max")
-
-
-def arguments_by_name(node: fx.Node) -> dict[str, Any]:
-    """Of a call of one of `OVERLOADS`."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    schema = node.target._schema.arguments
-    defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    names = [argument.name for argument in schema]
-    return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def size_of_bags(node: fx.Node) -> fx.Node | int | None:
     """The size of all bags; None where that is not plain, or more than the bags themselves is read.
 
     Args:
-        node: Of an exported program, with `meta["val"]`.
+        node: A call of one of `OVERLOADS` in an exported program, with `meta["val"]`.
     """
-    given = arguments_by_name(node)
+    given = all_arguments(node.target, node.args, node.kwargs)
     offsets, ids = given["offsets"], given["indices"]
     reads_more = any(user.target is not operator.getitem or (user.args[1] != 0 and user.users) for user in node.users)
     if reads_more or given["include_last_offset"] or getattr(offsets, "target", None) is not _aten.arange.start_step:

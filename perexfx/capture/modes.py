@@ -29,17 +29,25 @@ def fixed_by_statistics(model: nn.Module) -> dict[str, bool]:
 
 
 @contextmanager
+def modes_kept(*modules: nn.Module | None) -> Iterator[None]:
+    """The training flag of every module inside is put back afterwards."""
+    flags = [(inner, inner.training) for module in modules if module is not None for inner in module.modules()]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
 def other_mode(model: nn.Module) -> Iterator[None]:
     """Every module that may change its mode with its training flag inverted, and put back afterwards."""
     fixed = {id(model.get_submodule(path)) for path in fixed_by_statistics(model)}
-    flags = [(module, module.training) for module in model.modules() if id(module) not in fixed]
-    try:
-        for module, flag in flags:
-            module.training = not flag
+    with modes_kept(model):
+        for module in model.modules():
+            if id(module) not in fixed:
+                module.training = not module.training
         yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 def by_mode(training: bool, when_training: Any, when_evaluating: Any) -> Any:

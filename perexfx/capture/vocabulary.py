@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import fx
 from torch._ops import OpOverload
 
+from perexfx.ir.schemas import arguments_by_name
+
 aten = torch.ops.aten
 
 
@@ -102,8 +104,7 @@ def _size(node: fx.Node) -> None:
 
 def _to(node: fx.Node) -> None:
     """`x.to(...)`; torch's method knows no layout."""
-    names = [argument.name for argument in node.target._schema.arguments]  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given = arguments_by_name(node.target, node.args, node.kwargs)
     value = given.pop("self")
     kept = {name: given[name] for name in ("dtype", "device", "other", "non_blocking", "copy") if given.get(name)}
     node.op, node.target, node.args, node.kwargs = "call_method", "to", (value,), kept
@@ -117,16 +118,10 @@ def _alias(node: fx.Node) -> None:
 
 def _attention(node: fx.Node) -> None:
     """With its dropout said: the export leaves out what has its default, as it has in one mode and not in the other."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = {
-        "attn_mask": None,
-        "dropout_p": 0.0,
-        "is_causal": False,
-        **dict(zip(names, node.args, strict=False)),
-        **node.kwargs,
-    }
+    defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False}
+    given = {**defaults, **arguments_by_name(node.target, node.args, node.kwargs)}
     node.target = F.scaled_dot_product_attention
-    node.args = tuple(given.pop(name) for name in names[:3])
+    node.args = tuple(given.pop(name) for name in ("query", "key", "value"))
     node.kwargs = dict(sorted(given.items()))
 
 

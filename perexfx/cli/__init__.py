@@ -10,6 +10,7 @@ from pathlib import Path
 
 from perexfx.bench.workloads import WORKLOADS
 from perexfx.cli.commands import COMMANDS, LOSSES, OF_WORKLOADS, TABLES
+from perexfx.cli.wording import in_shell
 from perexfx.ir.errors import PerexError
 
 MISTAKE = 2
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except PerexError as error:
-        print(f"perexfx: {error}", file=sys.stderr)
+        print(f"perexfx: {in_shell(str(error), options)}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:
         print("perexfx: interrupted", file=sys.stderr)

@@ -16,7 +16,7 @@ from perexfx.bench.workloads import WORKLOADS
 from perexfx.cli.subject import bytes_of, inputs_of, model_named, running
 from perexfx.ir.errors import ArgumentError, PerexError, RefusedError
 from perexfx.runtime.transformed import Transformed
-from perexfx.views.files import writing
+from perexfx.views.files import make_folder
 
 DISAGREES = 1
 """Exit code of a check or proof that fails."""
@@ -131,8 +131,7 @@ def bench(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise _missing(error, "bench") from None
     if options.out is not None:
-        with writing(options.out):  # before anything is measured
-            options.out.mkdir(parents=True, exist_ok=True)
+        make_folder(options.out)  # before anything is measured
     given = (options.rounds, torch.device(options.device), options.out)
     workloads = [WORKLOADS[name] for name in names or WORKLOADS]
     match table:

@@ -29,6 +29,7 @@ from perexfx.ir.strategy import REWEIGHT, Strategy
 from perexfx.planning.plan import Plan
 from perexfx.planning.reruns import Rerun
 from perexfx.runtime.face import runtime_of, stepping
+from perexfx.runtime.generators import random_state_kept
 from perexfx.runtime.options import StepOptions
 from perexfx.runtime.state import Runtime
 from perexfx.runtime.transformed import Transformed
@@ -156,9 +157,9 @@ def _in_turn(steps: list[Callable[[], None]], times: int, clock: _Clock) -> list
 
 @contextmanager
 def _left_as_it_was(gm: Transformed, runtime: Runtime) -> Iterator[None]:
-    devices = {p.device for p in gm.parameters() if p.is_cuda}
+    devices = {parameter.device for parameter in gm.parameters()}
     before = {name: buffer.clone() for name, buffer in gm.named_buffers()}
-    with runtime.set_aside(), torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+    with runtime.set_aside(), random_state_kept(devices), torch.inference_mode(False), torch.enable_grad():
         try:
             yield
         finally:

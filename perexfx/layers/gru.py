@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from perexfx.ir.recurrent import gru_layer
-from perexfx.ir.rule import Arguments, Backward
+from perexfx.ir.rule import Backward
 from perexfx.kernels.gemm import linear_by
-from perexfx.layers.recurrent import GateGradients, Recurrent, all_times, arriving, backwards, before, tanh_
+from perexfx.layers.recurrent import GateGradients, Recurrent, all_times, arriving, before, tanh_, times_back
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward
 
@@ -28,23 +26,6 @@ class GRU(Recurrent):
     shares_gates = False
     targets = (gru_layer,)
 
-    @staticmethod
-    def named(
-        input: Any,
-        h0: Any,
-        weight_ih: Any,
-        weight_hh: Any,
-        bias_ih: Any = None,
-        bias_hh: Any = None,
-        reverse: Any = False,
-    ) -> dict[str, Any]:
-        """As `gru_layer`."""
-        return dict(locals())
-
-    def run(self, arguments: Arguments) -> tuple[Tensor, ...]:
-        """The fused layer."""
-        return gru_layer(**arguments)
-
     def steps_back(self, call: Backward) -> GateGradients:
         """`g W_hh` goes to the time before, and so does `z` times the gradient of `h`."""
         given, reverse = call.arguments, call.arguments["reverse"]
@@ -54,9 +35,8 @@ class GRU(Recurrent):
         update, slope_new = _slopes(of_input, of_hidden, previous)
         grads, rows = arriving(call)
         views = (of_hidden.unflatten(2, (3, -1)), of_hidden, update)
-        steps = zip(*(backwards(value, reverse) for value in views), strict=True)
         through_time = linear_by(given["weight_hh"].t().contiguous(), of_hidden)
-        for (grad, earlier), (split, gates, kept) in zip(pairwise(rows), steps, strict=True):
+        for (grad, earlier), (split, gates, kept) in times_back(rows, views, reverse):
             split.mul_(grad.unsqueeze(1))
             earlier.addcmul_(kept, grad).add_(through_time(gates))
         of_input.copy_(of_hidden)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,11 +20,11 @@ from perexfx.layers.recurrent import (
     after,
     all_times,
     arriving,
-    backwards,
     before,
     by_example,
     forwards,
     tanh_,
+    times_back,
     with_first,
 )
 
@@ -44,25 +43,6 @@ class LSTM(Recurrent):
     targets = (lstm_layer,)
     operands = (*Recurrent.operands, "weight_hr")
     inputs = (*Recurrent.inputs, "c0")
-
-    @staticmethod
-    def named(
-        input: Any,
-        h0: Any,
-        c0: Any,
-        weight_ih: Any,
-        weight_hh: Any,
-        bias_ih: Any = None,
-        bias_hh: Any = None,
-        weight_hr: Any = None,
-        reverse: Any = False,
-    ) -> dict[str, Any]:
-        """As `lstm_layer`."""
-        return dict(locals())
-
-    def run(self, arguments: Arguments) -> tuple[Tensor, ...]:
-        """The fused layer."""
-        return lstm_layer(**arguments)
 
     def forward(self, arguments: Arguments, geometry: Geometry) -> tuple[Any, tuple[Tensor, ...]]:
         """The fused layer, and its workspace where the backward can read the gates from it."""
@@ -92,9 +72,8 @@ class LSTM(Recurrent):
         grad_cell = call.grad_outputs[2].clone()
         split = slopes.gates.unflatten(2, (4, -1))
         views = (split[:, :, :3], split[:, :, 3], slopes.gates, slopes.forget, slopes.cell)
-        steps = zip(*(backwards(value, reverse) for value in views), strict=True)
         through_time, projection = linear_by(given["weight_hh"].t().contiguous(), slopes.gates), given["weight_hr"]
-        for (grad, earlier), (by_cell, by_output, gates, forget, cell) in zip(pairwise(rows), steps, strict=True):
+        for (grad, earlier), (by_cell, by_output, gates, forget, cell) in times_back(rows, views, reverse):
             grad_raw = grad if projection is None else grad @ projection
             grad_cell.addcmul_(grad_raw, cell)
             by_cell.mul_(grad_cell.unsqueeze(1))

@@ -9,8 +9,10 @@ gradients are then the right factor of every weight, as if the layer were two li
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from perexfx.ir.factors import Factors, Gradient, GradientSignature, Product, ProductSignature, SharedGram, Signature
 from perexfx.ir.layout import Layout
 from perexfx.ir.recurrent import rnn_layer
-from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, sum_positions
+from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, Target, sum_positions
 from perexfx.kernels.gemm import linear, linear_by
 
 
@@ -46,6 +48,7 @@ class GateGradients:
 
 
 _SIDES = ("weight_ih", "weight_hh")
+_signature = cache(signature)
 
 
 class Recurrent(Rule):
@@ -56,9 +59,12 @@ class Recurrent(Rule):
     """Whether what the input and what the hidden state add to a gate have the same gradient."""
     inputs = ("input", "h0")
 
-    @abstractmethod
-    def run(self, arguments: Arguments) -> tuple[Tensor, ...]:
-        """The fused layer: output and last states."""
+    def bind(self, target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """By the signature of the fused layer, which is the one target."""
+        assert callable(target)
+        bound = _signature(target).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
 
     @abstractmethod
     def steps_back(self, call: Backward) -> GateGradients:
@@ -85,7 +91,9 @@ class Recurrent(Rule):
 
     def forward(self, arguments: Arguments, geometry: Geometry) -> tuple[Any, tuple[Tensor, ...]]:
         """The fused layer. Hidden states are kept as copies: later layers may overwrite the results."""
-        results = self.run(arguments)
+        (layer,) = self.targets
+        assert callable(layer)
+        results = layer(**arguments)
         return results, (with_first(results[0], arguments["h0"], arguments["reverse"]),)
 
     def reads(self, arguments: Arguments, inputs: Collection[str], operands: Collection[str]) -> Collection[str]:
@@ -172,6 +180,14 @@ def arriving(call: Backward) -> tuple[Tensor, list[Tensor]]:
     return grads, rows
 
 
+def times_back(
+    rows: Sequence[Tensor], values: Sequence[Tensor], reverse: bool
+) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]]:
+    """Each time in the order of the backward: two neighbours of `rows`, as of `arriving`, and a view of each value."""
+    views = zip(*(backwards(value, reverse) for value in values), strict=True)
+    return zip(pairwise(rows), views, strict=True)
+
+
 def tanh_(value: Tensor) -> Tensor:
     """`tanh` in place, as `2 sigmoid(2 x) - 1`: to a rounding of 1 the same, and on a CPU several times as fast."""
     return value.mul_(2).sigmoid_().mul_(2).sub_(1)
@@ -190,24 +206,6 @@ class RNN(Recurrent):
     kind = "rnn"
     targets = (rnn_layer,)
 
-    @staticmethod
-    def named(
-        input: Any,
-        h0: Any,
-        weight_ih: Any,
-        weight_hh: Any,
-        bias_ih: Any = None,
-        bias_hh: Any = None,
-        reverse: Any = False,
-        nonlinearity: Any = "tanh",
-    ) -> dict[str, Any]:
-        """As `rnn_layer`."""
-        return dict(locals())
-
-    def run(self, arguments: Arguments) -> tuple[Tensor, ...]:
-        """The fused layer."""
-        return rnn_layer(**arguments)
-
     def reads(self, arguments: Arguments, inputs: Collection[str], operands: Collection[str]) -> Collection[str]:
         """`weight_hh` for the steps; each side of the input for the gradient of the other."""
         sides = (("input", "weight_ih" in operands), ("weight_ih", "input" in inputs))
@@ -223,6 +221,6 @@ class RNN(Recurrent):
             gates = (output > 0).to(output.dtype)
         _, rows = arriving(call)
         through_time = linear_by(call.arguments["weight_hh"].t().contiguous(), gates)
-        for (grad, earlier), gate in zip(pairwise(rows), backwards(gates, reverse), strict=True):
+        for (grad, earlier), (gate,) in times_back(rows, (gates,), reverse):
             earlier.add_(through_time(gate.mul_(grad)))
         return GateGradients(gates, gates, before(states, reverse), {"h0": rows[-1]})

@@ -31,6 +31,7 @@ from perexfx.ir.machine import Machine
 from perexfx.ir.strategy import Strategy
 from perexfx.machine.on_disk import current, folder, identity, load_measurements, save_measurements
 from perexfx.runtime.formats import in_format
+from perexfx.runtime.generators import random_state_kept
 
 SECONDS = 0.02
 """Candidates are repeated for about this long."""
@@ -73,7 +74,7 @@ def measure(
     candidates: Sequence[Strategy], signature: Signature, dtype: torch.dtype, device: torch.device
 ) -> dict[str, float]:
     """Seconds of every candidate, by name, from factors to the clipped sum. Random numbers of others stay theirs."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with random_state_kept([device]):
         factors = random_factors(signature, dtype, device)
         weights = torch.rand(signature.n, dtype=torch.promote_types(dtype, torch.float32), device=device)
     runs: dict[str, Callable[[], object]] = {

@@ -21,6 +21,7 @@ from perexfx.ir.site import Key
 from perexfx.planning.reruns import Rerun
 from perexfx.runtime.cuts import cut, settings_of
 from perexfx.runtime.digests import Digest
+from perexfx.runtime.generators import random_state_kept
 from perexfx.runtime.pull_back import check_unchanged
 from perexfx.runtime.tape import Tape
 
@@ -221,10 +222,9 @@ def _check_settings(known: Mapping[str, Mapping[str, Any]], owner: nn.Module, la
 @contextmanager
 def _random_numbers_of(states: Sequence[Tensor], device: torch.device) -> Iterator[None]:
     """With the generators as they were; afterwards they are as before."""
-    is_cpu = device.type == "cpu"
-    with torch.random.fork_rng([] if is_cpu else [device], device_type="cuda" if is_cpu else device.type):
+    with random_state_kept([device]):
         torch.set_rng_state(states[0])
-        if not is_cpu:
+        if device.type != "cpu":
             torch.get_device_module(device).set_rng_state(states[1], device)
         yield
 

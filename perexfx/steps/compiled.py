@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import CaptureError
 from perexfx.runtime.face import runtime_of
+from perexfx.runtime.generators import random_state_kept
 from perexfx.runtime.tape import Results
 from perexfx.runtime.transformed import Transformed
 from perexfx.steps.static import LossFunction, Step, call, functional_step, traced
@@ -141,11 +142,12 @@ class CompiledStep:
         """What a way finds; random numbers, buffers and what the module remembers are as before."""
         params = {name: parameter.detach() for name, parameter in self.gm.named_parameters()}
         buffers = {name: buffer.clone() for name, buffer in self.gm.named_buffers()}
-        devices = {parameter.device for parameter in params.values() if parameter.device.type == "cuda"}
-        with torch.random.fork_rng(list(devices)), torch.no_grad(), runtime_of(self.gm).results_kept():
+        devices = {parameter.device for parameter in params.values()}
+        with random_state_kept(devices), torch.no_grad(), runtime_of(self.gm).results_kept():
             found = way(params, buffers, x, y)
             for device in devices:
-                torch.cuda.synchronize(device)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
         return found
 
 

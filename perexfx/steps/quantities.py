@@ -59,16 +59,7 @@ def per_example_grads(
 
     A parameter that no example reaches has zeros. Takes B times the memory of the parameters.
 
-    Args:
-        model: As for `perexfx.transform`.
-        loss_fn: `(model(x), y) -> scalar`, joining the examples as `loss_reduction` says.
-        x: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
-        y: Targets, passed to `loss_fn`.
-        loss_reduction: "mean" or "sum".
-        batch_dim: The example axis of the inputs.
-
-    Raises:
-        PerexError: As `perexfx.transform`.
+    Arguments and errors are those of `perexfx.per_example_norms`.
     """
     gm = transform(model, x, clip_norm=None, loss_reduction=loss_reduction, batch_dim=batch_dim, strategy="materialize")
     found: dict[str, Tensor] = {}
@@ -95,16 +86,7 @@ def gradient_gram(
 
     Its diagonal is the squared norms. Takes the memory of `per_example_grads`.
 
-    Args:
-        model: As for `perexfx.transform`.
-        loss_fn: `(model(x), y) -> scalar`, joining the examples as `loss_reduction` says.
-        x: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
-        y: Targets, passed to `loss_fn`.
-        loss_reduction: "mean" or "sum".
-        batch_dim: The example axis of the inputs.
-
-    Raises:
-        PerexError: As `perexfx.transform`.
+    Arguments and errors are those of `perexfx.per_example_norms`.
     """
     gradients = per_example_grads(model, loss_fn, x, y, loss_reduction=loss_reduction, batch_dim=batch_dim)
     flat = [gradient.flatten(1) for gradient in gradients.values()]
@@ -113,6 +95,5 @@ def gradient_gram(
 
 def _backward(gm: Transformed, loss_fn: LossFunction, x: Any, y: Any, options: StepOptions = StepOptions()) -> None:  # noqa: B008 (a frozen value)
     """One forward and backward that leave `.grad` alone."""
-    output = call(stepping(gm, options), x)
     trainable = [parameter for parameter in gm.parameters() if parameter.requires_grad]
-    torch.autograd.grad(loss_fn(output, y), trainable, allow_unused=True)
+    torch.autograd.grad(loss_fn(call(stepping(gm, options), x), y), trainable, allow_unused=True)

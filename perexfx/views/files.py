@@ -22,8 +22,18 @@ def write_file(path: str | Path, content: str | bytes) -> Path:
     return found
 
 
+def make_folder(path: str | Path) -> None:
+    """A folder, and those above it, where there is none.
+
+    Raises:
+        ArgumentError: It cannot be made.
+    """
+    with writing(path, "folder"):
+        Path(path).mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
-def writing(path: str | Path) -> Iterator[None]:
+def writing(path: str | Path, what: str = "file") -> Iterator[None]:
     """Raises ArgumentError for what goes wrong with a path in its body: no folder, no right, no such name."""
     try:
         yield
@@ -32,7 +42,7 @@ def writing(path: str | Path) -> Iterator[None]:
             raise
         shown = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}..."
         reason = getattr(error, "strerror", None) or error
-        raise ArgumentError(f"`path` should be a file that can be written. Found {shown!r}: {reason}.") from None
+        raise ArgumentError(f"`path` should be a {what} that can be written. Found {shown!r}: {reason}.") from None
 
 
-__all__ = ["write_file", "writing"]
+__all__ = ["make_folder", "write_file", "writing"]

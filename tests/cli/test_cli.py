@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import nn
 import perexfx
 from perexfx.cli import main
 from perexfx.cli.subject import Given, bytes_of, inputs_of
+from perexfx.cli.wording import in_shell
 
 NETS = """
 import torch
@@ -45,6 +48,23 @@ def leaves():
     raise SystemExit(3)
 
 number = 3
+
+def dropped():
+    return nn.Sequential(nn.Linear(3, 3), nn.Dropout())
+
+class Largest(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).argmax(1)
+
+def largest():
+    return Largest(3, 3)
+
+class Functional(nn.Linear):
+    def forward(self, x):
+        return nn.functional.batch_norm(super().forward(x), None, None, training=True)
+
+def functional():
+    return Functional(3, 3)
 """
 
 
@@ -171,7 +191,7 @@ STEP = ("export", "some_nets.py:cnn", "m.onnx", *IMAGES, "--graph", "step", "--l
         (("report", "no.such.package:cnn"), "'no.such.package' cannot be imported: ModuleNotFoundError: No module"),
         (
             ("report", "some_nets.py:tail", *IMAGES),
-            "There are Holder, Tokens, broken, cnn, leaves, normed.",
+            "There are Functional, Holder, Largest, Tokens, broken, cnn, dropped, functional, largest, leaves, normed.",
         ),
         (("report", "some_nets.py:broken", *IMAGES), "could not be made: RuntimeError: no weights at some_nets.py:23."),
         (("report", "some_nets.py:number", *IMAGES), "should be or return a torch.nn.Module. Found int."),
@@ -180,18 +200,18 @@ STEP = ("export", "some_nets.py:cnn", "m.onnx", *IMAGES, "--graph", "step", "--l
         (("report", "some_nets.py:cnn", "--input", "4x3:int3"), "Dtypes are float16, bfloat16, float32, float64"),
         (("check", "some_nets.py:Tokens", "--input", "ids=4x5", "--input", "4x5"), "Name all inputs, or none."),
         (("report", "some_nets.py:cnn", *IMAGES, "--clip-norm", "much"), "`--clip-norm` should be a positive number"),
-        (("report", "some_nets.py:cnn", *IMAGES, "--clip-norm", "-1"), "`clip_norm` should be a positive number"),
+        (("report", "some_nets.py:cnn", *IMAGES, "--clip-norm", "-1"), "number, or none to clip nothing."),
         (("report", "some_nets.py:cnn", *IMAGES, "--memory-budget", "lots"), "A memory budget is written as 500000"),
         (("report", "some_nets.py:cnn", *IMAGES, "--strategy", "best"), "There is no strategy 'best'."),
         (("report", "some_nets.py:cnn", *IMAGES, "--strategy", "gram", "--strategy", "0=gram"), "`--strategy` is one"),
         (("report", "some_nets.py:cnn", *IMAGES, "--strategy", "=gram"), "`--strategy` is one name, or site=name"),
         (("report", "some_nets.py:cnn", "--input", "9999999999x4x9"), "has no room in memory. Give a smaller one."),
         (("report", "some_nets.py:cnn", "--input", "99999999999999999999x4"), "has no room in memory"),
-        (("bench", "mlp", "--out", "some_nets.py"), "`path` should be a file that can be written"),
+        (("bench", "mlp", "--out", "some_nets.py"), "`--out` should be a folder that can be written"),
         (("report", "some_nets.py:cnn", *IMAGES, "--batch-sizes", "few"), "`--batch-sizes` should be numbers"),
         (("report", "some_nets.py:cnn", *IMAGES, "--batch-sizes", "1", "--explain", "0"), "Leave out `--batch-sizes`"),
         (("report", "some_nets.py:cnn", *IMAGES, "--batch-sizes", "1", "--verify"), "are for one batch size"),
-        (("report", "some_nets.py:cnn", *IMAGES, "--measure", "0"), "`steps` should be a positive number. Found 0."),
+        (("report", "some_nets.py:cnn", *IMAGES, "--measure", "0"), "`--measure` should be a positive number."),
         (("report", "some_nets.py:leaves", *IMAGES), "could not be made: SystemExit: 3"),
         (("export", "some_nets.py:cnn", "m.onnx", *IMAGES, "--loss", "mse"), "takes no `--loss`"),
         ((*STEP, "5:int64:10"), "A step fails: ValueError: Expected input batch_size"),
@@ -201,7 +221,9 @@ STEP = ("export", "some_nets.py:cnn", "m.onnx", *IMAGES, "--graph", "step", "--l
             "The check fails: Index",
         ),
         (("report", "some_nets.py:cnn", *IMAGES, "--explain", "9"), "There is no site '9'. The sites are 0, 1, 4."),
-        (("report", "some_nets.py:cnn", *IMAGES, "--html", "no/where.html"), "should be a file that can be written"),
+        (("demo", "--out", "some_nets.py"), "`--out` should be a folder that can be written. Found"),
+        (("report", "some_nets.py:cnn", *IMAGES, "--html", "no/where.html"), "`--html` should be a file that can be"),
+        (("report", "some_nets.py:cnn", *IMAGES, "--html", "a.html", "--json", "no/b"), "`--json` should be a file"),
         (("visualize", "some_nets.py:cnn", "graph.pdf", *IMAGES), "`path` should end in one of .html, .dot"),
         (("export", "some_nets.py:cnn", "m.onnx", *IMAGES, "--graph", "step"), "needs `--loss` and `--target`"),
         (("export", "some_nets.py:cnn", "m.onnx", *IMAGES, "--loss", "mse", "--target", "4"), "takes no `--loss`"),
@@ -213,6 +235,40 @@ def test_mistakes(nets: str, capsys: pytest.CaptureFixture[str], arguments: tupl
     assert code == 2
     assert err.startswith("perexfx: ")
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("report normed", "by GroupNorm with `--replace-batchnorm`, which does so for all such layers, or freeze"),
+        ("report normed", "freeze its statistics with `--eval`, which has the whole model in eval mode."),
+        ("report functional", "`--replace-batchnorm` cannot replace a call of a function: write"),
+        ("report cnn --strategy reweight --memory-budget 1", "No plan fits the 1 bytes of `--memory-budget`. The"),
+        ("report cnn --input y=4x3", "`--input` does not fit `Sequential.forward(input)`: missing a required argument"),
+        ("report cnn --input y=4x3", "Give one `--input` for each argument, in order or all by name."),
+        ("report cnn --input scalar", "Give inputs with the examples on the axis that `--batch-dim` names."),
+        ("report cnn --batch-dim -1", "`--batch-dim` should be an axis counted from the front. Found -1."),
+        ("report cnn --batch-sizes 0", "`--batch-sizes` should be positive numbers. Found [0]."),
+        ("visualize cnn graph.dot --depth -1", "`--depth` should be a number of levels. Found -1."),
+        ("verify cnn --input 0x3x8x8", "The last batch had no examples, and its step has no paths. Give an `--input`"),
+        ("check cnn --input 0x3x8x8", "`--input` has no examples. Pass a batch of one at least; several show"),
+        ("check cnn --examples 0", "`--examples` should be a positive number. Found 0."),
+        ("check largest", "A loss of your own can be passed in Python alone, to `perexfx.check`."),
+        ("export dropped m.onnx", "Pass `--eval`, if that is dropout; else"),
+        ("export Tokens m.onnx --input ids=4x5:int64:900 --input mask=4x5", "The forward fails on `--input`: Index"),
+        ("export largest m.onnx --graph step --loss mse --target 4", "`--loss` should return a loss that depends on a"),
+    ],
+)
+def test_what_is_wrong_is_said_of_options(
+    nets: str, capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    command, model, *options = arguments.split()
+    if "--input" not in options:
+        options += IMAGES if model in ("cnn", "normed") else ("--input", "4x3")
+    code, _, err = run(capsys, command, f"{nets}:{model}", *options)
+    assert code == 2
+    assert message in err
+    assert not re.search(r"`\w+_\w+`(?= should| does| has)|memory_budget|example_inputs|loss_fn|\.eval\(\)", err)
 
 
 def test_without_a_traceback(nets: str) -> None:
@@ -257,6 +313,18 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # Parts
+
+
+def test_names_of_the_model_stay_its_own() -> None:
+    options = Namespace(html=Path("a.html"), model="net:Net")
+    for message in (
+        "`inputs` (net.py:3) combines different examples: it reduces over the example axis.",
+        "Parameter `steps` is used by `depth` in module `path` (net.py:4), which no layer rule covers.",
+        "`path` should be a file that can be written. Found 'b.onnx': No such file or directory.",
+    ):
+        assert in_shell(message, options) == message
+    again = "Raise `memory_budget`, or name another strategy than 'reweight' for them."
+    assert in_shell(again, options) == "Raise `--memory-budget`, or name another `--strategy` than 'reweight' for them."
 
 
 def test_inputs() -> None:

@@ -847,6 +847,27 @@ def test_refusals_of_a_loss_name_the_loss(tmp_path: Path) -> None:
         perexfx.export_onnx(gm, path, x, graph="step", loss_fn=noisy)
 
 
+@pytest.mark.parametrize(
+    ("step", "what", "parts"),
+    [({}, "forward", "model"), ({"graph": "step", "loss_fn": F.mse_loss}, "step", "model or of the loss")],
+    ids=["forward", "step"],
+)
+def test_what_torch_cannot_export(
+    step: dict[str, Any], what: str, parts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("too deep.\nMore about it.")
+
+    gm, x = perexfx.transform(nn.Linear(3, 2)), torch.randn(4, 3)
+    monkeypatch.setattr(torch.export, "export", fails)
+    with pytest.raises(perexfx.ExportError) as caught:
+        perexfx.export_onnx(gm, tmp_path / "model.onnx", x, **step, **({"targets": torch.zeros(4, 2)} if step else {}))
+    assert str(caught.value) == (
+        f"`torch.export` cannot export the {what}: too deep. An ONNX file is made from its export. "
+        f"Rewrite that part of the {parts} with tensor operations."
+    )
+
+
 def test_losses_that_read_values(tmp_path: Path) -> None:
     gm, x = perexfx.transform(mlp((3, 2))), torch.randn(4, 3)
 

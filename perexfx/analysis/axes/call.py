@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from perexfx.analysis.tags import Mixing, Unknown
 from perexfx.ir.layout import Layout
+from perexfx.ir.schemas import all_arguments, names_written
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,16 @@ class OpCall:
     @property
     def written(self) -> list[Tensor]:
         """The tensors among its arguments that it writes into."""
-        writes = [p.name for p in self.func._schema.arguments if p.alias_info is not None and p.alias_info.is_write]
+        writes = names_written(self.func)
         if not writes:
             return []
         leaves = pytree.tree_leaves([self.argument(name) for name in writes])
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    @cached_property
+    def _named(self) -> dict[str, Any]:
+        """All its arguments, by their names in the operation's schema."""
+        return all_arguments(self.func, self.args, self.kwargs)
 
     def layout(self, value: Any) -> Layout | None:
         """Where a tensor argument carries its examples."""
@@ -107,20 +113,13 @@ class OpCall:
 
     def argument(self, name: str, default: Any = None) -> Any:
         """An argument by its name in the operation's schema."""
-        for at, parameter in enumerate(self.func._schema.arguments):
-            if parameter.name == name:
-                if at < len(self.args):
-                    return self.args[at]
-                if name in self.kwargs:
-                    return self.kwargs[name]
-                return parameter.default_value if parameter.has_default_value() else default
-        return default
+        return self._named.get(name, default)
 
     def name_of(self, tensor: Tensor) -> str:
         """Name of the argument that is, or holds, a tensor."""
-        for parameter in self.func._schema.arguments:
-            if any(leaf is tensor for leaf in pytree.tree_leaves(self.argument(parameter.name))):
-                return parameter.name
+        for name, value in self._named.items():
+            if any(leaf is tensor for leaf in pytree.tree_leaves(value)):
+                return name
         return "?"
 
 

@@ -6,8 +6,6 @@ Promises: both read the same tensors, which are none of the module's own, and ar
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx, nn
@@ -77,14 +75,3 @@ class Forwards:
         """What the reference returns, without gradients."""
         with torch.no_grad():
             return output_tensors(self.plain(call))
-
-
-@contextmanager
-def modes_kept(*modules: nn.Module | None) -> Iterator[None]:
-    """The training flag of every module inside is put back afterwards."""
-    flags = [(inner, inner.training) for module in modules if module is not None for inner in module.modules()]
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training

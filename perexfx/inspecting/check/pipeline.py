@@ -8,8 +8,6 @@ the forward does.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from perexfx.capture.modes import modes_kept
 from perexfx.inspecting.check.compare import (
     TOLERANCES,
     Truth,
@@ -27,12 +26,11 @@ from perexfx.inspecting.check.compare import (
     graded,
     structures_differ,
 )
-from perexfx.inspecting.check.forwards import Forwards, modes_kept
+from perexfx.inspecting.check.forwards import Forwards
 from perexfx.inspecting.check.mixing import find_mixing
 from perexfx.inspecting.check.reference import (
     BuiltInLoss,
     Call,
-    Loss,
     gradients_of,
     named_tensors,
     one_at_a_time,
@@ -43,8 +41,10 @@ from perexfx.ir.errors import ArgumentError
 from perexfx.ir.inputs import GivenInputs, bind_inputs
 from perexfx.ir.layout import Layout
 from perexfx.runtime.face import PerExample, runtime_of
+from perexfx.runtime.generators import random_state_kept
 from perexfx.runtime.options import StepOptions
 from perexfx.runtime.state import Runtime
+from perexfx.steps.static import LossFunction
 
 
 def check(
@@ -52,7 +52,7 @@ def check(
     inputs: GivenInputs,
     *,
     model: nn.Module | None = None,
-    loss_fn: Loss | None = None,
+    loss_fn: LossFunction | None = None,
     targets: Any = None,
     examples: int = 4,
     tolerance: float | None = None,
@@ -97,7 +97,14 @@ def check(
     assert isinstance(gm, fx.GraphModule)
     _check_same_parameters(gm, model)
     bound = bind_inputs(gm, inputs, "inputs")
-    with _gradients_on(), runtime.set_aside(), modes_kept(gm, model), _random_state_kept(gm):
+    devices = {tensor.device for tensor in (*gm.parameters(), *gm.buffers())}
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        runtime.set_aside(),
+        modes_kept(gm, model),
+        random_state_kept(devices),
+    ):
         call, n, layouts = _prepare(runtime, bound, targets, examples)
         tolerance = tolerance or _tolerance_for(gm, call)
         forwards = Forwards(gm, runtime, model)
@@ -117,7 +124,7 @@ def check(
 
 
 def _compare(
-    forwards: Forwards, call: Call, found: CheckResult, layouts: tuple[Layout | None, ...], loss_fn: Loss | None
+    forwards: Forwards, call: Call, found: CheckResult, layouts: tuple[Layout | None, ...], loss_fn: LossFunction | None
 ) -> CheckResult:
     """All that one forward and backward gives, against each example alone."""
     runtime, tolerance, n = forwards.runtime, found.tolerance, found.examples
@@ -198,23 +205,8 @@ def _tolerance_for(gm: nn.Module, call: Call) -> float:
     return max(TOLERANCES.get(dtype, max(TOLERANCES.values())) for dtype in dtypes)
 
 
-@contextmanager
-def _gradients_on() -> Iterator[None]:
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-@contextmanager
-def _random_state_kept(gm: nn.Module) -> Iterator[None]:
-    """The generators of the CPU and of the module's accelerators are put back afterwards."""
-    devices = {tensor.device for tensor in (*gm.parameters(), *gm.buffers())} - {torch.device("cpu")}
-    kind = next(iter(devices)).type if devices else "cuda"
-    with torch.random.fork_rng([device for device in devices if device.type == kind], device_type=kind):
-        yield
-
-
 def _check_arguments(
-    gm: nn.Module, loss_fn: Loss | None, targets: Any, examples: int, tolerance: float | None
+    gm: nn.Module, loss_fn: LossFunction | None, targets: Any, examples: int, tolerance: float | None
 ) -> Runtime:
     runtime = runtime_of(gm)
     if loss_fn is not None and not callable(loss_fn):

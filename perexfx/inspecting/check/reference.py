@@ -19,8 +19,7 @@ from torch.utils import _pytree as pytree
 from perexfx.ir.errors import ArgumentError
 from perexfx.ir.inputs import named_leaves
 from perexfx.ir.layout import Layout
-
-Loss = Callable[[Any, Any], Tensor]
+from perexfx.steps.static import LossFunction
 
 
 def named_tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -155,7 +154,7 @@ class Alone:
     losses: Tensor
 
 
-def one_at_a_time(module: Stateless, call: Call, n: int, loss: Loss, trained: Mapping[str, Tensor]) -> Alone:
+def one_at_a_time(module: Stateless, call: Call, n: int, loss: LossFunction, trained: Mapping[str, Tensor]) -> Alone:
     """Every example alone.
 
     Args:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from perexfx.analysis.fake_run import leaves_of
 from perexfx.ir.factors import Factors, Product
+from perexfx.ir.schemas import arguments_by_name, names_written
 from perexfx.ir.site import Key
 
 
@@ -60,19 +61,20 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        read = [] if _name(func) in _READ_SIZES_ALONE else _named(func, args, kwargs)
+        named = arguments_by_name(func, args, kwargs)
+        read = [] if _name(func) in _READ_SIZES_ALONE else list(named.items())
         if _name(func) in _OVERWRITE and _is_whole(args[0]):
             read = read[1:]
         given = [(name, self.made(tensor)) for name, value in read for tensor in leaves_of(value)]
         own = {storage_of(tensor) for tensor in leaves_of((args, kwargs))}
-        written = [t for name, value in _named(func, args, kwargs) if _writes(func, name) for t in leaves_of(value)]
+        written = [tensor for name in names_written(func) for tensor in leaves_of(named.get(name))]
         result = func(*args, **kwargs)
         is_reread = _name(func) == "view" and func._overloadname == "dtype"  # other numbers in the same memory
         new = [tensor for tensor in leaves_of(result) if is_reread or storage_of(tensor) not in own]
         if new or written:
             made = (*new, *written)
             passes = self.carries_gradient and any(t.is_floating_point() or t.is_complex() for t in made)
-            numbers = {name: value for name, value in _named(func, args, kwargs) if not leaves_of(value)}
+            numbers = {name: value for name, value in named.items() if not leaves_of(value)}
             node = self._add(Operation(_name(func), self.where, self.site, passes, tuple(given), numbers))
             for tensor in made:
                 self._make(tensor, node)
@@ -142,16 +144,6 @@ _OVERWRITE = frozenset("zero_ fill_ copy_".split())
 def _is_whole(tensor: Tensor) -> bool:
     """Whether a tensor is all that there is in its memory."""
     return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
-
-
-def _named(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The arguments of a call with their names in its schema."""
-    names = [argument.name for argument in func._schema.arguments]
-    return [*zip(names, args, strict=False), *kwargs.items()]
-
-
-def _writes(func: Any, name: str) -> bool:
-    return any(a.name == name and a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
 
 
 def _name(func: Any) -> str:

@@ -14,7 +14,7 @@ from perexfx.capture.quiet import quiet
 from perexfx.ir.errors import ArgumentError, ExportError
 from perexfx.ir.inputs import named_leaves
 from perexfx.ir.node import info_of, place_of
-from perexfx.ir.refusal import Place, Refusal
+from perexfx.ir.refusal import Place
 from perexfx.planning.plan import Plan
 from perexfx.runtime.face import runtime_of
 from perexfx.runtime.nodes import clip
@@ -29,6 +29,7 @@ from perexfx.views.onnx.translate import (
     fold,
     free_name,
     name_batch,
+    program_of,
     rename,
     scopes_of,
     to_onnx,
@@ -107,11 +108,7 @@ def _exported(
     tensors = example_sizes(plain, batch_dim, carriers, n)
     sizes = [{batch_dim: Dim("batch")} if carries and is_dynamic else {} for carries in carriers]
     with quiet(), torch.enable_grad():
-        try:
-            program = torch.export.export(plain, tuple(tensors), dynamic_shapes=(tuple(sizes),), strict=False)
-        except Exception as error:  # an export may fail in any way
-            raise ExportError([_not_exported(error)]) from error
-        program = repaired(program)
+        program = repaired(program_of(plain, tensors, "the forward", "the model", (tuple(sizes),)))
         model = to_onnx(program, _places_in(program, places))
     _name_initializers(model, program, gm)
     spec = program.call_spec.out_spec
@@ -124,15 +121,6 @@ def _exported(
         assert symbol is not None
         name_batch(model, str(symbol[batch_dim]))
     return model
-
-
-def _not_exported(error: Exception) -> Refusal:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    return Refusal(
-        what=f"`torch.export` cannot export the forward: {reason}.",
-        why="An ONNX file is made from its export.",
-        remedy="Rewrite that part of the model with tensor operations.",
-    )
 
 
 def _places_in(program: ExportedProgram, places: Mapping[str, Place]) -> PlaceOf:

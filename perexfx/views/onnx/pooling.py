@@ -142,23 +142,28 @@ def nearest_backward(
     return _multiplied(grad_output, matrices)
 
 
-def linear_backward(
+def resized_backward(
     grad_output: Tensor,
     output_size: Sequence[int],
     input_size: Sequence[int],
     align_corners: bool,
     *scales: float | None,
+    shares: Shares,
 ) -> Tensor:
-    """Of resizing by linear interpolation."""
-    return _multiplied(grad_output, _linear(grad_output, output_size, input_size[2:], align_corners, scales))
+    """Of resizing by interpolation."""
+    return _multiplied(grad_output, _of_each(shares, grad_output, output_size, input_size[2:], align_corners, scales))
+
+
+def cubic_backward(grad_output: Tensor, output_size: Sequence[int], input_size: Sequence[int], *rest: Any) -> Tensor:
+    """Of resizing by cubic convolution; where no size changes it is a copy in torch, whatever the scale."""
+    if list(output_size) == list(input_size[2:]):
+        return grad_output.clone()
+    return resized_backward(grad_output, output_size, input_size, *rest, shares=_cubic)
 
 
 def linear(input: Tensor, output_size: Sequence[int], align_corners: bool, *scales: float | None) -> Tensor:
     """Resizing by linear interpolation with a scale of its own, which torch's exporter forgets."""
-    if not any(scales):
-        return NotImplemented
-    matrices = _linear(input, output_size, input.shape[2:], align_corners, scales)
-    return _multiplied(input, [matrix.transpose(0, 1) for matrix in matrices])
+    return _interpolated(_linear, input, output_size, align_corners, scales) if any(scales) else NotImplemented
 
 
 def resized(
@@ -167,74 +172,71 @@ def resized(
     align_corners: bool,
     scale_factors: Sequence[float] | None,
     *,
-    of_axis: Callable[..., list[Tensor]],
+    shares: Shares,
 ) -> Tensor:
     """Resizing to a size or by scales."""
-    size = input.shape[2:]
     if output_size is None:
         assert scale_factors is not None
-        output_size = [math.floor(s * f) for s, f in zip(size, scale_factors, strict=True)]
-    matrices = of_axis(input, output_size, size, align_corners, scale_factors)
+        output_size = [math.floor(s * f) for s, f in zip(input.shape[2:], scale_factors, strict=True)]
+    return _interpolated(shares, input, output_size, align_corners, scale_factors)
+
+
+def _interpolated(
+    shares: Shares,
+    input: Tensor,
+    output_size: Sequence[int],
+    align_corners: bool,
+    scales: Sequence[float | None] | None,
+) -> Tensor:
+    matrices = _of_each(shares, input, output_size, input.shape[2:], align_corners, scales)
     return _multiplied(input, [matrix.transpose(0, 1) for matrix in matrices])
 
 
-def _linear(
+Shares = Callable[[Tensor, int, int, bool, float | None], Tensor]
+"""`(like, count, size, align_corners, scale)` to how much each entry of the input has of each of the result along one
+axis: `[count, size]`."""
+
+
+def _of_each(
+    shares: Shares,
     like: Tensor,
-    output_size: Sequence[int],
-    size: Sequence[int],
+    counts: Sequence[int],
+    sizes: Sequence[int],
     align_corners: bool,
     scales: Sequence[float | None] | None,
 ) -> list[Tensor]:
-    """Of each axis, how much each entry of the input has of each of the result: `[out, in]`."""
-    matrices = []
-    for axis, count in enumerate(output_size):
-        scale = scales[axis] if scales else None
-        at = torch.arange(count, device=like.device).to(like.dtype)
-        if count != size[axis]:  # torch leaves axes of the same size as they are, whatever the scale
-            at = _positions(like, count, size[axis], align_corners, scale).clamp(min=0)
-        first = at.floor().clamp(max=size[axis] - 1)
-        share = (at - first).clamp(0, 1)[:, None]
-        ends = [one_hot(place, size[axis], like.dtype) for place in (first, (first + 1).clamp(max=size[axis] - 1))]
-        matrices.append(ends[0] * (1 - share) + ends[1] * share)
-    return matrices
+    """The matrix of each axis."""
+    return [
+        shares(like, count, size, align_corners, scales[axis] if scales else None)
+        for axis, (count, size) in enumerate(zip(counts, sizes, strict=True))
+    ]
 
 
-def cubic_backward(
-    grad_output: Tensor,
-    output_size: Sequence[int],
-    input_size: Sequence[int],
-    align_corners: bool,
-    *scales: float | None,
-) -> Tensor:
-    """Of resizing by cubic convolution; where no size changes it is a copy in torch, whatever the scale."""
-    if list(output_size) == list(input_size[2:]):
-        return grad_output.clone()
-    return _multiplied(grad_output, _cubic(grad_output, output_size, input_size[2:], align_corners, scales))
+def _linear(like: Tensor, count: int, size: int, align_corners: bool, scale: float | None) -> Tensor:
+    """By linear interpolation."""
+    at = torch.arange(count, device=like.device).to(like.dtype)
+    if count != size:  # torch leaves axes of the same size as they are, whatever the scale
+        at = _positions(like, count, size, align_corners, scale).clamp(min=0)
+    first = at.floor().clamp(max=size - 1)
+    share = (at - first).clamp(0, 1)[:, None]
+    ends = [one_hot(place, size, like.dtype) for place in (first, (first + 1).clamp(max=size - 1))]
+    return ends[0] * (1 - share) + ends[1] * share
 
 
-def _cubic(
-    like: Tensor,
-    output_size: Sequence[int],
-    size: Sequence[int],
-    align_corners: bool,
-    scales: Sequence[float | None] | None,
-) -> list[Tensor]:
-    """As `_linear`, by cubic convolution (Keys 1981, equation 4), with the parameter that torch has."""
+def _cubic(like: Tensor, count: int, size: int, align_corners: bool, scale: float | None) -> Tensor:
+    """By cubic convolution (Keys 1981, equation 4), with the parameter that torch has."""
     a = -0.75
-    matrices = []
-    for axis, count in enumerate(output_size):
-        at = _positions(like, count, size[axis], align_corners, scales[axis] if scales else None)
-        first = at.floor()
-        share = (at - first)[:, None]
-        matrix = torch.zeros(count, size[axis], dtype=like.dtype, device=like.device)
-        for step in (-1, 0, 1, 2):
-            x = (share - step).abs()
-            near = ((a + 2) * x - (a + 3)) * x * x + 1
-            far = ((x - 5) * x + 8) * x * a - 4 * a
-            place = (first + step).clamp(0, size[axis] - 1)
-            matrix = matrix + one_hot(place, size[axis], like.dtype) * (near if step in (0, 1) else far)
-        matrices.append(matrix)
-    return matrices
+    at = _positions(like, count, size, align_corners, scale)
+    first = at.floor()
+    share = (at - first)[:, None]
+    matrix = torch.zeros(count, size, dtype=like.dtype, device=like.device)
+    for step in (-1, 0, 1, 2):
+        x = (share - step).abs()
+        near = ((a + 2) * x - (a + 3)) * x * x + 1
+        far = ((x - 5) * x + 8) * x * a - 4 * a
+        place = (first + step).clamp(0, size - 1)
+        matrix = matrix + one_hot(place, size, like.dtype) * (near if step in (0, 1) else far)
+    return matrix
 
 
 def _positions(like: Tensor, count: int, size: int, align_corners: bool, scale: float | None) -> Tensor:
@@ -277,18 +279,18 @@ POOLING: Mapping[Any, Callable[..., Any]] = {
     _aten.upsample_linear1d.default: linear,
     _aten.upsample_bilinear2d.default: linear,
     _aten.upsample_trilinear3d.default: linear,
-    _aten.upsample_linear1d_backward.default: linear_backward,
-    _aten.upsample_bilinear2d_backward.default: linear_backward,
-    _aten.upsample_trilinear3d_backward.default: linear_backward,
+    _aten.upsample_linear1d_backward.default: partial(resized_backward, shares=_linear),
+    _aten.upsample_bilinear2d_backward.default: partial(resized_backward, shares=_linear),
+    _aten.upsample_trilinear3d_backward.default: partial(resized_backward, shares=_linear),
     _aten.upsample_bicubic2d_backward.default: cubic_backward,
 }
 
 
 BY_SCALE: Mapping[Any, Callable[..., Any]] = {
-    _aten.upsample_linear1d.vec: partial(resized, of_axis=_linear),
-    _aten.upsample_bilinear2d.vec: partial(resized, of_axis=_linear),
-    _aten.upsample_trilinear3d.vec: partial(resized, of_axis=_linear),
-    _aten.upsample_bicubic2d.vec: partial(resized, of_axis=_cubic),
+    _aten.upsample_linear1d.vec: partial(resized, shares=_linear),
+    _aten.upsample_bilinear2d.vec: partial(resized, shares=_linear),
+    _aten.upsample_trilinear3d.vec: partial(resized, shares=_linear),
+    _aten.upsample_bicubic2d.vec: partial(resized, shares=_cubic),
 }
 """Resizing as forwards call it, whose scale torch's exporter rounds or forgets."""
 

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from perexfx.ir.schemas import arguments_by_name
 from perexfx.views.onnx.attention import any_attention
 from perexfx.views.onnx.decompositions import log_sigmoid
 from perexfx.views.onnx.pooling import BY_SCALE, average
@@ -40,9 +41,7 @@ def _goes_wrong(node: fx.Node) -> bool:
         return False
     if node.target is _aten.log_sigmoid.default:
         return True
-    schema: Any = getattr(node.target, "_schema")  # noqa: B009 (node.target has a type without it)
-    names = [argument.name for argument in schema.arguments]
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+    given = arguments_by_name(node.target, node.args, node.kwargs)
     if node.target is not _aten.scaled_dot_product_attention.default:
         return bool(given.get("divisor_override") or given.get("scale_factors"))
     if given.get("dropout_p"):  # which is refused

@@ -6,20 +6,17 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from perexfx.capture.quiet import quiet
-from perexfx.ir.errors import ExportError
 from perexfx.ir.inputs import GivenInputs, named_leaves
-from perexfx.ir.refusal import Refusal
 from perexfx.runtime.transformed import Transformed
 from perexfx.steps.static import LossFunction, functional_step, traced
 from perexfx.views.onnx.decompositions import DECOMPOSITIONS
 from perexfx.views.onnx.places import StepPlaces
 from perexfx.views.onnx.plain import readable
-from perexfx.views.onnx.translate import clear, fold, rename, to_onnx
+from perexfx.views.onnx.translate import clear, fold, program_of, rename, to_onnx
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -51,10 +48,7 @@ def step_model(
         parameters, buffers = dict(gm.named_parameters()), dict(gm.named_buffers())
         module = _Flat(graph, (parameters, buffers, x, targets))
         given = [leaf.detach() for leaf in module.tensors]
-        try:
-            program = torch.export.export(module, tuple(given), strict=False)
-        except Exception as error:  # an export may fail in any way
-            raise ExportError([_not_exported(error)]) from error
+        program = program_of(module, given, "the step", "the model or of the loss")
         model = to_onnx(program, StepPlaces(gm, loss_fn, trace))
         constants = {f"constant.{at}": value for at, value in enumerate(module.constants.values())}
         held = [parameters, buffers, constants]
@@ -66,15 +60,6 @@ def step_model(
         _give_defaults(model, [tensor for values in held for tensor in values.values()], len(constants))
         fold(model)
     return model
-
-
-def _not_exported(error: Exception) -> Refusal:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    return Refusal(
-        what=f"`torch.export` cannot export the step: {reason}.",
-        why="An ONNX file is made from its export.",
-        remedy="Rewrite that part of the model or of the loss with tensor operations.",
-    )
 
 
 class _Flat(nn.Module):

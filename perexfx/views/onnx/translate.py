@@ -14,11 +14,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from perexfx.ir.errors import ArgumentError, ExportError
 from perexfx.ir.refusal import Place, Refusal
+from perexfx.ir.schemas import all_arguments
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -43,6 +44,33 @@ def require_extra() -> None:
                 f"`export_onnx` needs the package `{error.name or package}`, which is not installed. "
                 "Install the extra: pip install 'perexfx[onnx]'."
             ) from error
+
+
+def program_of(
+    module: nn.Module, tensors: Sequence[Tensor], what: str, written_in: str, dynamic_shapes: Any = None
+) -> ExportedProgram:
+    """A module that takes tensors alone, as `torch.export` has it.
+
+    Args:
+        module: A `Plain` forward, or a step.
+        tensors: Its inputs.
+        what: The name of it in a refusal.
+        written_in: What a user can rewrite, for the same.
+        dynamic_shapes: As of `torch.export.export`.
+
+    Raises:
+        ExportError: It cannot be exported.
+    """
+    try:
+        return torch.export.export(module, tuple(tensors), dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:  # an export may fail in any way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        refusal = Refusal(
+            what=f"`torch.export` cannot export {what}: {reason}.",
+            why="An ONNX file is made from its export.",
+            remedy=f"Rewrite that part of {written_in} with tensor operations.",
+        )
+        raise ExportError([refusal]) from error
 
 
 def to_onnx(program: ExportedProgram, place_of: PlaceOf) -> ir.Model:
@@ -107,9 +135,7 @@ def _is_random(node: fx.Node) -> bool:
     """Whether a call draws random numbers, by its operation and its arguments."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
-    schema: Any = getattr(node.target, "_schema")  # noqa: B009 (node.target has a type without it)
-    given = {argument.name: argument.default_value for argument in schema.arguments}
-    given |= dict(zip(given, node.args, strict=False)) | node.kwargs
+    given = all_arguments(node.target, node.args, node.kwargs)
     chance = given.get("p", given.get("dropout_p", given.get("dropout")))
     trains = given.get("train", given.get("training", True))
     return bool(trains) and (chance is None or chance > 0)
@@ -251,6 +277,7 @@ __all__ = [
     "fold",
     "free_name",
     "name_batch",
+    "program_of",
     "rename",
     "require_extra",
     "scopes_of",
