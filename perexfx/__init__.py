@@ -1,9 +1,9 @@
 """perexfx: clipped per-example gradients at about the cost of an ordinary step, by rewriting PyTorch graphs."""
 
 from perexfx.api import transform
-from perexfx.inspecting.check.pipeline import check
+from perexfx.inspecting.check import check
 from perexfx.inspecting.profile import profile
-from perexfx.inspecting.proof.verify import verify
+from perexfx.inspecting.proof import verify
 from perexfx.ir.errors import (
     ArgumentError,
     BudgetError,
@@ -21,9 +21,7 @@ from perexfx.ir.errors import (
 from perexfx.ir.rule import Rule
 from perexfx.ir.strategy import Strategy
 from perexfx.passes.replace_batchnorm import replace_batchnorm
-from perexfx.steps.compiled import compile_step
-from perexfx.steps.quantities import gradient_gram, per_example_grads, per_example_norms
-from perexfx.steps.static import step_graph
+from perexfx.steps import compile_step, gradient_gram, per_example_grads, per_example_norms, step_graph
 from perexfx.views.onnx import export_onnx
 from perexfx.views.report import report
 from perexfx.views.visualize import visualize

@@ -13,30 +13,39 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from perexfx.analysis.analyze import Analysis, analyze
-from perexfx.capture.forward import Captured, capture
+from perexfx.analysis import Analysis, analyze
+from perexfx.capture import Captured, capture
 from perexfx.ir.errors import ArgumentError, PerexError, RefusedError
 from perexfx.ir.inputs import GivenInputs, Inputs, arguments_of, batch_sizes, bind_inputs, by_name, named_leaves
 from perexfx.ir.rule import Rule
 from perexfx.ir.site import Site
 from perexfx.ir.strategy import REWEIGHT, Strategy
 from perexfx.layers import RULES, Fallback
-from perexfx.machine.on_disk import current
-from perexfx.machine.timings import Measured
-from perexfx.planning.alternatives import Alternatives
-from perexfx.planning.plan import Plan
-from perexfx.planning.planner import check_forced, make_plan
-from perexfx.planning.sizes import fit, operand_dtype, with_kernels, with_shared_inputs
-from perexfx.rehearsal.dry_run import Rehearsed
-from perexfx.runtime.face import PerExample
-from perexfx.runtime.rewrite import rewrite, twin_of
-from perexfx.runtime.settings import Settings
-from perexfx.runtime.state import Runtime
-from perexfx.runtime.transformed import Transformed
-from perexfx.sites.match import confirm, match
-from perexfx.sites.refuse import refuse_batch_statistics, refuse_other_trainables
-from perexfx.sites.regions import faster_with_channels_last, regions_of, with_formats
-from perexfx.sites.segments import fit_segments, rerun_cost, segments_of
+from perexfx.machine import Measured, current
+from perexfx.planning import (
+    Alternatives,
+    Plan,
+    check_forced,
+    fit,
+    make_plan,
+    operand_dtype,
+    with_kernels,
+    with_shared_inputs,
+)
+from perexfx.rehearsal import Rehearsed
+from perexfx.runtime import PerExample, Runtime, Settings, Transformed, rewrite, twin_of
+from perexfx.sites import (
+    confirm,
+    faster_with_channels_last,
+    fit_segments,
+    match,
+    refuse_batch_statistics,
+    refuse_other_trainables,
+    regions_of,
+    rerun_cost,
+    segments_of,
+    with_formats,
+)
 from perexfx.strategies import STRATEGIES, Reweight
 
 

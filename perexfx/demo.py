@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import perexfx
 from perexfx.bench.measure import timed
-from perexfx.runtime.transformed import Transformed
+from perexfx.runtime import Transformed
 from perexfx.views.files import make_folder
 
 EPOCHS = 30

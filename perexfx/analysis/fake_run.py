@@ -23,8 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perexfx.analysis.failures import failed, not_linear
-from perexfx.capture.custom import CustomFunction, gradients_of, nonlinear_in
-from perexfx.capture.tracer import TRACING, same_einsums
+from perexfx.capture import TRACING, CustomFunction, gradients_of, nonlinear_in, same_einsums
 from perexfx.ir.errors import RefusedError
 from perexfx.ir.inputs import Inputs, arguments_for
 from perexfx.ir.schemas import arguments_by_name

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from perexfx.bench.results import progress_bar
 from perexfx.ir.machine import BUILT_IN, Machine
+from perexfx.machine import save
 from perexfx.machine.calibrate import Observation, first_touch, fit, observe, profile_name, quality
-from perexfx.machine.on_disk import save
 from perexfx.strategies import STRATEGIES
 
 

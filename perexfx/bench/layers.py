@@ -24,9 +24,8 @@ from perexfx.ir.cost import Cost
 from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature, Signature
 from perexfx.ir.machine import BUILT_IN, Machine
 from perexfx.ir.strategy import Strategy
+from perexfx.machine import current, measure, random_factors
 from perexfx.machine.calibrate import Observation, describe, quality, signatures
-from perexfx.machine.on_disk import current
-from perexfx.machine.timings import measure, random_factors
 from perexfx.strategies import STRATEGIES
 
 ITEMSIZE = 4

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from perexfx.machine.timings import seconds_of
+from perexfx.machine import seconds_of
 
 CPU = torch.device("cpu")
 WARM_UP = 3

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from perexfx import kernels
-from perexfx.machine.on_disk import processor
+from perexfx.machine import processor
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from perexfx.bench.plots import bars
 from perexfx.bench.results import Sheet, progress_bar, publish
 from perexfx.bench.steps import Setup, Step, clipped, ordinary, set_up, training_step
 from perexfx.bench.workloads import Workload
-from perexfx.steps.compiled import CompiledStep
+from perexfx.steps import CompiledStep
 
 SMALL = 10
 """Small steps are timed so many times as often."""

@@ -1,1 +1,31 @@
-"""Capture."""
+"""Capture: a module's forward as an fx.Graph in functional form.
+
+In comes any `nn.Module`, with example inputs where there are some; out goes `Captured`: a graph of torch's public
+functions over `get_attr` parameters, and what it holds for (modes, baked arguments, sizes). What cannot be recorded
+faithfully is an error. Open `forward.py` first: it traces (`tracer.py`), and where that fails exports (`export.py`);
+`traceable/` has forwards for modules of torch that cannot be traced as they are.
+"""
+
+from perexfx.capture.custom import CustomFunction, gradients_of, nonlinear_in
+from perexfx.capture.forward import Captured, capture, stop_gradient
+from perexfx.capture.functional import IN_PLACE_FUNCTIONS
+from perexfx.capture.modes import modes_kept
+from perexfx.capture.places import line_of, reason_of
+from perexfx.capture.quiet import quiet
+from perexfx.capture.tracer import TRACING, same_einsums
+
+__all__ = [
+    "IN_PLACE_FUNCTIONS",
+    "TRACING",
+    "Captured",
+    "CustomFunction",
+    "capture",
+    "gradients_of",
+    "line_of",
+    "modes_kept",
+    "nonlinear_in",
+    "quiet",
+    "reason_of",
+    "same_einsums",
+    "stop_gradient",
+]

@@ -1,4 +1,8 @@
-"""The command line: `perexfx` and `python -m perexfx`."""
+"""The command line: `perexfx` and `python -m perexfx`.
+
+In come arguments as a shell gives them; out go what the commands print and write, and an exit code. Open `commands.py`
+first: a function for each command; `subject.py` finds the model, `wording.py` says errors in the shell's words.
+"""
 
 from __future__ import annotations
 

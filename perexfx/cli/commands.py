@@ -15,7 +15,7 @@ import perexfx
 from perexfx.bench.workloads import WORKLOADS
 from perexfx.cli.subject import bytes_of, inputs_of, model_named, running
 from perexfx.ir.errors import ArgumentError, PerexError, RefusedError
-from perexfx.runtime.transformed import Transformed
+from perexfx.runtime import Transformed
 from perexfx.views.files import make_folder
 
 DISAGREES = 1

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perexfx.capture.places import line_of, reason_of
+from perexfx.capture import line_of, reason_of
 from perexfx.ir.errors import ArgumentError, PerexError
 
 

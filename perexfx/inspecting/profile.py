@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from perexfx.analysis.fake_run import leaves_of
+from perexfx.analysis import leaves_of
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.cost import Cost
 from perexfx.ir.errors import ArgumentError
@@ -26,16 +26,11 @@ from perexfx.ir.factors import Factors, Signature
 from perexfx.ir.inputs import GivenInputs, bind_inputs, by_name, named_leaves
 from perexfx.ir.rule import Backward, Wrapped
 from perexfx.ir.strategy import REWEIGHT, Strategy
-from perexfx.planning.plan import Plan
-from perexfx.planning.reruns import Rerun
-from perexfx.runtime.face import runtime_of, stepping
-from perexfx.runtime.generators import random_state_kept
-from perexfx.runtime.options import StepOptions
-from perexfx.runtime.state import Runtime
-from perexfx.runtime.transformed import Transformed
-from perexfx.sites.table import SiteTable
-from perexfx.steps.static import LossFunction, checked_loss
-from perexfx.steps.static import call as forward_of
+from perexfx.planning import Plan, Rerun
+from perexfx.runtime import Runtime, StepOptions, Transformed, random_state_kept, runtime_of, stepping
+from perexfx.sites import SiteTable
+from perexfx.steps import LossFunction, checked_loss
+from perexfx.steps import call as forward_of
 
 
 @dataclass(frozen=True)

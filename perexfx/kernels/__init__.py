@@ -1,5 +1,8 @@
-"""Kernels in C++, for what takes torch many small operations or twice the work.
+"""Kernels: what multiplies, below all nouns: C++ of our own, and the faster of torch's libraries.
 
+In come tensors; out go products, norms and sums, or None where a kernel is not for them. Open `tensors.py` first, then
+the binding of a kind (`convolutions.py`, `products.py`, ...); their C++ is in `cpp/`, which `loading.py` loads.
+`gemm.py` knows which of torch's libraries multiplies, `lstm_workspace.py` where oneDNN keeps an LSTM's gates.
 Promises: a kernel finds what the Python code in its place finds, up to rounding. They are built with the package, where
 there is a compiler for them; without them, for tensors that they are not made for, and under whoever traces, that
 Python code runs. `PEREXFX_KERNELS=0` leaves them out.

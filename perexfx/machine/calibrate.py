@@ -26,8 +26,8 @@ from perexfx.ir.strategy import Strategy
 from perexfx.kernels.geometry import ConvolutionGeometry
 from perexfx.machine.on_disk import processor
 from perexfx.machine.timings import HOPELESS, measure, medians
-from perexfx.runtime.formats import in_format
-from perexfx.sites.regions import convolution_work, image_work
+from perexfx.runtime import in_format
+from perexfx.sites import convolution_work, image_work
 
 LONGEST = 0.08
 """Seconds that a candidate may take by the built-in profile, or it is not measured."""

@@ -30,8 +30,7 @@ from perexfx.ir.factors import (
 from perexfx.ir.machine import Machine
 from perexfx.ir.strategy import Strategy
 from perexfx.machine.on_disk import current, folder, identity, load_measurements, save_measurements
-from perexfx.runtime.formats import in_format
-from perexfx.runtime.generators import random_state_kept
+from perexfx.runtime import in_format, random_state_kept
 
 SECONDS = 0.02
 """Candidates are repeated for about this long."""

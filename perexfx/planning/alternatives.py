@@ -15,7 +15,7 @@ from perexfx.ir.machine import CostModel
 from perexfx.ir.ordinary import ordinary_gradient
 from perexfx.ir.rule import Fitted
 from perexfx.ir.strategy import Strategy
-from perexfx.sites.segments import Segment
+from perexfx.sites import Segment
 
 
 class Alternatives:

@@ -20,7 +20,7 @@ from perexfx.ir.site import Key
 from perexfx.ir.strategy import REWEIGHT, Strategy
 from perexfx.planning.knapsack import Choice, choose, leanest, total_bytes
 from perexfx.planning.reruns import Cut, Rerun, cuts_of, reruns_of
-from perexfx.sites.segments import Segment, numbers_of
+from perexfx.sites import Segment, numbers_of
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from perexfx.ir.site import Site, are_joined, grouped
 from perexfx.ir.strategy import REWEIGHT, Strategy
 from perexfx.planning.alternatives import Alternatives, no_second_run
 from perexfx.planning.plan import Decision, Footprint, Plan
-from perexfx.sites.segments import Segment
+from perexfx.sites import Segment
 
 
 def make_plan(

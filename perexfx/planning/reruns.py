@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from perexfx.ir.site import Key
-from perexfx.sites.segments import Segment, numbers_of
+from perexfx.sites import Segment, numbers_of
 
 
 @dataclass(frozen=True)

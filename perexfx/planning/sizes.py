@@ -15,7 +15,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from perexfx import kernels
-from perexfx.analysis.analyze import Analysis
+from perexfx.analysis import Analysis
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.errors import CoverageError
 from perexfx.ir.factors import ProductSignature, Signature

@@ -22,22 +22,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perexfx import kernels
-from perexfx.analysis.fake_run import FakeInterpreter, fake_inputs, leaves_of
-from perexfx.capture.quiet import quiet
-from perexfx.capture.tracer import TRACING, same_einsums
+from perexfx.analysis import FakeInterpreter, fake_inputs, leaves_of
+from perexfx.capture import TRACING, quiet, same_einsums
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.cost import Cost
 from perexfx.ir.factors import Factors, Signature
 from perexfx.ir.inputs import Inputs, arguments_for
 from perexfx.ir.site import Key
-from perexfx.planning.knapsack import Choice, total_bytes
-from perexfx.planning.plan import Plan
+from perexfx.planning import Choice, Plan, total_bytes
 from perexfx.rehearsal.library_memory import hidden_bytes, workspace_bytes
 from perexfx.rehearsal.step_memory import HandedOver, Passages, Passed, Rehearsal
 from perexfx.rehearsal.timeline import Span, Timeline
-from perexfx.runtime.options import StepOptions
-from perexfx.runtime.state import Runtime
-from perexfx.sites.segments import Segment
+from perexfx.runtime import Runtime, StepOptions
+from perexfx.sites import Segment
 
 _logger = logging.getLogger("perexfx")
 

@@ -13,9 +13,9 @@ from functools import cached_property
 
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.site import Key
-from perexfx.planning.reruns import Rerun, cuts_of, reruns_of
+from perexfx.planning import Rerun, cuts_of, reruns_of
 from perexfx.rehearsal.timeline import Span, Timeline
-from perexfx.sites.segments import Segment
+from perexfx.sites import Segment
 
 
 @dataclass(frozen=True)

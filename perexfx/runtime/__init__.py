@@ -1,1 +1,39 @@
-"""Runtime."""
+"""Runtime: the rewritten graph, and what its nodes do.
+
+In come a captured graph, sites and, at each forward, a plan; out goes a `Transformed` module, whose ordinary backward
+fills `.grad` with clipped sums. Open `nodes.py` first: layers, norm nodes and the clip node, whose sums are formed in
+`clipped_sums.py`. `rewrite.py` puts them into the graph, `tape.py` is what a forward shares with its backward,
+`state.py` what a module knows, `face.py` what users see of it, `cuts.py` and `replay.py` are for second backwards.
+"""
+
+from perexfx.runtime.clipping import AUTOMATIC_STABILITY
+from perexfx.runtime.cuts import cut
+from perexfx.runtime.face import PerExample, planned, runtime_of, stepping
+from perexfx.runtime.formats import in_format
+from perexfx.runtime.generators import random_state_kept
+from perexfx.runtime.nodes import clip
+from perexfx.runtime.options import StepOptions
+from perexfx.runtime.rewrite import rewrite, twin_of
+from perexfx.runtime.settings import Settings
+from perexfx.runtime.state import Runtime
+from perexfx.runtime.tape import Results
+from perexfx.runtime.transformed import Transformed
+
+__all__ = [
+    "AUTOMATIC_STABILITY",
+    "PerExample",
+    "Results",
+    "Runtime",
+    "Settings",
+    "StepOptions",
+    "Transformed",
+    "clip",
+    "cut",
+    "in_format",
+    "planned",
+    "random_state_kept",
+    "rewrite",
+    "runtime_of",
+    "stepping",
+    "twin_of",
+]

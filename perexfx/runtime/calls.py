@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perexfx.capture.forward import Captured
+from perexfx.capture import Captured
 from perexfx.ir.errors import ArgumentError, ModeError
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from perexfx.ir.errors import ArgumentError
 from perexfx.ir.inputs import Inputs
 from perexfx.ir.site import Site
-from perexfx.planning.plan import Plan
+from perexfx.planning import Plan
 from perexfx.runtime.options import StepOptions
 from perexfx.runtime.settings import Settings
 from perexfx.runtime.state import Runtime

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from perexfx.planning.plan import Plan
-from perexfx.planning.reruns import Rerun
+from perexfx.planning import Plan, Rerun
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from perexfx.ir.errors import ModeError
 from perexfx.ir.factors import Factors
 from perexfx.ir.node import info_of
 from perexfx.ir.site import Key
-from perexfx.planning.reruns import Rerun
+from perexfx.planning import Rerun
 from perexfx.runtime.cuts import cut, settings_of
 from perexfx.runtime.digests import Digest
 from perexfx.runtime.generators import random_state_kept

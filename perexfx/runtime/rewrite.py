@@ -23,8 +23,7 @@ from perexfx.runtime.formats import enter, leave
 from perexfx.runtime.nodes import clip, norm, per_example
 from perexfx.runtime.state import Runtime
 from perexfx.runtime.transformed import FACE, Transformed
-from perexfx.sites.regions import Region, images_of, reads_either_format
-from perexfx.sites.segments import Segment
+from perexfx.sites import Region, Segment, images_of, reads_either_format
 
 PREFIX = "perexfx_"
 """Of the names of inserted nodes: those of the captured graph keep theirs."""

@@ -15,20 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from perexfx.analysis.analyze import Analysis
-from perexfx.capture.forward import Captured
+from perexfx.analysis import Analysis
+from perexfx.capture import Captured
 from perexfx.ir.errors import ModeError
 from perexfx.ir.inputs import Inputs, named_leaves
 from perexfx.ir.site import Site
-from perexfx.planning.plan import Plan
+from perexfx.planning import Plan
 from perexfx.runtime.calls import check_call, check_trains
 from perexfx.runtime.notes import Notes
 from perexfx.runtime.options import StepOptions
 from perexfx.runtime.settings import Settings
 from perexfx.runtime.tape import LastBackward, Results, Tape
-from perexfx.sites.regions import Region
-from perexfx.sites.segments import Segment
-from perexfx.sites.table import SiteTable
+from perexfx.sites import Region, Segment, SiteTable
 
 Planner = Callable[["Runtime", nn.Module, Inputs, int], Plan]
 """Runtime, transformed module, kind of input and batch size to the plan."""

@@ -17,12 +17,11 @@ from torch.utils import _pytree as pytree
 from perexfx.ir.errors import ModeError
 from perexfx.ir.factors import Factors, Gradient, Product, SharedGram
 from perexfx.kernels.watched import is_watched
-from perexfx.planning.plan import Plan
-from perexfx.planning.reruns import Cut
+from perexfx.planning import Cut, Plan
 from perexfx.runtime.digests import Digest
 from perexfx.runtime.options import StepOptions
 from perexfx.runtime.settings import Settings
-from perexfx.sites.table import SiteTable
+from perexfx.sites import SiteTable
 
 
 @dataclass

@@ -13,8 +13,8 @@ from enum import Enum, auto
 import torch
 from torch import fx
 
-from perexfx.analysis.analyze import Analysis
-from perexfx.capture.forward import stop_gradient
+from perexfx.analysis import Analysis
+from perexfx.capture import stop_gradient
 
 
 class State(Enum):

@@ -15,8 +15,8 @@ import networkx as nx
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from perexfx.analysis.analyze import Analysis
-from perexfx.capture.functional import IN_PLACE_FUNCTIONS
+from perexfx.analysis import Analysis
+from perexfx.capture import IN_PLACE_FUNCTIONS
 from perexfx.ir.errors import CoverageError
 from perexfx.ir.node import info_of, place_of
 from perexfx.ir.refusal import Refusal

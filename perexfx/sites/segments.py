@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
 
-from perexfx.analysis.analyze import Analysis
+from perexfx.analysis import Analysis
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.layout import Layout

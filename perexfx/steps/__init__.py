@@ -1,1 +1,24 @@
-"""Steps."""
+"""Steps: a whole training step, or a whole backward, as one call.
+
+In come a model or a transformed module, a loss, inputs and targets; out go a static graph of the step (`static.py`),
+a callable that takes steps by the fastest way (`compiled.py`), or per-example norms and gradients (`quantities.py`).
+Open `static.py` first.
+"""
+
+from perexfx.steps.compiled import CompiledStep, compile_step
+from perexfx.steps.quantities import gradient_gram, per_example_grads, per_example_norms
+from perexfx.steps.static import LossFunction, call, checked_loss, functional_step, step_graph, traced
+
+__all__ = [
+    "CompiledStep",
+    "LossFunction",
+    "call",
+    "checked_loss",
+    "compile_step",
+    "functional_step",
+    "gradient_gram",
+    "per_example_grads",
+    "per_example_norms",
+    "step_graph",
+    "traced",
+]

@@ -18,10 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import CaptureError
-from perexfx.runtime.face import runtime_of
-from perexfx.runtime.generators import random_state_kept
-from perexfx.runtime.tape import Results
-from perexfx.runtime.transformed import Transformed
+from perexfx.runtime import Results, Transformed, random_state_kept, runtime_of
 from perexfx.steps.static import LossFunction, Step, call, functional_step, traced
 
 _logger = logging.getLogger("perexfx")

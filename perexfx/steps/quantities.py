@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perexfx.api import transform
-from perexfx.runtime.face import stepping
-from perexfx.runtime.options import StepOptions
-from perexfx.runtime.transformed import Transformed
+from perexfx.runtime import StepOptions, Transformed, stepping
 from perexfx.steps.static import LossFunction, call
 
 

@@ -16,12 +16,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
-from perexfx.analysis.failures import without_numbers
-from perexfx.capture.quiet import quiet
+from perexfx.analysis import without_numbers
+from perexfx.capture import quiet
 from perexfx.ir.errors import ArgumentError, CaptureError, PerexError
 from perexfx.ir.inputs import GivenInputs, bind_inputs, by_name, named_leaves
-from perexfx.runtime.face import runtime_of
-from perexfx.runtime.transformed import Transformed
+from perexfx.runtime import Transformed, runtime_of
 
 LossFunction = Callable[[Any, Any], Tensor]
 

@@ -13,8 +13,8 @@ from perexfx.ir.alternative import Alternative
 from perexfx.ir.errors import BudgetError
 from perexfx.ir.inputs import Inputs
 from perexfx.ir.site import Key, Site
-from perexfx.planning.plan import Decision, Plan
-from perexfx.runtime.state import Runtime
+from perexfx.planning import Decision, Plan
+from perexfx.runtime import Runtime
 from perexfx.views.words import megabytes
 
 

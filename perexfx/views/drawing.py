@@ -15,15 +15,12 @@ from typing import Any, cast
 
 from torch import fx, nn
 
-from perexfx.analysis.analyze import Analysis
+from perexfx.analysis import Analysis
 from perexfx.ir.errors import ArgumentError, RefusedError
 from perexfx.ir.node import info_of
 from perexfx.ir.refusal import Refusal
-from perexfx.runtime.cuts import cut
-from perexfx.runtime.face import runtime_of
-from perexfx.runtime.nodes import clip
-from perexfx.runtime.state import Runtime
-from perexfx.sites.classify import reads_shape_only
+from perexfx.runtime import Runtime, clip, cut, runtime_of
+from perexfx.sites import reads_shape_only
 from perexfx.views.decisions import Row, rows_of
 from perexfx.views.words import clipping_in_words, counted
 

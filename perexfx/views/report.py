@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, overload
 from torch import nn
 
 from perexfx.inspecting.profile import Profile
-from perexfx.inspecting.proof.verify import Proof
+from perexfx.inspecting.proof import Proof
 from perexfx.ir.errors import ArgumentError
-from perexfx.runtime.face import planned
+from perexfx.runtime import planned
 from perexfx.views.cells import Cells
 from perexfx.views.decisions import (
     CHOICES,

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from perexfx.ir.errors import ArgumentError
 from perexfx.ir.inputs import Inputs
 from perexfx.ir.site import Key
-from perexfx.planning.plan import Plan
-from perexfx.runtime.state import Runtime
+from perexfx.planning import Plan
+from perexfx.runtime import Runtime
 from perexfx.views.cells import Cells
 from perexfx.views.decisions import decided, plans_for
 from perexfx.views.pages import Viewed

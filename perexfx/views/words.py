@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from perexfx.runtime.settings import Settings
+from perexfx.runtime import Settings
 
 
 def megabytes(count: float, *, is_signed: bool = False, in_column: bool = False) -> str:

@@ -16,8 +16,7 @@ from torch import Tensor
 from perexfx.inspecting.check.reference import Alone, rows_of
 from perexfx.inspecting.check.result import ParameterVerdict, Verdict
 from perexfx.ir.layout import Layout
-from perexfx.runtime.clipping import AUTOMATIC_STABILITY
-from perexfx.runtime.state import Runtime
+from perexfx.runtime import AUTOMATIC_STABILITY, Runtime
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Relative errors that are taken for rounding, by dtype: what deep networks lose to it, with room to spare, and well

@@ -12,8 +12,7 @@ from torch import Tensor, fx, nn
 
 from perexfx.inspecting.check.compare import change
 from perexfx.inspecting.check.reference import Call, Stateless, output_tensors
-from perexfx.runtime.face import PerExample
-from perexfx.runtime.state import Runtime
+from perexfx.runtime import PerExample, Runtime
 
 
 class Forwards:

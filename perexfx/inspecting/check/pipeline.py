@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from perexfx.capture.modes import modes_kept
+from perexfx.capture import modes_kept
 from perexfx.inspecting.check.compare import (
     TOLERANCES,
     Truth,
@@ -40,11 +40,8 @@ from perexfx.inspecting.check.result import CheckResult, Verdict
 from perexfx.ir.errors import ArgumentError
 from perexfx.ir.inputs import GivenInputs, bind_inputs
 from perexfx.ir.layout import Layout
-from perexfx.runtime.face import PerExample, runtime_of
-from perexfx.runtime.generators import random_state_kept
-from perexfx.runtime.options import StepOptions
-from perexfx.runtime.state import Runtime
-from perexfx.steps.static import LossFunction
+from perexfx.runtime import PerExample, Runtime, StepOptions, random_state_kept, runtime_of
+from perexfx.steps import LossFunction
 
 
 def check(

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from perexfx.ir.errors import ArgumentError
 from perexfx.ir.inputs import named_leaves
 from perexfx.ir.layout import Layout
-from perexfx.steps.static import LossFunction
+from perexfx.steps import LossFunction
 
 
 def named_tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:

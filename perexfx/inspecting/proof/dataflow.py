@@ -17,10 +17,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from perexfx.analysis.failures import without_numbers
-from perexfx.analysis.fake_run import FakeInterpreter, fake_inputs, leaves_of
-from perexfx.capture.quiet import quiet
-from perexfx.capture.tracer import TRACING, same_einsums
+from perexfx.analysis import FakeInterpreter, fake_inputs, leaves_of, without_numbers
+from perexfx.capture import TRACING, quiet, same_einsums
 from perexfx.inspecting.proof.operations import Operation, Recorder, storage_of
 from perexfx.ir.errors import CaptureError
 from perexfx.ir.factors import Factors
@@ -28,11 +26,9 @@ from perexfx.ir.inputs import Inputs, arguments_for
 from perexfx.ir.node import place_of
 from perexfx.ir.rule import Arguments, Backward, Fitted, Geometry, Wrapped
 from perexfx.ir.site import Key
-from perexfx.planning.plan import Plan
-from perexfx.runtime.face import runtime_of
-from perexfx.runtime.options import StepOptions
-from perexfx.runtime.transformed import Transformed
-from perexfx.sites.classify import passes_no_gradient
+from perexfx.planning import Plan
+from perexfx.runtime import StepOptions, Transformed, runtime_of
+from perexfx.sites import passes_no_gradient
 
 
 @dataclass(frozen=True)

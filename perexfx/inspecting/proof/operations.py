@@ -15,7 +15,7 @@ import networkx as nx
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perexfx.analysis.fake_run import leaves_of
+from perexfx.analysis import leaves_of
 from perexfx.ir.factors import Factors, Product
 from perexfx.ir.schemas import arguments_by_name, names_written
 from perexfx.ir.site import Key

@@ -27,9 +27,7 @@ from perexfx.inspecting.proof.linear_operations import (
 from perexfx.inspecting.proof.operations import Operation
 from perexfx.ir.errors import ArgumentError, ProofError
 from perexfx.ir.site import Key, Site
-from perexfx.runtime.face import planned
-from perexfx.runtime.settings import Settings
-from perexfx.runtime.transformed import Transformed
+from perexfx.runtime import Settings, Transformed, planned
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
-from perexfx.capture.quiet import quiet
+from perexfx.capture import quiet
 from perexfx.ir.errors import ArgumentError, ExportError
 from perexfx.ir.inputs import named_leaves
 from perexfx.ir.node import info_of, place_of
 from perexfx.ir.refusal import Place
-from perexfx.planning.plan import Plan
-from perexfx.runtime.face import runtime_of
-from perexfx.runtime.nodes import clip
-from perexfx.runtime.transformed import Transformed
+from perexfx.planning import Plan
+from perexfx.runtime import Transformed, clip, runtime_of
 from perexfx.views.onnx.metadata import of_clip, of_norm, of_site
 from perexfx.views.onnx.outline import DOMAIN, Functions, cut_out, share_nothing
 from perexfx.views.onnx.plain import Plain, example_sizes, node_name, own_name, readable

@@ -6,8 +6,8 @@ import json
 from importlib.metadata import PackageNotFoundError, version
 
 from perexfx.ir.site import Site
-from perexfx.planning.plan import Plan
-from perexfx.runtime.settings import Settings
+from perexfx.planning import Plan
+from perexfx.runtime import Settings
 
 
 def of_site(site: Site, plan: Plan) -> dict[str, str]:

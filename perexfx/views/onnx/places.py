@@ -18,8 +18,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from perexfx.ir.node import place_of
 from perexfx.ir.refusal import Place
-from perexfx.runtime.transformed import Transformed
-from perexfx.steps.static import LossFunction
+from perexfx.runtime import Transformed
+from perexfx.steps import LossFunction
 
 _LINE = re.compile(r'File "<eval_with_key>[^\n]*\n\s+(\w+) = ')
 """What a stack says of a line in the code of a graph: which of its nodes ran."""

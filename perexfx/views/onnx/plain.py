@@ -19,10 +19,7 @@ from torch.utils import _pytree as pytree
 from perexfx.ir.inputs import named_leaves
 from perexfx.ir.node import info_of
 from perexfx.ir.recurrent import lstm_layer
-from perexfx.runtime.cuts import cut
-from perexfx.runtime.face import runtime_of
-from perexfx.runtime.nodes import clip
-from perexfx.runtime.transformed import Transformed
+from perexfx.runtime import Transformed, clip, cut, runtime_of
 from perexfx.views.onnx.recurrent import lstm_in_torch_or_steps
 from perexfx.views.onnx.translate import free_name
 

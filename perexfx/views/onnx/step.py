@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from perexfx.capture.quiet import quiet
+from perexfx.capture import quiet
 from perexfx.ir.inputs import GivenInputs, named_leaves
-from perexfx.runtime.transformed import Transformed
-from perexfx.steps.static import LossFunction, functional_step, traced
+from perexfx.runtime import Transformed
+from perexfx.steps import LossFunction, functional_step, traced
 from perexfx.views.onnx.decompositions import DECOMPOSITIONS
 from perexfx.views.onnx.places import StepPlaces
 from perexfx.views.onnx.plain import readable

@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 
-from perexfx.capture.quiet import quiet
+from perexfx.capture import quiet
 from perexfx.ir.errors import ArgumentError, ExportError, PerexError
 from perexfx.ir.inputs import GivenInputs, bind_inputs, by_name, named_leaves
 from perexfx.ir.refusal import Refusal
-from perexfx.runtime.face import runtime_of
-from perexfx.runtime.transformed import Transformed
-from perexfx.steps.static import LossFunction, call, functional_step
+from perexfx.runtime import Transformed, runtime_of
+from perexfx.steps import LossFunction, call, functional_step
 from perexfx.views.files import writing
 from perexfx.views.onnx.compare import Trial, compare
 from perexfx.views.onnx.forward import forward_model
