@@ -87,13 +87,11 @@ def export_onnx(
     require_extra()
     arguments = by_name(bind_inputs(gm, example_inputs, "example_inputs"))
     runtime = runtime_of(gm)
-    plans = dict(runtime.plans)
-    with runtime.set_aside(), torch.enable_grad():
-        if loss_fn is None:
-            runtime.plans = plans
-        else:
-            runtime.regions = ()  # a file knows no memory formats, and what only changes them has no translation
-            example_inputs = pytree.tree_map_only(Tensor, Tensor.contiguous, example_inputs)
+    instead: dict[str, Any] = {"plans": dict(runtime.plans)}
+    if loss_fn is not None:
+        instead = {"regions": ()}  # a file knows no memory formats, and what only changes them has no translation
+        example_inputs = pytree.tree_map_only(Tensor, Tensor.contiguous, example_inputs)
+    with runtime.set_aside(**instead), torch.enable_grad():
         kind, n = runtime.kind_of(named_leaves(arguments))
         if graph == "step" and n == 0:
             raise ArgumentError("`example_inputs` should have one example at least for a step. Found none.")

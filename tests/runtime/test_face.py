@@ -1,0 +1,66 @@
+"""`gm.perexfx` shows what is documented, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import perexfx
+from perexfx.runtime import Transformed, runtime_of
+
+DOCUMENTED = {"clip_factors", "norms", "plan", "settings", "sites"}
+
+
+def transformed() -> Transformed:
+    torch.manual_seed(0)
+    return perexfx.transform(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), clip_norm=0.5)
+
+
+def test_it_has_what_is_documented_and_what_every_module_has() -> None:
+    gm = transformed()
+    assert set(dir(gm.perexfx)) - set(dir(nn.Module())) == DOCUMENTED
+    doc = type(gm.perexfx).__doc__ or ""
+    assert set(re.findall(r"^ {8}(\w+):", doc, re.MULTILINE)) == DOCUMENTED
+
+
+def test_it_shows_the_last_step() -> None:
+    gm = transformed()
+    assert gm.perexfx.norms is gm.perexfx.clip_factors is gm.perexfx.plan is None
+    assert [site.name for site in gm.perexfx.sites] == ["0", "2"]
+    assert gm.perexfx.settings.clip_norm == 0.5
+    gm(torch.randn(5, 3)).sum().backward()
+    assert gm.perexfx.norms.shape == gm.perexfx.clip_factors.shape == (5,)
+    assert gm.perexfx.plan.batch_size == 5
+    assert "(perexfx): PerExample(2 sites, clip_norm=0.5, clipping='flat')" in str(gm)
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTED))
+def test_it_is_to_be_read(name: str) -> None:
+    with pytest.raises(AttributeError):
+        setattr(transformed().perexfx, name, None)
+
+
+def test_one_attribute_is_added_to_those_of_the_model() -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    gm = perexfx.transform(model)
+    assert dict(gm.named_modules()).keys() - dict(model.named_modules()).keys() == {"perexfx"}
+    assert gm.state_dict().keys() == model.state_dict().keys()
+
+
+def test_what_others_remember_goes_with_the_graph() -> None:
+    gm = transformed()
+    gm(torch.randn(5, 3)).sum().backward()
+    notes = runtime_of(gm).notes.of(str)
+    notes["key"] = "a note"
+    assert runtime_of(gm).notes.of(str) is notes
+    assert not runtime_of(gm).notes.of(int)
+    for twin in (copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+        assert not runtime_of(twin).notes.of(str)
+        assert torch.equal(twin.perexfx.norms, gm.perexfx.norms)
+    gm.recompile()
+    assert not runtime_of(gm).notes.of(str)
