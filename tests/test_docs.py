@@ -46,6 +46,11 @@ def test_the_reference_is_that_of_the_docstrings() -> None:
     assert script["reference"]() == (ROOT / "docs" / "reference.md").read_text()
 
 
+def test_the_picture_of_the_floors_is_that_of_their_data() -> None:
+    script: dict[str, Any] = runpy.run_path(str(ROOT / "docs" / "floors.py"))
+    assert script["picture"]() == script["PICTURE"].read_text()
+
+
 def test_links_lead_somewhere() -> None:
     for page in (README, *DOCS):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
