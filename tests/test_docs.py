@@ -13,7 +13,11 @@ from tests.support.marks import needs_kernels
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+WINGS = sorted((ROOT / "docs" / "wings").glob("*.md"))
+HOW_IT_WORKS = ROOT / "docs" / "how-it-works.md"
+RUN = [page for page in DOCS if "```python" in page.read_text() and page.name != "reference.md"]  # that has signatures
+PACKAGE = ROOT / "perexfx"
 
 
 def run(path: Path) -> None:
@@ -30,14 +34,14 @@ def test_readme_blocks_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_kernels  # other strategies would be printed
-@pytest.mark.parametrize("name", ["tutorial.md", "extending.md"])
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
 def test_docs_run(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run(ROOT / "docs" / name)
+    run(page)
     printed = capsys.readouterr().out.splitlines()
-    for block in re.findall(r"```text\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL):
+    for block in re.findall(r"```text\n(.*?)```", page.read_text(), re.DOTALL):
         assert [line for line in block.splitlines() if line != "..." and line not in printed] == []
 
 
@@ -46,7 +50,40 @@ def test_the_reference_is_that_of_the_docstrings() -> None:
     assert script["reference"]() == (ROOT / "docs" / "reference.md").read_text()
 
 
-def test_links_lead_somewhere() -> None:
-    for page in (README, *DOCS):
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            assert target.startswith("https://") or (page.parent / target).exists(), (page.name, target)
+def test_the_picture_of_the_floors_is_that_of_their_data() -> None:
+    script: dict[str, Any] = runpy.run_path(str(ROOT / "docs" / "floors.py"))
+    assert script["picture"]() == script["PICTURE"].read_text()
+
+
+def without_code(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", without_code(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", without_code(page)):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        led_to = page.parent / name if name else page
+        assert led_to.exists(), target
+        assert not anchor or anchor in anchors(led_to), target
+
+
+@pytest.mark.parametrize("page", [HOW_IT_WORKS, *WINGS], ids=lambda page: page.name)
+def test_files_and_functions_that_are_named_are_there(page: Path) -> None:
+    named = re.findall(r"`((?:\w+/)+|(?:\w+/)*\w+\.(?:py|cpp))`(?:: ((?:`\w+`(?:, )?)+))?", without_code(page))
+    assert named
+    for path, names in named:
+        if "WING" in path:
+            continue
+        found = [place / path for place in (ROOT, PACKAGE, PACKAGE / "kernels" / "cpp") if (place / path).exists()]
+        assert found, path
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"^ *((def|class) )?{name}\b", found[0].read_text(), re.MULTILINE), (path, name)

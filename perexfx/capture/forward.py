@@ -164,7 +164,7 @@ def _trace(model: nn.Module, baked: Mapping[str, Any]) -> tuple[fx.Graph, dict[s
             no_tensor_hooks(),
             warnings.catch_warnings(),
         ):
-            warnings.filterwarnings("ignore", message="Was not able to add assertion")  # `PerExample` checks instead
+            warnings.filterwarnings("ignore", message="Was not able to add assertion")  # `check_call` does instead
             attributes = Attributes(model)
             graph = tracer.trace(model, concrete_args=hidden)
             made = {name: model.__dict__[name] for name in set(model.__dict__) - known}

@@ -133,6 +133,6 @@ BUILT_IN = Machine(
         "unfold": Rate(math.inf, 1.71e10, 2.0e-06),
     },
 )
-"""Fitted by `perexfx.calibrate` to three runs of its grid on two cores of an AMD EPYC (Zen 4), torch 2.13, float32;
+"""Fitted by `perexfx calibrate` to three runs of its grid on two cores of an AMD EPYC (Zen 4), torch 2.13, float32;
 all but "first_touch", which a loop over one layer does not see: the system takes two microseconds for a page of memory.
 Ratios carry over to other machines, seconds do not."""

@@ -146,7 +146,7 @@ class _Matcher:
     def refuse_written(self, written_by: Mapping[str, Sequence[str]]) -> None:
         """Refuses writes into what an expression is, or into what it has read: neither is seen when it is pulled back.
 
-        A parameter itself may be changed under `torch.no_grad()`; `perexfx.pull_back` checks its version.
+        A parameter itself may be changed under `torch.no_grad()`; `perexfx.runtime.pull_back` checks its version.
         """
         order = {node.name: at for at, node in enumerate(self.graph.nodes)}
         by_name = {node.name: node for node in self.graph.nodes}
