@@ -47,7 +47,7 @@ FLOORS: tuple[tuple[Room, ...], ...] = (
         ),
     ),
     (Room("privacy", "noise, sampling, accounting", is_to_come=True),),
-    (Room("engines", "the papers' whole-model methods", is_to_come=True),),
+    (Room("engines", "the papers' whole-model methods"),),
     (Room("steps", "a whole step as one call: static graph, compiled, quantities"),),
     (Room("api", "transform(): the pipeline, top to bottom"),),
     (Room("guarding", "validation, monitor, fingerprint", is_to_come=True),),

@@ -113,6 +113,10 @@ class Analysis:
         layouts = [facts.layout for facts in self.nodes["output"].tensors if facts.layout is not None]
         return layouts[0].axis if layouts else None
 
+    def layouts_of_output(self) -> tuple[Layout | None, ...]:
+        """Where each returned tensor, in pytree order, carries its examples; None where it carries none."""
+        return tuple(facts.layout for facts in self.nodes["output"].tensors)
+
     def tensor(self, node: fx.Node) -> TensorFacts | None:
         """The facts of a node whose value is one tensor."""
         tensors = self.nodes[node.name].tensors

@@ -99,12 +99,13 @@ def arguments_for(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> list[Any]:
     arguments: list[Any] = []
     for node in graph.nodes:
         if node.op == "placeholder":
-            value = _argument_of(node, tensors)
+            value = argument_of(node, tensors)
             arguments.extend((value or ()) if str(node.target).startswith("*") else [value])
     return arguments
 
 
-def _argument_of(placeholder: fx.Node, tensors: Mapping[str, Tensor]) -> Any:
+def argument_of(placeholder: fx.Node, tensors: Mapping[str, Any]) -> Any:
+    """The argument that a placeholder stands for, with given tensors."""
     template: Template | None = placeholder.meta.get(TEMPLATE)
     if template is None:
         return tensors.get(str(placeholder.target), placeholder.args[0] if placeholder.args else None)

@@ -13,24 +13,29 @@ from perexfx.runtime.formats import in_format
 from perexfx.runtime.generators import random_state_kept
 from perexfx.runtime.nodes import clip
 from perexfx.runtime.options import StepOptions
+from perexfx.runtime.pull_back import add_pulled, pull_back, pull_back_each
 from perexfx.runtime.rewrite import rewrite, twin_of
 from perexfx.runtime.settings import Settings
 from perexfx.runtime.state import Runtime
-from perexfx.runtime.tape import Results
+from perexfx.runtime.tape import ReceivingTape, Results
 from perexfx.runtime.transformed import Transformed
 
 __all__ = [
     "AUTOMATIC_STABILITY",
     "PerExample",
+    "ReceivingTape",
     "Results",
     "Runtime",
     "Settings",
     "StepOptions",
     "Transformed",
+    "add_pulled",
     "clip",
     "cut",
     "in_format",
     "planned",
+    "pull_back",
+    "pull_back_each",
     "random_state_kept",
     "rewrite",
     "runtime_of",

@@ -27,8 +27,7 @@ from perexfx.ir.site import Key, Operand, Site
 from perexfx.kernels.watched import is_watched
 from perexfx.runtime.clipped_sums import clipped_sums
 from perexfx.runtime.pull_back import add_pulled, pull_back_each
-from perexfx.runtime.replay import SecondTape
-from perexfx.runtime.tape import Tape
+from perexfx.runtime.tape import ReceivingTape, Tape
 from perexfx.runtime.waiting import may_wait
 
 
@@ -177,7 +176,7 @@ class _PerExampleOp(Function):
             operands=ctx.operands,
         )
         gradients, factors = call.fitted.rule.backward(given)
-        if isinstance(tape, SecondTape):
+        if isinstance(tape, ReceivingTape):
             tape.add(site.name, factors)
             return (None, None, *[gradients.get(name) for name in call.names])
         assert tape.plan is not None

@@ -23,10 +23,10 @@ from perexfx.runtime.cuts import cut, settings_of
 from perexfx.runtime.digests import Digest
 from perexfx.runtime.generators import random_state_kept
 from perexfx.runtime.pull_back import check_unchanged
-from perexfx.runtime.tape import Tape
+from perexfx.runtime.tape import ReceivingTape, Tape
 
 
-class SecondTape(Tape):
+class SecondTape(ReceivingTape):
     """The tape of a rerun, on which sites leave their factors to be summed at once.
 
     Attributes:

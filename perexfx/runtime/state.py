@@ -51,6 +51,7 @@ class Runtime:
         plans: Kind of input and batch size -> plan, of all that were made.
         results: What the last backward found.
         notes: What others remember about the module.
+        last: Which backward has reached a clip node last.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Runtime:
         self._analyses: dict[Inputs, Analysis] = {}
         self._owner: weakref.ref[nn.Module] | None = None
         self._carriers: tuple[bool, ...] | None = None
-        self._last = LastBackward()
+        self.last = LastBackward()
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the link to the module, which that restores, and what is known of past inputs."""
@@ -113,7 +114,7 @@ class Runtime:
         return self._tape(self.plan, n)
 
     def _tape(self, plan: Plan | None, n: int) -> Tape:
-        tape = Tape(self.sites, self.settings, self._options, plan, n, results=self.results, last=self._last)
+        tape = Tape(self.sites, self.settings, self._options, plan, n, results=self.results, last=self.last)
         tape.owner = self.owner if tape.cuts else None
         return tape
 

@@ -6,6 +6,7 @@ another backward of the same forward begins. What a backward finds for the user 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -196,4 +197,12 @@ class Tape:
         return self.settings.clipping != "per_layer" and not asks_for_each
 
 
-__all__ = ["AtCut", "Constants", "LastBackward", "Results", "Tape"]
+class ReceivingTape(Tape, ABC):
+    """A tape that takes what sites leave as it comes: no norm node follows, and no clip node."""
+
+    @abstractmethod
+    def add(self, site: str, factors: Mapping[str, Factors]) -> None:
+        """What one site leaves, by operand."""
+
+
+__all__ = ["AtCut", "Constants", "LastBackward", "ReceivingTape", "Results", "Tape"]

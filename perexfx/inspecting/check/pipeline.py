@@ -165,8 +165,7 @@ def _prepare(
     plan = runtime.prepare(kind, size)
     analysis = runtime.known(kind)
     assert analysis is not None
-    output = next(node for node in runtime.captured.graph.nodes if node.op == "output")
-    layouts = tuple(facts.layout for facts in analysis.nodes[output.name].tensors)
+    layouts = analysis.layouts_of_output()
     strategies = {site.name: plan[site.name] for site in runtime.sites.sites}
     clipping = graded if callable(runtime.settings.clipping) else runtime.settings.clipping
     runtime.settings = replace(runtime.settings, strategy=strategies, memory_budget=None, clipping=clipping)

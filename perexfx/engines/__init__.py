@@ -1,0 +1,33 @@
+"""Engines: the papers' whole-model methods to clipped per-example gradients, for comparison and as oracles.
+
+In come a model, a loss, inputs and targets; out go loss, norms and clipped sums (`StepResult`), or a step that trains
+(`NAME.step`). A file for each method; open `method.py` first, which has what they share, then `one_by_one.py`.
+"""
+
+from perexfx.engines.chain_rule import ChainRule
+from perexfx.engines.copies import Copies
+from perexfx.engines.losses import Losses
+from perexfx.engines.method import Engine, EngineStep, StepResult
+from perexfx.engines.one_by_one import OneByOne
+from perexfx.engines.reweight_gp import ReweightGP
+
+one_by_one = Engine(OneByOne)
+copies = Engine(Copies)
+chain_rule = Engine(ChainRule)
+losses = Engine(Losses)
+reweight_gp = Engine(ReweightGP)
+
+ENGINES: tuple[Engine, ...] = (one_by_one, copies, chain_rule, losses, reweight_gp)
+"""All of them: three of Rochette et al. 2019, and two more of Lee & Kifer 2021."""
+
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "EngineStep",
+    "StepResult",
+    "chain_rule",
+    "copies",
+    "losses",
+    "one_by_one",
+    "reweight_gp",
+]
