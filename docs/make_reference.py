@@ -12,6 +12,7 @@ import griffe
 HERE = Path(__file__).parent
 GROUPS = {
     "The transform": "transform Rule Strategy replace_batchnorm",
+    "The papers' methods": "engines",
     "Without training": "per_example_norms per_example_grads gradient_gram",
     "Whole steps": "step_graph compile_step",
     "Is it right?": "check verify",
@@ -43,11 +44,28 @@ def reference() -> str:
     for title, names in GROUPS.items():
         lines += ["", f"## {title}"]
         for name in names.split():
+            if name == "engines":
+                lines += _engines(package[name])
+                continue
             found = package[name]  # a module where a function has the name of its module
             lines += _described(f"perexfx.{name}", found[name] if found.is_module else found, level=3)
             for value in VALUES.get(name, "").split():
                 lines += _described(value.rpartition(".")[2], package[value.removeprefix("perexfx.")], level=4)
     return "\n".join(lines) + "\n"
+
+
+def _engines(found: griffe.Object | griffe.Alias) -> list[str]:
+    """The methods by name: each is an `Engine`."""
+    lines = ["", "### `perexfx.engines`", "", *_docstring(found)]
+    for file in ("one_by_one", "copies", "chain_rule", "losses", "reweight_gp"):
+        method = next(c for c in found[file].classes.values() if c.name != "Taps" and "name" in c.members)
+        values = {member: method[member].value.strip('"') for member in ("name", "also")}
+        lines += [f"- `perexfx.engines.{values['name']}`: {_first_line(method)} Also: {values['also']}."]
+    for name in ("Engine", "StepResult", "EngineStep"):
+        lines += _described(name, found["method"][name], level=4)
+    for name in ("__call__", "step"):
+        lines += ["", f"#### `Engine.{name}`", "", *_docstring(found["method"]["Engine"][name])]
+    return lines
 
 
 def _described(title: str, found: griffe.Object | griffe.Alias, level: int) -> list[str]:

@@ -1,5 +1,6 @@
 """perexfx: clipped per-example gradients at about the cost of an ordinary step, by rewriting PyTorch graphs."""
 
+from perexfx import engines
 from perexfx.api import transform
 from perexfx.inspecting.check import check
 from perexfx.inspecting.profile import profile
@@ -43,6 +44,7 @@ __all__ = [
     "StrategyError",
     "check",
     "compile_step",
+    "engines",
     "export_onnx",
     "gradient_gram",
     "per_example_grads",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from perexfx import engines
 from perexfx.bench.steps import Setup, Step, clipped
 
 
@@ -152,26 +153,15 @@ def _clip_into(parameters: Sequence[Tensor], gradients: Sequence[Tensor], clip_n
         parameter.grad = torch.einsum("n,n...->...", factors, gradient)
 
 
-def one_at_a_time(setup: Setup, clip_norm: float) -> Step:
+def one_by_one(setup: Setup, clip_norm: float) -> Step:
     """A forward and a backward per example: what all others are compared with."""
+    take = engines.one_by_one.step(setup.model, setup.loss, clip_norm=clip_norm)
 
     def step() -> None:
-        totals = [torch.zeros_like(parameter) for parameter in setup.parameters]
-        for at in range(setup.n):
-            gradients = gradients_of_one(setup, at)
-            factor = clip_factors(norm_of(gradients), clip_norm) / setup.n
-            for total, gradient in zip(totals, gradients, strict=True):
-                total.addcmul_(gradient, factor)
-        for parameter, total in zip(setup.parameters, totals, strict=True):
-            parameter.grad = total
+        setup.forget_gradients()
+        take(setup.inputs, setup.targets)
 
     return step
-
-
-def gradients_of_one(setup: Setup, at: int) -> tuple[Tensor, ...]:
-    """The gradients of one example's loss, by plain autograd."""
-    x, y = setup.inputs[at : at + 1], setup.targets[at : at + 1]
-    return torch.autograd.grad(setup.loss(setup.model(x), y), setup.parameters)
 
 
 def norm_of(gradients: Sequence[Tensor]) -> Tensor:
@@ -190,5 +180,5 @@ PEERS: tuple[Peer, ...] = (
     Peer("Opacus ghost", opacus_ghost, "opacus", "opacus"),
     Peer("BackPACK", backpack, "backpack", "backpack-for-pytorch"),
     Peer("vmap(grad)", vmapped),
-    Peer("one at a time", one_at_a_time),
+    Peer("one at a time", one_by_one),
 )

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 GROUPS = 32
 
 
-def _norm(channels: int) -> nn.Module:
+def norm_of_channels(channels: int) -> nn.Module:
+    """GroupNorm of 32 groups, or of as many as there are channels."""
     return nn.GroupNorm(min(GROUPS, channels), channels)
 
 
@@ -22,13 +23,13 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
-        self.norm1 = _norm(out_channels)
+        self.norm1 = norm_of_channels(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
-        self.norm2 = _norm(out_channels)
+        self.norm2 = norm_of_channels(out_channels)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), _norm(out_channels)
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm_of_channels(out_channels)
             )
         self.relu = nn.ReLU(inplace=True)
 
@@ -54,7 +55,7 @@ class ResNet18(nn.Module):
         super().__init__()
         stem = nn.Conv2d(3, width, 3, 1, 1, bias=False) if small_images else nn.Conv2d(3, width, 7, 2, 3, bias=False)
         pool = nn.Identity() if small_images else nn.MaxPool2d(3, 2, 1)
-        self.stem = nn.Sequential(stem, _norm(width), nn.ReLU(inplace=True), pool)
+        self.stem = nn.Sequential(stem, norm_of_channels(width), nn.ReLU(inplace=True), pool)
         blocks: list[nn.Module] = []
         channels = width
         for stage in range(4):

@@ -23,7 +23,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from perexfx.bench.libraries import PEERS, Maker, Peer, gradients_of_one, norm_of, one_at_a_time
+from perexfx import engines
+from perexfx.bench.libraries import PEERS, Maker, Peer, norm_of, one_by_one
 from perexfx.bench.measure import Timing, timed
 from perexfx.bench.memory import peak_of_process
 from perexfx.bench.plots import bars
@@ -154,10 +155,9 @@ def run(
 def expected_of(workload: Workload, device: torch.device) -> Expected:
     """What one example at a time finds, by plain autograd."""
     first = SAMPLES[0].of(workload, device)
-    clip_norm = statistics.median(float(norm_of(gradients_of_one(first, at))) for at in range(first.n))
-    return Expected(
-        clip_norm, [_gradients(one_at_a_time, sample.of(workload, device), clip_norm) for sample in SAMPLES]
-    )
+    found = engines.one_by_one(first.model, first.loss, first.inputs, first.targets, clip_norm=1.0)
+    clip_norm = statistics.median(found.norms.tolist())
+    return Expected(clip_norm, [_gradients(one_by_one, sample.of(workload, device), clip_norm) for sample in SAMPLES])
 
 
 def _in_its_own_process(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perexfx.bench.workloads import WORKLOADS
-from perexfx.cli.commands import COMMANDS, LOSSES, OF_WORKLOADS, TABLES
+from perexfx.cli.commands import COMMANDS, LOSSES, OF_WORKLOADS, PAPERS, ROUNDS, SIZES, TABLES
 from perexfx.cli.wording import in_shell
 from perexfx.ir.errors import PerexError
 
@@ -146,8 +146,12 @@ def _add_bench(parsers: argparse._SubParsersAction) -> None:
         help=f"a table ({', '.join(TABLES)}; default: suite), then, for "
         f"{' and '.join(OF_WORKLOADS)}, workloads ({', '.join(WORKLOADS)}; default: all)",
     )
+    bench.add_argument("--rounds", type=int, help=f"how many times each step is timed (default: {ROUNDS})")
     bench.add_argument(
-        "--rounds", type=int, default=15, help="how many times each step is timed (default: %(default)s)"
+        "--size",
+        choices=SIZES,
+        help=f"of {' and '.join(PAPERS)}, which repeat papers: "
+        "small (under 5 minutes on two cores), medium, or full, as published (default: small)",
     )
     bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     bench.add_argument("--out", type=Path, help="folder for the table as .json (all timings), .md and .png")

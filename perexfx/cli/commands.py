@@ -21,7 +21,11 @@ from perexfx.views.files import make_folder
 DISAGREES = 1
 """Exit code of a check or proof that fails."""
 
-TABLES = ("suite", "peers", "layers", "scale")
+TABLES = ("suite", "peers", "layers", "scale", "rochette", "leekifer")
+PAPERS = ("rochette", "leekifer")
+SIZES = ("small", "medium", "full")
+ROUNDS = 15
+"""How many times each step is timed, where nothing else is asked for."""
 OF_WORKLOADS = ("suite", "peers")
 LOSSES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss, "bce": F.binary_cross_entropy_with_logits}
 
@@ -122,17 +126,22 @@ def calibrate(_: argparse.Namespace) -> int:
 def bench(options: argparse.Namespace) -> int:
     """Measures clipped steps, and what they stand on."""
     table, names = _asked(options.names)
-    if options.rounds < 1:
+    if options.rounds is not None and options.rounds < 1:
         raise ArgumentError(f"`--rounds` should be at least 1. Found {options.rounds}.")
+    if table in PAPERS and options.rounds is not None:
+        raise ArgumentError(f"`{table}` has the paper's trials. Leave out `--rounds`, or take another `--size`.")
+    if table not in PAPERS and options.size is not None:
+        raise ArgumentError(f"`--size` is for {' and '.join(PAPERS)}. Found it with `{table}`.")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ArgumentError("`--device` should be one that torch sees. Found 'cuda', and torch sees no CUDA device.")
     try:
-        from perexfx.bench import layers, peers, scale, suite  # noqa: PLC0415 (their dependencies are an extra)
+        from perexfx.bench import layers, leekifer, peers, rochette, scale, suite  # noqa: PLC0415 (extras)
     except ModuleNotFoundError as error:
         raise _missing(error, "bench") from None
     if options.out is not None:
         make_folder(options.out)  # before anything is measured
-    given = (options.rounds, torch.device(options.device), options.out)
+    device, size = torch.device(options.device), options.size or "small"
+    given = (options.rounds or ROUNDS, device, options.out)
     workloads = [WORKLOADS[name] for name in names or WORKLOADS]
     match table:
         case "suite":
@@ -141,6 +150,10 @@ def bench(options: argparse.Namespace) -> int:
             peers.run(workloads, *given)
         case "layers":
             layers.run(*given)
+        case "rochette":
+            rochette.run(size, device, options.out)
+        case "leekifer":
+            leekifer.run(size, device, options.out)
         case _:
             scale.run(*given)
     return 0

@@ -10,6 +10,7 @@ from perexfx.engines.losses import Losses
 from perexfx.engines.method import Engine, EngineStep, StepResult
 from perexfx.engines.one_by_one import OneByOne
 from perexfx.engines.reweight_gp import ReweightGP
+from perexfx.ir.errors import ArgumentError
 
 one_by_one = Engine(OneByOne)
 copies = Engine(Copies)
@@ -20,11 +21,22 @@ reweight_gp = Engine(ReweightGP)
 ENGINES: tuple[Engine, ...] = (one_by_one, copies, chain_rule, losses, reweight_gp)
 """All of them: three of Rochette et al. 2019, and two more of Lee & Kifer 2021."""
 
+
+def by_name(name: str) -> Engine:
+    """The engine of a name. Raises: ArgumentError, where there is none."""
+    for engine in ENGINES:
+        if engine.name == name:
+            return engine
+    known = ", ".join(f"{engine.name} ({engine.also})" for engine in ENGINES)
+    raise ArgumentError(f"There is no engine {name!r}. The engines are {known}.")
+
+
 __all__ = [
     "ENGINES",
     "Engine",
     "EngineStep",
     "StepResult",
+    "by_name",
     "chain_rule",
     "copies",
     "losses",
