@@ -20,7 +20,7 @@ from perexfx.layers.linear import Linear
 from perexfx.layers.lstm import LSTM
 from perexfx.layers.prelu import PReLU
 from perexfx.layers.recurrent import RNN
-from perexfx.layers.transposed import TRANSPOSED_CONVOLUTIONS
+from perexfx.layers.transposed_convolution import TRANSPOSED_CONVOLUTIONS
 
 RULES: tuple[Rule, ...] = (
     Linear(),

@@ -1,7 +1,7 @@
 """Rehearsal: what a step holds in memory at every moment, foreseen with fake tensors.
 
 In come a transformed module and a plan; out goes by how many bytes the peak of a step grows, for every choice of
-strategies. Open `step_memory.py` first; `dry_run.py` runs the step, `timeline.py` notes what comes and goes, and
+strategies. Open `peak.py` first; `dry_run.py` runs the step, `timeline.py` notes what comes and goes, and
 `library_memory.py` knows what torch's libraries hold in no tensor.
 """
 

@@ -28,8 +28,8 @@ from perexfx.kernels.watched import is_watched
 from perexfx.runtime.clipped_sums import clipped_sums
 from perexfx.runtime.pull_back import add_pulled, pull_back_each
 from perexfx.runtime.replay import SecondTape
+from perexfx.runtime.small_gradients import may_wait
 from perexfx.runtime.tape import Tape
-from perexfx.runtime.waiting import may_wait
 
 
 class _Clip(Function):
