@@ -1,8 +1,8 @@
 """Planning: which strategy each site takes, from shapes alone.
 
 In come sites at known sizes, strategies, a cost model and a memory budget; out goes a `Plan`, a plain value. A
-strategy's time is predicted in `candidates.py`. Open `plan.py` first, then `make_plan.py`, which makes one, and
-`knapsack.py`, which keeps a budget.
+strategy's time is predicted by `ir/cost_model.py`, which `candidates.py` asks. Open `make_plan.py` first, then
+`plan.py`, what it makes, and `knapsack.py`, which keeps a budget.
 """
 
 from perexfx.planning.candidates import Alternatives
