@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from perexfx.analysis.counts import unknown_numbers
 from perexfx.analysis.fake_run import Run, leaves, leaves_of, record
 from perexfx.analysis.follow import Follower, Refusals, follow
-from perexfx.analysis.written import written_by
+from perexfx.analysis.in_place_writes import written_by
 from perexfx.ir.inputs import Inputs
 from perexfx.ir.layout import Layout
 from perexfx.ir.node import info_of

@@ -15,7 +15,8 @@ from torch import Tensor, fx
 from perexfx.analysis.aliases import Memory, is_expanded
 from perexfx.analysis.axes.call import Counting, Followed, Mixing, Opaque, OpCall, Unknown
 from perexfx.analysis.axes.propagate import propagate
-from perexfx.analysis.created import (
+from perexfx.analysis.fake_run import Call, Run
+from perexfx.analysis.fresh_values import (
     UNIFORM,
     counts_examples,
     created_layout,
@@ -23,7 +24,6 @@ from perexfx.analysis.created import (
     stays_uniform,
     still_counts,
 )
-from perexfx.analysis.fake_run import Call, Run
 from perexfx.ir.errors import MixingError, RefusedError
 from perexfx.ir.inputs import Inputs
 from perexfx.ir.layout import Layout

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from perexfx.bench.results import progress_bar
-from perexfx.ir.machine import BUILT_IN, Machine
+from perexfx.ir.cost_model import BUILT_IN, Machine
 from perexfx.machine import save
 from perexfx.machine.calibrate import Observation, first_touch, fit, observe, profile_name, quality
 from perexfx.strategies import STRATEGIES

@@ -21,8 +21,8 @@ from perexfx.bench.plots import points
 from perexfx.bench.results import Sheet, progress_bar, publish
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost
+from perexfx.ir.cost_model import BUILT_IN, Machine
 from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature, Signature
-from perexfx.ir.machine import BUILT_IN, Machine
 from perexfx.ir.strategy import Strategy
 from perexfx.machine import current, measure, random_factors
 from perexfx.machine.calibrate import Observation, describe, quality, signatures

@@ -216,14 +216,10 @@ def envelope(found: Sequence[Measured]) -> str:
     above = [f"{name} ({ratio:.2f})" for name, ratio in ratios.items() if ratio > 1]
     mean = statistics.geometric_mean(ratios.values())
     where = f"above their envelope at {', '.join(above)}" if above else "on or under it at every point"
+    ends = f"{min(ratios.values()):.2f} to {max(ratios.values()):.2f}"
     return (
-        f"Ours takes {mean:.2f} of the fastest of their three methods (geometric mean of {len(ratios)} points, "
-        f"{min(ratios.values()):.2f} to {max(ratios.values()):.2f})"
-        + (
-            f"; it is above their envelope at {', '.join(above)}."
-            if above
-            else ", and is on or under it at every point."
-        )
+        f"Ours takes {mean:.2f} of the fastest of their three methods (geometric mean of {len(ratios)} points, {ends}), "
+        f"and is {where}."
     )
 
 

@@ -6,7 +6,7 @@ faithfully is an error. Open `forward.py` first: it traces (`tracer.py`), and wh
 `traceable/` has forwards for modules of torch that cannot be traced as they are.
 """
 
-from perexfx.capture.custom import CustomFunction, gradients_of, nonlinear_in
+from perexfx.capture.custom_functions import CustomFunction, gradients_of, nonlinear_in
 from perexfx.capture.forward import Captured, capture, stop_gradient
 from perexfx.capture.functional import IN_PLACE_FUNCTIONS
 from perexfx.capture.modes import modes_kept

@@ -21,8 +21,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from torch.utils import _pytree as pytree
 
-from perexfx.capture.bags import MODES, OVERLOADS, size_of_bags
 from perexfx.capture.conditions import Conditions
+from perexfx.capture.embedding_bags import MODES, OVERLOADS, size_of_bags
 from perexfx.capture.outputs import OutputTemplate
 from perexfx.capture.places import LIBRARIES
 from perexfx.capture.tracer import writes_into_activation

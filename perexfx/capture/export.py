@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from perexfx.capture.assemble import Assembly, Exported
 from perexfx.capture.attributes import Attributes, Slot, empty, refuse_kept
 from perexfx.capture.conditions import Bounds, Conditions
-from perexfx.capture.custom import custom_functions, no_tensor_hooks
+from perexfx.capture.custom_functions import custom_functions, no_tensor_hooks
 from perexfx.capture.outputs import OutputTemplate
 from perexfx.capture.places import line_of, reason_of, user_frame, user_line
 from perexfx.capture.quiet import quiet

@@ -20,10 +20,10 @@ from torch.utils import _pytree as pytree
 from perexfx.capture.assemble import Exported
 from perexfx.capture.attributes import Attributes
 from perexfx.capture.conditions import Conditions
-from perexfx.capture.custom import custom_functions, no_tensor_hooks
+from perexfx.capture.custom_functions import custom_functions, no_tensor_hooks
 from perexfx.capture.export import export
 from perexfx.capture.functional import IN_PLACE_FUNCTIONS, out_of_place
-from perexfx.capture.lower import lower_recurrent
+from perexfx.capture.lower_recurrent import lower_recurrent
 from perexfx.capture.modes import different_work, fixed_by_statistics, make_live, other_mode
 from perexfx.capture.places import line_of, reason_of
 from perexfx.capture.traceable.recurrent import PACKED, packs_sequences

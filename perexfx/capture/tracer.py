@@ -21,7 +21,7 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from perexfx.capture.custom import CustomFunction
+from perexfx.capture.custom_functions import CustomFunction
 from perexfx.capture.places import user_line
 from perexfx.capture.traceable import forward_of, traceable
 from perexfx.ir.errors import CaptureError

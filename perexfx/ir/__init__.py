@@ -18,8 +18,8 @@ from perexfx.ir.factors import (
 )
 from perexfx.ir.layout import Layout
 from perexfx.ir.norms import squared_norms_of
-from perexfx.ir.pricing import held_factors, kept_gradients
 from perexfx.ir.rule import Arguments, Backward, Geometry, Rule
+from perexfx.ir.shared_costs import held_factors, kept_gradients
 from perexfx.ir.strategy import Strategy
 
 __all__ = [

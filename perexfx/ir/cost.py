@@ -10,7 +10,7 @@ class Work:
     """Work of one kind, as a machine profile knows it.
 
     Attributes:
-        kind: A key of `perexfx.ir.machine.Machine.rates`.
+        kind: A key of `perexfx.ir.cost_model.Machine.rates`.
         flops: Floating-point operations; one multiply-add is two.
         bytes: Bytes read and written.
         calls: How many kernels are started.

@@ -1,6 +1,7 @@
 """Layer rules: one file per kind of site.
 
-Adding one is one file here and one entry in `RULES`; the tests of exactness run over the table.
+Adding one is one file here, one entry in `RULES`, and a case in tests/support/cases.py; the tests of exactness run over
+the table. Open `prelu.py` first, a small whole one; what a rule is, `perexfx.Rule`, is in ir/rule.py.
 """
 
 from perexfx.ir.rule import Rule
@@ -20,7 +21,7 @@ from perexfx.layers.linear import Linear
 from perexfx.layers.lstm import LSTM
 from perexfx.layers.prelu import PReLU
 from perexfx.layers.recurrent import RNN
-from perexfx.layers.transposed import TRANSPOSED_CONVOLUTIONS
+from perexfx.layers.transposed_convolution import TRANSPOSED_CONVOLUTIONS
 
 RULES: tuple[Rule, ...] = (
     Linear(),

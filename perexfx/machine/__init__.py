@@ -1,8 +1,8 @@
 """Machine: what work takes on this one.
 
-In come work by kind or the strategies themselves; out go seconds: predicted by the profile that is stored for this
-machine (`on_disk.py`), or timed at the real sizes (`timings.py`). Open `on_disk.py` first; `calibrate.py` makes such
-a profile, and is loaded only for that.
+In come work by kind or the strategies themselves; out go cost models: the profile that is stored for this machine
+(`on_disk.py`; `ir/cost_model.py` has the formula and the built-in one), or timings at the real sizes (`timings.py`).
+Open `on_disk.py` first; `calibrate.py` makes such a profile, and is loaded only for that.
 """
 
 from perexfx.machine.on_disk import current, processor, save

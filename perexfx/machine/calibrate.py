@@ -20,8 +20,8 @@ from scipy.optimize import nnls
 from perexfx import kernels
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost
+from perexfx.ir.cost_model import BUILT_IN, Machine, Rate
 from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature, Signature
-from perexfx.ir.machine import BUILT_IN, Machine, Rate
 from perexfx.ir.strategy import Strategy
 from perexfx.kernels.geometry import ConvolutionGeometry
 from perexfx.machine.on_disk import processor

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from perexfx import kernels
-from perexfx.ir.machine import BUILT_IN, Machine
+from perexfx.ir.cost_model import BUILT_IN, Machine
 
 _logger = logging.getLogger("perexfx")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost
+from perexfx.ir.cost_model import Machine
 from perexfx.ir.factors import (
     Factors,
     Gradient,
@@ -27,7 +28,6 @@ from perexfx.ir.factors import (
     RowsSignature,
     Signature,
 )
-from perexfx.ir.machine import Machine
 from perexfx.ir.strategy import Strategy
 from perexfx.machine.on_disk import current, folder, identity, load_measurements, save_measurements
 from perexfx.runtime import in_format, random_state_kept

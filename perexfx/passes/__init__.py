@@ -1,1 +1,1 @@
-"""Other rewrites of models and graphs, each usable by itself."""
+"""Other rewrites of models, each usable by itself, before a transform: a file for each, named by what it does."""

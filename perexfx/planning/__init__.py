@@ -1,14 +1,14 @@
 """Planning: which strategy each site takes, from shapes alone.
 
 In come sites at known sizes, strategies, a cost model and a memory budget; out goes a `Plan`, a plain value. A
-strategy's time is predicted in `alternatives.py`. Open `plan.py` first, then `planner.py`, which makes one, and
-`knapsack.py`, which keeps a budget.
+strategy's time is predicted by `ir/cost_model.py`, which `candidates.py` asks. Open `make_plan.py` first, then
+`plan.py`, what it makes, and `knapsack.py`, which keeps a budget.
 """
 
-from perexfx.planning.alternatives import Alternatives
+from perexfx.planning.candidates import Alternatives
 from perexfx.planning.knapsack import Choice, total_bytes
+from perexfx.planning.make_plan import check_forced, make_plan
 from perexfx.planning.plan import Decision, Plan
-from perexfx.planning.planner import check_forced, make_plan
 from perexfx.planning.reruns import Cut, Rerun, cuts_of, reruns_of
 from perexfx.planning.sizes import fit, operand_dtype, with_kernels, with_shared_inputs
 

@@ -31,7 +31,7 @@ from perexfx.ir.inputs import Inputs, arguments_for
 from perexfx.ir.site import Key
 from perexfx.planning import Choice, Plan, total_bytes
 from perexfx.rehearsal.library_memory import hidden_bytes, workspace_bytes
-from perexfx.rehearsal.step_memory import HandedOver, Passages, Passed, Rehearsal
+from perexfx.rehearsal.peak import HandedOver, Passages, Passed, Rehearsal
 from perexfx.rehearsal.timeline import Span, Timeline
 from perexfx.runtime import Runtime, StepOptions
 from perexfx.sites import Segment

@@ -6,17 +6,17 @@ fills `.grad` with clipped sums. Open `nodes.py` first: layers, norm nodes and t
 `state.py` what a module knows, `face.py` what users see of it, `cuts.py` and `replay.py` are for second backwards.
 """
 
-from perexfx.runtime.clipping import AUTOMATIC_STABILITY
+from perexfx.runtime.clip_factors import AUTOMATIC_STABILITY
 from perexfx.runtime.cuts import cut
 from perexfx.runtime.face import PerExample, planned, runtime_of, stepping
-from perexfx.runtime.formats import in_format
-from perexfx.runtime.generators import random_state_kept
+from perexfx.runtime.memory_formats import in_format
 from perexfx.runtime.nodes import clip
-from perexfx.runtime.options import StepOptions
 from perexfx.runtime.pull_back import add_pulled, pull_back, pull_back_each
+from perexfx.runtime.random_state import random_state_kept
 from perexfx.runtime.rewrite import rewrite, twin_of
 from perexfx.runtime.settings import Settings
 from perexfx.runtime.state import Runtime
+from perexfx.runtime.step_options import StepOptions
 from perexfx.runtime.tape import ReceivingTape, Results
 from perexfx.runtime.transformed import Transformed
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from perexfx.ir.factors import Factors
 from perexfx.kernels.watched import is_watched
-from perexfx.runtime.clipping import clip_factors_of
+from perexfx.runtime.clip_factors import clip_factors_of
 from perexfx.runtime.pull_back import add_pulled, pull_back, pull_back_each
 from perexfx.runtime.replay import sums_again
+from perexfx.runtime.small_gradients import together
 from perexfx.runtime.tape import Tape
-from perexfx.runtime.waiting import together
 
 _logger = logging.getLogger("perexfx")
 

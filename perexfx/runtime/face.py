@@ -15,9 +15,9 @@ from perexfx.ir.errors import ArgumentError
 from perexfx.ir.inputs import Inputs
 from perexfx.ir.site import Site
 from perexfx.planning import Plan
-from perexfx.runtime.options import StepOptions
 from perexfx.runtime.settings import Settings
 from perexfx.runtime.state import Runtime
+from perexfx.runtime.step_options import StepOptions
 from perexfx.runtime.tape import Tape
 
 

@@ -27,8 +27,8 @@ from perexfx.ir.site import Key, Operand, Site
 from perexfx.kernels.watched import is_watched
 from perexfx.runtime.clipped_sums import clipped_sums
 from perexfx.runtime.pull_back import add_pulled, pull_back_each
+from perexfx.runtime.small_gradients import may_wait
 from perexfx.runtime.tape import ReceivingTape, Tape
-from perexfx.runtime.waiting import may_wait
 
 
 class _Clip(Function):

@@ -21,8 +21,8 @@ from perexfx.ir.site import Key
 from perexfx.planning import Rerun
 from perexfx.runtime.cuts import cut, settings_of
 from perexfx.runtime.digests import Digest
-from perexfx.runtime.generators import random_state_kept
 from perexfx.runtime.pull_back import check_unchanged
+from perexfx.runtime.random_state import random_state_kept
 from perexfx.runtime.tape import ReceivingTape, Tape
 
 

@@ -19,7 +19,7 @@ from perexfx.ir.node import annotate, info_of
 from perexfx.ir.site import Site
 from perexfx.runtime.cuts import cut
 from perexfx.runtime.face import PerExample
-from perexfx.runtime.formats import enter, leave
+from perexfx.runtime.memory_formats import enter, leave
 from perexfx.runtime.nodes import clip, norm, per_example
 from perexfx.runtime.state import Runtime
 from perexfx.runtime.transformed import FACE, Transformed

@@ -21,10 +21,10 @@ from perexfx.ir.errors import ModeError
 from perexfx.ir.inputs import Inputs, named_leaves
 from perexfx.ir.site import Site
 from perexfx.planning import Plan
-from perexfx.runtime.calls import check_call, check_trains
+from perexfx.runtime.call_checks import check_call, check_trains
 from perexfx.runtime.notes import Notes
-from perexfx.runtime.options import StepOptions
 from perexfx.runtime.settings import Settings
+from perexfx.runtime.step_options import StepOptions
 from perexfx.runtime.tape import LastBackward, Results, Tape
 from perexfx.sites import Region, Segment, SiteTable
 

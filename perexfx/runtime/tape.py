@@ -20,8 +20,8 @@ from perexfx.ir.factors import Factors, Gradient, Product, SharedGram
 from perexfx.kernels.watched import is_watched
 from perexfx.planning import Cut, Plan
 from perexfx.runtime.digests import Digest
-from perexfx.runtime.options import StepOptions
 from perexfx.runtime.settings import Settings
+from perexfx.runtime.step_options import StepOptions
 from perexfx.sites import SiteTable
 
 

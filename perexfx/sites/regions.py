@@ -20,8 +20,8 @@ from torch import fx, nn
 from perexfx.analysis import Analysis
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
+from perexfx.ir.cost_model import CostModel
 from perexfx.ir.factors import Signature
-from perexfx.ir.machine import CostModel
 from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Site
 

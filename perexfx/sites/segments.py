@@ -19,7 +19,7 @@ from perexfx.analysis import Analysis
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.layout import Layout
-from perexfx.ir.ordinary import ordinary_gradient
+from perexfx.ir.ordinary_gradient import ordinary_gradient
 from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Site
 from perexfx.sites.classify import passes_no_gradient

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import CaptureError
 from perexfx.runtime import Results, Transformed, random_state_kept, runtime_of
-from perexfx.steps.static import LossFunction, Step, call, functional_step, traced
+from perexfx.steps.graph import LossFunction, Step, call, functional_step, traced
 
 _logger = logging.getLogger("perexfx")
 

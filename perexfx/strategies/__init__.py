@@ -1,6 +1,7 @@
 """Strategies: exact ways to get per-example squared norms and what the clipped sum is made of.
 
 Adding one is one file here, one entry in `STRATEGIES`, and nothing else: every test of exactness runs over the table.
+Open `outer.py` first, the smallest; what a strategy is, `perexfx.Strategy`, is in ir/strategy.py.
 """
 
 from perexfx.ir.strategy import Strategy

@@ -13,8 +13,8 @@ from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Product, ProductSignature, Signature
 from perexfx.ir.kept import PIECE_BYTES, Kept
-from perexfx.ir.ordinary import parameter_elements
-from perexfx.ir.pricing import held_factors, kept_gradients
+from perexfx.ir.ordinary_gradient import parameter_elements
+from perexfx.ir.shared_costs import held_factors, kept_gradients
 from perexfx.strategies.grouped import Grouped
 from perexfx.strategies.materialize import Materialize
 

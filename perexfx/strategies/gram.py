@@ -12,7 +12,7 @@ from perexfx import kernels
 from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Product, ProductSignature, Rows, RowsSignature, SharedGram, Signature
-from perexfx.ir.pricing import batched_product, gram_flops, held_factors
+from perexfx.ir.shared_costs import batched_product, gram_flops, held_factors
 from perexfx.kernels.gemm import SMALL_EACH, products
 
 CHUNK_ELEMENTS = 1 << 20

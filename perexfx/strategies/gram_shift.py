@@ -13,7 +13,7 @@ from perexfx import kernels
 from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Signature
-from perexfx.ir.pricing import batched_product, gram_flops, held_factors
+from perexfx.ir.shared_costs import batched_product, gram_flops, held_factors
 from perexfx.kernels.gemm import products
 from perexfx.kernels.geometry import ConvolutionGeometry
 from perexfx.strategies.gram import sum_of_products

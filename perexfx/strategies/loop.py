@@ -12,8 +12,8 @@ from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Signature
 from perexfx.ir.kept import Kept, axes_in_memory
 from perexfx.ir.norms import squared_norms_of
-from perexfx.ir.ordinary import parameter_elements
-from perexfx.ir.pricing import (
+from perexfx.ir.ordinary_gradient import parameter_elements
+from perexfx.ir.shared_costs import (
     held_factors,
     kept_gradients,
     kernel_gradient_elements,

@@ -23,8 +23,8 @@ from perexfx.ir.factors import (
 )
 from perexfx.ir.kept import ALONE_BYTES, PIECE_BYTES, Kept, joined
 from perexfx.ir.norms import block_norms, squared_norms_of
-from perexfx.ir.ordinary import parameter_elements
-from perexfx.ir.pricing import (
+from perexfx.ir.ordinary_gradient import parameter_elements
+from perexfx.ir.shared_costs import (
     batched_product,
     finish_kept,
     held_factors,

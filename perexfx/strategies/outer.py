@@ -9,7 +9,7 @@ from torch import Tensor
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Product, ProductSignature, Signature
 from perexfx.ir.norms import squared_norms_of
-from perexfx.ir.pricing import held_factors
+from perexfx.ir.shared_costs import held_factors
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from perexfx.bench.steps import Setup, Step, ordinary, set_up
 from perexfx.bench.workloads import WORKLOADS, Workload, numbers, tokens
 from perexfx.cli import main
 from perexfx.ir.cost import Cost, Work
+from perexfx.ir.cost_model import Machine, Rate
 from perexfx.ir.factors import GradientSignature, ProductSignature
-from perexfx.ir.machine import Machine, Rate
 from perexfx.machine.calibrate import Observation
 from perexfx.steps import compiled
 

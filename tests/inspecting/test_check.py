@@ -19,7 +19,7 @@ from perexfx.inspecting.check.result import CheckResult
 from perexfx.ir.factors import Gradient, Product
 from perexfx.layers.layer_norm import LayerNorm
 from perexfx.layers.linear import Linear
-from perexfx.runtime import clipping
+from perexfx.runtime import clip_factors
 from perexfx.runtime.face import runtime_of
 from perexfx.runtime.state import Runtime
 from perexfx.strategies.outer import Outer
@@ -200,7 +200,7 @@ def test_a_wrong_norm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_clip_factors_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clipping, "_flat", lambda norms, clip_norm: torch.full_like(norms, 0.5))
+    monkeypatch.setattr(clip_factors, "_flat", lambda norms, clip_norm: torch.full_like(norms, 0.5))
     reasons = failing(check_net())
     assert list(reasons) == ["norms"]
     assert reasons["norms"].startswith("the clip factor of example ")

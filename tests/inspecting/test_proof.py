@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import perexfx
 from perexfx.ir.factors import Factors, Product
 from perexfx.layers.linear import Linear
-from perexfx.runtime import clipped_sums, clipping, nodes
+from perexfx.runtime import clip_factors, clipped_sums, nodes
 from perexfx.strategies.outer import Outer
 from tests.support.cases import CASES, Case
 
@@ -233,7 +233,7 @@ def test_a_gradient_that_is_not_clipped(monkeypatch: pytest.MonkeyPatch, broken:
 
 def test_factors_that_do_not_follow_from_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     gm = two_layers()
-    monkeypatch.setattr(clipping, "_flat", lambda norms, clip_norm: torch.ones_like(norms))
+    monkeypatch.setattr(clip_factors, "_flat", lambda norms, clip_norm: torch.ones_like(norms))
     with pytest.raises(perexfx.ProofError, match=r"^The clip factors do not depend on the norms"):
         perexfx.verify(gm)
 
@@ -312,7 +312,7 @@ def test_a_site_whose_norms_are_overwritten(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_factors_that_are_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     gm = two_layers()
-    monkeypatch.setattr(clipping, "_flat", lambda norms, clip_norm: norms.clone().fill_(1.0))
+    monkeypatch.setattr(clip_factors, "_flat", lambda norms, clip_norm: norms.clone().fill_(1.0))
     with pytest.raises(perexfx.ProofError, match=r"^The clip factors do not depend on the norms"):
         perexfx.verify(gm)
 

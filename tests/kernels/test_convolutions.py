@@ -14,7 +14,7 @@ import perexfx
 from perexfx import kernels
 from perexfx.ir.convolution import Convolution
 from perexfx.kernels.geometry import ConvolutionGeometry
-from perexfx.runtime.formats import in_format
+from perexfx.runtime.memory_formats import in_format
 from perexfx.strategies.direct import Direct
 from perexfx.strategies.gram import Gram
 from perexfx.strategies.gram_shift import GramShift, _fits_kernel

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import perexfx
 from perexfx import kernels
-from perexfx.runtime.formats import in_format
+from perexfx.runtime.memory_formats import in_format
 from tests.support.kernels import assert_all_close
 from tests.support.losses import squares
 from tests.support.oracle import Batch, assert_close, train_step

@@ -7,8 +7,8 @@ import pytest
 from perexfx.cli import main
 from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
+from perexfx.ir.cost_model import BUILT_IN, Machine, Rate
 from perexfx.ir.factors import GradientSignature, ProductSignature, RowsSignature
-from perexfx.ir.machine import BUILT_IN, Machine, Rate
 from perexfx.kernels.geometry import ConvolutionGeometry
 from perexfx.machine import calibrate, on_disk
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import perexfx
-from perexfx.ir.machine import BUILT_IN, Machine, Rate
+from perexfx.ir.cost_model import BUILT_IN, Machine, Rate
 from perexfx.machine import on_disk
 
 SLOW = Machine(

@@ -24,7 +24,7 @@ from perexfx.ir.strategy import REWEIGHT
 from perexfx.planning.knapsack import choose
 from perexfx.planning.plan import Decision
 from perexfx.runtime.face import runtime_of
-from perexfx.runtime.options import StepOptions
+from perexfx.runtime.step_options import StepOptions
 from perexfx.runtime.transformed import Transformed
 from perexfx.strategies import Materialize
 from tests.support.memory import measured, step_of

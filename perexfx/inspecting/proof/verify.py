@@ -176,7 +176,7 @@ def prove(flow: Dataflow, own: Mapping[str, Sequence[Key]], *, batch_size: int, 
 
 
 _LAST_OF_FACTORS = "masked_fill"
-"""The operation by which `perexfx.runtime.clipping` ends: it drops examples that are not finite."""
+"""The operation by which `perexfx.runtime.clip_factors` ends: it drops examples that are not finite."""
 
 
 def _passes_the_factors(flow: Dataflow) -> list[int]:

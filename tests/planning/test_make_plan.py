@@ -10,7 +10,7 @@ import torch
 import perexfx
 from perexfx.bench.models import ResNet18
 from perexfx.ir.convolution import ConvolutionSignature
-from perexfx.ir.machine import BUILT_IN
+from perexfx.ir.cost_model import BUILT_IN
 from perexfx.strategies import STRATEGIES
 from tests.support.models import Small
 from tests.support.signatures import convolution

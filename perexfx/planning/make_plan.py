@@ -17,7 +17,7 @@ from perexfx.ir.refusal import Refusal
 from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Site, are_joined, grouped
 from perexfx.ir.strategy import REWEIGHT, Strategy
-from perexfx.planning.alternatives import Alternatives, no_second_run
+from perexfx.planning.candidates import Alternatives, no_second_run
 from perexfx.planning.plan import Decision, Footprint, Plan
 from perexfx.sites import Segment
 

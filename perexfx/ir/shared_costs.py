@@ -6,7 +6,7 @@ from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import ProductSignature, RowsSignature, Signature
 from perexfx.ir.kept import PIECE_BYTES
-from perexfx.ir.ordinary import ordinary_gradient, parameter_elements
+from perexfx.ir.ordinary_gradient import ordinary_gradient, parameter_elements
 from perexfx.kernels.gemm import SMALL_EACH, mkl_is_slow
 
 

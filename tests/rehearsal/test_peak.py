@@ -17,7 +17,7 @@ import perexfx
 from perexfx.bench.models import LanguageModel, ResNet18, SequenceClassifier, ViT
 from perexfx.ir.errors import BudgetError
 from perexfx.rehearsal.dry_run import rehearse
-from perexfx.rehearsal.step_memory import Rehearsal
+from perexfx.rehearsal.peak import Rehearsal
 from perexfx.runtime.face import runtime_of
 from perexfx.runtime.transformed import Transformed
 from tests.support.marks import needs_kernels

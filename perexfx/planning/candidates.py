@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.cost import Cost
+from perexfx.ir.cost_model import CostModel
 from perexfx.ir.factors import GradientSignature, Signature
-from perexfx.ir.machine import CostModel
-from perexfx.ir.ordinary import ordinary_gradient
+from perexfx.ir.ordinary_gradient import ordinary_gradient
 from perexfx.ir.rule import Fitted
 from perexfx.ir.strategy import Strategy
 from perexfx.sites import Segment

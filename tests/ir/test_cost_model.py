@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from perexfx.ir.cost import Cost, Work
+from perexfx.ir.cost_model import BUILT_IN, Machine, Rate
 from perexfx.ir.factors import ProductSignature, RowsSignature
-from perexfx.ir.machine import BUILT_IN, Machine, Rate
 from perexfx.sites.regions import convolution_work, image_work
 from perexfx.strategies import STRATEGIES
 from tests.support.signatures import convolution

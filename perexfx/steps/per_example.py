@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from perexfx.api import transform
 from perexfx.runtime import StepOptions, Transformed, stepping
-from perexfx.steps.static import LossFunction, call
+from perexfx.steps.graph import LossFunction, call
 
 
 def per_example_norms(

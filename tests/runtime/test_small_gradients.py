@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import perexfx
 from perexfx.runtime.face import runtime_of
-from perexfx.runtime.options import StepOptions
+from perexfx.runtime.step_options import StepOptions
 from tests.support.losses import squares
 from tests.support.oracle import assert_close, norms_of, one_at_a_time, train_step, weighted
 from tests.support.sequences import a_batch, assert_exact

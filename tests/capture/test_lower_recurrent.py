@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import perexfx
-from perexfx.capture.lower import lower_recurrent
+from perexfx.capture.lower_recurrent import lower_recurrent
 from tests.support.cases_recurrent import run
 
 
@@ -36,7 +36,7 @@ def test_packed_sequences_are_refused() -> None:
             weights = [getattr(self.layer, name) for name in self.layer._flat_weights_names]
             return torch.gru(data, batch_sizes, h0, weights, True, 1, 0.0, False, False)[0]
 
-    with pytest.raises(perexfx.CaptureError, match=r"`gru` \(test_lower.py:\d+\) runs on a packed sequence"):
+    with pytest.raises(perexfx.CaptureError, match=r"`gru` \(test_lower_recurrent.py:\d+\) runs on a packed sequence"):
         perexfx.transform(Packed())
 
 
