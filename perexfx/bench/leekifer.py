@@ -157,7 +157,7 @@ def run(
     with progress_bar() as progress:
         task = progress.add_task("", total=sum(map(len, asked.batches.values())))
         for name, sizes in asked.batches.items():
-            progress.update(task, description=name)
+            progress.update(task, description=f"{name}, batches of {', '.join(map(str, sizes))}")
             for measured in of_model(MODELS[name], sizes, asked, device):
                 found.append(measured)
                 progress.advance(task)

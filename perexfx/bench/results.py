@@ -13,7 +13,7 @@ import psutil
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from perexfx import kernels
@@ -80,10 +80,21 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {**found, "gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else found
 
 
+class _Lines(Progress):
+    """A bar where there is a terminal; elsewhere, in logs, a line for everything that is begun."""
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """As ever."""
+        super().update(task_id, **changes)
+        if "description" in changes and not self.console.is_terminal:
+            task = next(task for task in self.tasks if task.id == task_id)
+            print(f"[{task.completed:g}/{task.total:g}] {task.description}", flush=True)
+
+
 def progress_bar() -> Progress:
     """A bar that goes away at the end: what is measured, how many are done, how long it took."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, transient=True)
+    return _Lines(*columns, transient=True)
 
 
 def _shown(sheet: Sheet) -> Table:

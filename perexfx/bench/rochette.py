@@ -218,7 +218,7 @@ def envelope(found: Sequence[Measured]) -> str:
     where = f"above their envelope at {', '.join(above)}" if above else "on or under it at every point"
     ends = f"{min(ratios.values()):.2f} to {max(ratios.values()):.2f}"
     return (
-        f"Ours takes {mean:.2f} of the fastest of their three methods (geometric mean of {len(ratios)} points, {ends}), "
+        f"Ours takes {mean:.2f} of the fastest of their three methods (geometric mean of {len(ratios)} points, {ends}) "
         f"and is {where}."
     )
 

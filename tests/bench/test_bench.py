@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from matplotlib.image import imread
 
 import perexfx
 from perexfx import kernels
-from perexfx.bench import layers, libraries, models, peers, scale, suite
+from perexfx.bench import layers, leekifer, libraries, models, peers, rochette, scale, suite
 from perexfx.bench.families import Family, Size
-from perexfx.bench.libraries import PEERS, Peer, clip_factors, norm_of
+from perexfx.bench.libraries import PEERS, Peer, clip_factors
 from perexfx.bench.measure import FEWEST, Timing, in_turn, timed
 from perexfx.bench.memory import peak_allocation, peak_of_process
 from perexfx.bench.steps import Setup, Step, ordinary, set_up
@@ -180,7 +181,7 @@ def test_a_peer_is_right_or_refuses(peer: Peer, workload: Workload, monkeypatch:
 
 def test_half_of_the_examples_are_clipped() -> None:
     setup = set_up(TINY, CPU)
-    norms = torch.stack([norm_of(libraries.gradients_of_one(setup, at)) for at in range(setup.n)])
+    norms = perexfx.engines.one_by_one(setup.model, setup.loss, setup.inputs, setup.targets, clip_norm=1.0).norms
     clip_norm = peers.expected_of(TINY, CPU).clip_norm
     assert int((clip_factors(norms, clip_norm) < 1).sum()) == 2
 
@@ -300,6 +301,9 @@ def test_families_grow_one_size_at_a_time() -> None:
         (["layers", "mlp"], "takes no workloads"),
         (["scale", "mlp"], "takes no workloads"),
         (["--rounds", "0"], "`--rounds`"),
+        (["rochette", "mlp"], "takes no workloads"),
+        (["rochette", "--rounds", "3"], "`rochette` has the paper's trials"),
+        (["suite", "--size", "small"], "`--size` is for rochette and leekifer"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,7 +311,7 @@ def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixt
     said = capsys.readouterr().err
     assert message in said
     if "no " in message and "takes" not in message:
-        assert "The tables are suite, peers, layers, scale; the workloads are mlp, " in said
+        assert "The tables are suite, peers, layers, scale, rochette, leekifer; the workloads are mlp, " in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
@@ -336,3 +340,13 @@ def test_tables_by_name(
     if workloads is not None:
         assert [workload.name for workload in given.pop(0)] == workloads
     assert given == [3, CPU, Path("here")]
+
+
+@pytest.mark.parametrize("table", [rochette, leekifer])
+def test_papers_by_name(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+    monkeypatch.setattr(table, "run", lambda *arguments: given.append(arguments))
+    name = table.__name__.rpartition(".")[2]
+    assert main(["bench", name]) == 0
+    assert main(["bench", name, "--size", "medium"]) == 0
+    assert given == [("small", CPU, None), ("medium", CPU, None)]
