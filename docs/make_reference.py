@@ -5,6 +5,7 @@ Run it with `python docs/make_reference.py`.
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import griffe
@@ -58,13 +59,13 @@ def _engines(found: griffe.Object | griffe.Alias) -> list[str]:
     """The methods by name: each is an `Engine`."""
     lines = ["", "### `perexfx.engines`", "", *_docstring(found)]
     for file in ("one_by_one", "copies", "chain_rule", "losses", "reweight_gp"):
-        method = next(c for c in found[file].classes.values() if c.name != "Taps" and "name" in c.members)
-        values = {member: method[member].value.strip('"') for member in ("name", "also")}
+        method = next(c for c in found[file].classes.values() if "Method" in map(str, c.bases))
+        values = {member: ast.literal_eval(method[member].value) for member in ("name", "also")}
         lines += [f"- `perexfx.engines.{values['name']}`: {_first_line(method)} Also: {values['also']}."]
-    for name in ("Engine", "StepResult", "EngineStep"):
-        lines += _described(name, found["method"][name], level=4)
+    for file, name in (("engine", "Engine"), ("method", "StepResult"), ("engine", "EngineStep")):
+        lines += _described(name, found[file][name], level=4)
     for name in ("__call__", "step"):
-        lines += ["", f"#### `Engine.{name}`", "", *_docstring(found["method"]["Engine"][name])]
+        lines += ["", f"#### `Engine.{name}`", "", *_docstring(found["engine"]["Engine"][name])]
     return lines
 
 

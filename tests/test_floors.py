@@ -180,6 +180,7 @@ def test_a_sound_house(rule: Any, tmp_path: Path) -> None:
     assert not list(rule(house(tmp_path, {})))
 
 
+TO_COME = next(name for name, room in ROOMS.items() if room.is_to_come)
 UNDER_TYPE_CHECKING = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from perexfx.{} import x\n"
 
 
@@ -188,7 +189,7 @@ UNDER_TYPE_CHECKING = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    
     [
         (unlisted, {"helpers.py": ""}, "`helpers` lies at the root"),
         (unlisted, {"helpers/__init__.py": ""}, "`helpers` lies at the root"),
-        (unlisted, {"engines/__init__.py": SIGN}, "`engines` has come"),
+        (unlisted, {f"{TO_COME}/__init__.py": SIGN}, f"`{TO_COME}` has come"),
         (looking_up, {"planning/plan.py": "from perexfx.runtime import Tape\n"}, "planning.plan looks up"),
         (looking_up, {"planning/plan.py": UNDER_TYPE_CHECKING.format("runtime")}, "planning.plan looks up"),
         (looking_up, {"planning/plan.py": "def f():\n    import perexfx\n"}, "planning.plan looks up"),

@@ -1,13 +1,14 @@
 """Engines: the papers' whole-model methods to clipped per-example gradients, for comparison and as oracles.
 
 In come a model, a loss, inputs and targets; out go loss, norms and clipped sums (`StepResult`), or a step that trains
-(`NAME.step`). A file for each method; open `method.py` first, which has what they share, then `one_by_one.py`.
+(`NAME.step`). Open `method.py` first, which has what the methods share, then `one_by_one.py`: a file for each.
 """
 
 from perexfx.engines.chain_rule import ChainRule
 from perexfx.engines.copies import Copies
+from perexfx.engines.engine import Engine, EngineStep
 from perexfx.engines.losses import Losses
-from perexfx.engines.method import Engine, EngineStep, StepResult
+from perexfx.engines.method import StepResult
 from perexfx.engines.one_by_one import OneByOne
 from perexfx.engines.reweight_gp import ReweightGP
 from perexfx.ir.errors import ArgumentError

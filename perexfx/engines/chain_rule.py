@@ -200,8 +200,8 @@ def convolution_gradients(x: Tensor, gradient: Tensor, signature: ConvolutionSig
         convolve = F.conv2d if rank == 1 else F.conv3d
         rows = x.reshape(1, groups, channels, *x.shape[2:])
         taps = gradient.reshape(images * out_channels, 1, 1, *positions)
-        swapped = {"stride": (1, *how.dilation), "padding": (0, *how.padding), "dilation": (1, *how.stride)}
-        found = convolve(rows, taps, groups=groups, **swapped)[0]
+        stride, padding, dilation = (1, *how.dilation), (0, *how.padding), (1, *how.stride)
+        found = convolve(rows, taps, None, stride, padding, dilation, groups)[0]
     else:
         rows = x.reshape(groups, channels, *x.shape[2:]).transpose(0, 1)
         taps = gradient.reshape(images * out_channels, 1, *positions)
