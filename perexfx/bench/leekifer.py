@@ -30,6 +30,8 @@ METHODS = (NOT_PRIVATE, *THEIRS, OURS)
 HEADLINE = 128
 """The batch size of their figures."""
 PUBLISHED = "Published, on a GPU at a batch of 128: ReweightGP is 54x to 94x as fast as nxBP."
+GROWTH = {"losses": 2}
+"""Method -> power of the batch size that its time grows with, where it is not 1: B backwards through B examples."""
 TOO_LONG = 60.0
 """Seconds of a step that is predicted and not run, but in full runs."""
 
@@ -182,8 +184,12 @@ def of_model(model: Model, sizes: Sequence[int], how: Size, device: torch.device
 
 
 def _too_long(first: Measured, n: int, limit: float) -> dict[str, float]:
-    """Method -> seconds, by those of the smallest batch in proportion, where these are more than a limit."""
-    seconds = {method: mean * n / first.n for method in METHODS if (mean := first.mean(method)) is not None}
+    """Method -> seconds, as those of the smallest batch grow, where these are more than a limit."""
+    seconds = {
+        method: mean * (n / first.n) ** GROWTH.get(method, 1)
+        for method in METHODS
+        if (mean := first.mean(method)) is not None
+    }
     return {method: predicted for method, predicted in seconds.items() if predicted > limit}
 
 

@@ -52,16 +52,17 @@ def test_what_takes_too_long_is_predicted(monkeypatch: pytest.MonkeyPatch) -> No
 
     def taken(runs: dict[str, object], *_: object) -> dict[str, Taken]:
         asked.append(set(runs))
-        return {name: Taken((3.0 if name == "one_by_one" else 0.1,)) for name in runs}
+        return {name: Taken(({"one_by_one": 3.0, "losses": 1.0}.get(name, 0.1),)) for name in runs}
 
     monkeypatch.setattr(leekifer, "in_trials", taken)
     monkeypatch.setattr(leekifer, "peak_allocation", lambda *_: 1)
     how = Size({}, Trials(1, 1), limit=10.0)
     first, second = of_model(MODELS["MLP"], (2, 8), how, CPU)
-    assert asked == [set(METHODS), set(METHODS) - {"one_by_one"}]
+    assert asked == [set(METHODS), set(METHODS) - {"one_by_one", "losses"}]
     assert not first.predicted
-    assert second.predicted == {"one_by_one"}
+    assert second.predicted == {"one_by_one", "losses"}
     assert second.mean("one_by_one") == 12.0
+    assert second.mean("losses") == 16.0
     first, second = of_model(MODELS["MLP"], (2, 8), Size({}, Trials(1, 1), limit=None), CPU)
     assert not second.predicted
 
