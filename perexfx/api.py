@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gc
 import keyword
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -106,6 +106,7 @@ def transform(
     """
     settings = Settings(clip_norm, clipping, loss_reduction, strategy, memory_budget, batch_dim, cost_model)
     _check_arguments(model, settings)
+    rules, strategies = _several("rules", rules), _several("strategies", strategies)
     _check_strategies(strategies)
     inputs = None if example_inputs is None else by_name(bind_inputs(model, example_inputs, "example_inputs"))
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -240,6 +241,7 @@ def _plan_for(
     return plan if settings.memory_budget is None else plan.within(settings.memory_budget)
 
 
+T = TypeVar("T")
 COST_MODELS = ("profile", "measured")
 
 _RESERVED = (set(dir(fx.GraphModule)) - set(dir(nn.Module))) | {"perexfx", "_graph", "_code", "meta"}
@@ -300,16 +302,28 @@ def _check_arguments(model: nn.Module, settings: Settings) -> None:
         raise ArgumentError(f"`batch_dim` should be an axis counted from the front. Found {settings.batch_dim!r}.")
 
 
+def _several(name: str, given: Iterable[T]) -> tuple[T, ...]:
+    """What was given as a sequence. Raises: ArgumentError, where it is none."""
+    if not isinstance(given, Iterable):
+        raise ArgumentError(f"`{name}` should be a sequence. Found {given!r}.")
+    return tuple(given)
+
+
 def _check_strategies(strategies: Sequence[Strategy]) -> None:
     """Raises: ArgumentError, naming the first that is no strategy, or has the name of another."""
     taken = {"auto", REWEIGHT, *(strategy.name for strategy in STRATEGIES)}
     for strategy in strategies:
         name = getattr(strategy, "name", None)
         missing = [part for part in ("refuses", "cost", "squared_norms") if not callable(getattr(strategy, part, None))]
-        if not isinstance(name, str) or missing or isinstance(strategy, type):
+        if not isinstance(name, str) or not name or missing or isinstance(strategy, type):
             raise ArgumentError(
                 "`strategies` should hold instances with a `name`, and with `refuses`, `cost` and `squared_norms` as "
                 f"`perexfx.Strategy` has them. Found {strategy!r}."
+            )
+        if type(strategy).__hash__ is None:
+            raise ArgumentError(
+                f"Strategy {name!r} cannot be hashed, and plans look strategies up. Give its class "
+                "`@dataclass(frozen=True)`, or no `__eq__`."
             )
         if name in taken:
             raise ArgumentError(

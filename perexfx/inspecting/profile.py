@@ -109,7 +109,9 @@ def profile(gm: Transformed, loss_fn: LossFunction, x: GivenInputs, y: Any, *, s
         ordinary, clipped = _in_turn(
             [lambda: _step(gm, plain.forward, loss_fn, x, y), lambda: _step(gm, gm, loss_fn, x, y)], steps, clock
         )
-        timed = StepOptions(_timed(plan, runtime.sites, clock), one_by_one=True, around_rerun=clock.runs_again)
+        timed = StepOptions(
+            {(kind, n): _timed(plan, runtime.sites, clock)}, one_by_one=True, around_rerun=clock.runs_again
+        )
         step_by_site = stepping(gm, timed)
         for at in range(WARM_UP + steps):
             clock.held.clear()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from perexfx.ir.alternative import Alternative
 from perexfx.ir.cost import Cost
 from perexfx.ir.cost_model import CostModel
+from perexfx.ir.errors import ArgumentError
 from perexfx.ir.factors import GradientSignature, Signature
 from perexfx.ir.ordinary_gradient import ordinary_gradient
 from perexfx.ir.rule import Fitted
@@ -45,6 +46,9 @@ class Alternatives:
             refusals = {strategy: strategy.refuses(signature) for strategy in self.strategies}
             costs = {s: s.cost(signature, self.itemsize) for s, reason in refusals.items() if reason is None}
             seconds = self.machine.predict(costs, signature)
+            for strategy, predicted in seconds.items():
+                if not predicted >= 0:
+                    raise ArgumentError(f"The cost of strategy {strategy.name!r} comes to {predicted} seconds.")
             self._known[signature] = tuple(
                 Alternative(s, seconds[s], costs[s]) if s in costs else Alternative(s, refusal=reason or "")
                 for s, reason in refusals.items()

@@ -112,7 +112,7 @@ def rehearse(gm: fx.GraphModule, runtime: Runtime, plan: Plan, inputs: Inputs) -
         ordinary = _Recorder()
         _step(gm, runtime.captured.graph, fake, given, ordinary)
         clipped = _Recorder()
-        with runtime.stepping(StepOptions(_watched(plan, clipped))):
+        with runtime.stepping(StepOptions({(inputs, plan.batch_size): _watched(plan, clipped)})):
             passages = _step(gm, gm.graph, fake, given, clipped, plan.segments)
     return Rehearsal(
         plan.batch_size, ordinary.timeline(), clipped.timeline(), clipped.handed_over(), plan.segments, passages

@@ -46,8 +46,7 @@ def clipped_sums(tape: Tape, total: Tensor | None) -> dict[str, Tensor]:
         )
     factors = clip_factors_of(tape, norms, lost)
     rows = list(factors.values())
-    tape.results.norms = norms
-    tape.results.clip_factors = torch.stack(rows) if tape.settings.clipping == "per_layer" else rows[0]
+    tape.results.leave(norms, torch.stack(rows) if tape.settings.clipping == "per_layer" else rows[0])
     if tape.options.gradients_to is not None:
         tape.options.gradients_to(_per_example_gradients(tape))
 

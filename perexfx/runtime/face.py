@@ -66,6 +66,12 @@ class PerExample(nn.Module):
         """What `transform` was asked for."""
         return self._runtime.settings
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """As torch.nn.parallel makes replicas: each takes steps of its own."""
+        found: Any = super()._replicate_for_data_parallel()
+        found._runtime = self._runtime.replica()
+        return found
+
     def extra_repr(self) -> str:
         """A line for `print(gm)`."""
         return f"{len(self.sites)} sites, clip_norm={self.settings.clip_norm}, clipping={self.settings.clipping!r}"

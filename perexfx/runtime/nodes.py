@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import ShapeError
-from perexfx.ir.factors import Gradient
+from perexfx.ir.factors import Factors, Gradient
 from perexfx.ir.norms import squared_norms_of
 from perexfx.ir.rule import Backward, Fitted, Shape
 from perexfx.ir.site import Key, Operand, Site
@@ -258,8 +258,7 @@ def _squared_norms(tape: Tape, group: str) -> Tensor | None:
             if is_waited and may_wait(factors):
                 tape.waiting[key] = factors
                 continue
-            squared, held = tape.plan.strategies[key].squared_norms(factors)
-            _check_norms(squared, tape, key)
+            squared, held = _checked(tape.plan.strategies[key].squared_norms(factors), tape, key)
             if tape.cuts and key in tape.plan.reweighted:
                 tape.reweighted.add(key)
             if key not in tape.reweighted or tape.options.gradients_to is not None:
@@ -270,14 +269,22 @@ def _squared_norms(tape: Tape, group: str) -> Tensor | None:
     return total
 
 
-def _check_norms(squared: Tensor, tape: Tape, key: Key) -> None:
-    """Raises: ShapeError, where a strategy does not give one number per example: others would be added to all."""
-    if squared.shape != (tape.n,):
-        assert tape.plan is not None
-        raise ShapeError(
-            f"Strategy {tape.plan.strategies[key].name!r} should return squared norms of shape [{tape.n}] for operand "
-            f"`{key[1]}` of site `{key[0]}`. Found {list(squared.shape)}."
-        )
+def _checked(found: tuple[Tensor, Factors], tape: Tape, key: Key) -> tuple[Tensor, Factors]:
+    """What a strategy returns. Raises: ShapeError, where that is not one number per example, and what to hold."""
+    if type(found) is tuple and len(found) == 2:
+        squared = found[0]
+        if isinstance(squared, Tensor) and squared.shape == (tape.n,) and squared.dtype in _NORM_DTYPES:
+            return found
+    assert tape.plan is not None
+    first = found[0] if isinstance(found, tuple) and found else found
+    shown = f"{first.dtype} {list(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+    raise ShapeError(
+        f"Strategy {tape.plan.strategies[key].name!r} should return squared norms of shape [{tape.n}], in float32 at "
+        f"least, and factors to hold, for operand `{key[1]}` of site `{key[0]}`. Found {shown}."
+    )
+
+
+_NORM_DTYPES = (torch.float32, torch.float64)
 
 
 def _joined_squared_norms(tape: Tape, uses: Sequence[tuple[Site, Operand]]) -> Tensor:

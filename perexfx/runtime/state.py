@@ -6,6 +6,7 @@ not hold for is an error before anything is computed.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -83,7 +84,14 @@ class Runtime:
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the link to the module, which that restores, and what is known of past inputs."""
-        return {**self.__dict__, "_owner": None, "_analyses": {}, "plans": {}, "notes": Notes()}
+        new = {"_owner": None, "_analyses": {}, "plans": {}, "notes": Notes(), "last": LastBackward()}
+        return {**self.__dict__, **new}
+
+    def replica(self) -> Runtime:
+        """Of a replica of the module, whose steps are its own."""
+        found = copy.copy(self)
+        found.__dict__.update({**self.__dict__, "results": Results(), "last": LastBackward()})
+        return found
 
     def belongs_to(self, module: nn.Module) -> None:
         """Links to the transformed module, whose parameters the analysis reads."""
@@ -110,7 +118,8 @@ class Runtime:
             return self._tape(None, 0)
         check_trains(self.owner, self.frozen)
         kind, n = self.kind_of(arguments)
-        self.plan, self.kind = self._options.plan or self.plans.get((kind, n)) or self.prepare(kind, n), kind
+        followed = self._options.plans.get((kind, n)) or self.plans.get((kind, n)) or self.prepare(kind, n)
+        self.plan, self.kind = followed, kind
         return self._tape(self.plan, n)
 
     def _tape(self, plan: Plan | None, n: int) -> Tape:
@@ -138,8 +147,9 @@ class Runtime:
         Args:
             instead: Attributes that have another value in the meantime.
         """
-        before = dict(self.__dict__)
-        self._analyses, self.plans, self.results = dict(self._analyses), {}, Results()
+        before, found = dict(self.__dict__), replace(self.results)
+        self._analyses, self.plans = dict(self._analyses), {}
+        self.results.leave(None, None)
         try:
             for name, value in instead.items():
                 setattr(self, name, value)
@@ -147,6 +157,7 @@ class Runtime:
         finally:
             self.__dict__.clear()
             self.__dict__.update(before)
+            self.results.leave(found.norms, found.clip_factors)
 
     @contextmanager
     def rehearsed(self) -> Iterator[None]:
@@ -160,12 +171,13 @@ class Runtime:
     @contextmanager
     def results_kept(self) -> Iterator[None]:
         """What steps inside find, and what they were planned by, is not what is shown afterwards."""
-        before = self.plan, self.kind, self.results
-        self.results = Results()
+        before, found = (self.plan, self.kind), replace(self.results)
+        self.results.leave(None, None)
         try:
             yield
         finally:
-            self.plan, self.kind, self.results = before
+            self.plan, self.kind = before
+            self.results.leave(found.norms, found.clip_factors)
 
     def prepare(self, kind: Inputs, n: int) -> Plan:
         """Makes the plan for one kind of input and batch size, and remembers it."""

@@ -37,6 +37,10 @@ class Results:
     norms: Tensor | None = None
     clip_factors: Tensor | None = None
 
+    def leave(self, norms: Tensor | None, clip_factors: Tensor | None) -> None:
+        """What a backward has found. A module has one such object, whose tapes may outlive what is set aside."""
+        self.norms, self.clip_factors = norms, clip_factors
+
 
 class LastBackward:
     """Which backward has reached a clip node of the transformed module last."""

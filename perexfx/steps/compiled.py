@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import CaptureError
-from perexfx.runtime import Results, Transformed, random_state_kept, runtime_of
+from perexfx.ir.inputs import bind_inputs, by_name, named_leaves
+from perexfx.runtime import Transformed, random_state_kept, runtime_of
 from perexfx.steps.graph import LossFunction, Step, call, functional_step, traced
 
 _logger = logging.getLogger("perexfx")
@@ -68,7 +69,7 @@ class CompiledStep:
             with torch.no_grad():
                 given = {name: parameter.detach() for name, parameter in params.items()}
                 loss, norms, factors, gradients = run(given, buffers, x, y)
-            runtime_of(self.gm).results = Results(norms, factors)
+            runtime_of(self.gm).results.leave(norms, factors)
             _accumulate({params[name]: gradient for name, gradient in gradients.items() if gradient is not None})
         if self.optimizer is not None:
             self.optimizer.step()
@@ -98,8 +99,9 @@ class CompiledStep:
 
     def _candidates(self, x: Any, y: Any) -> dict[str, Step]:
         """The ways beside the eager one that there are for a batch, by name."""
-        settings, plan = self.gm.perexfx.settings, self.gm.perexfx.plan
-        if settings.memory_budget is not None and plan is not None and plan.reruns:
+        runtime = runtime_of(self.gm)
+        plan = runtime.plans.get(runtime.kind_of(named_leaves(by_name(bind_inputs(self.gm, x, "x")))))
+        if runtime.settings.memory_budget is not None and plan is not None and plan.reruns:
             _logger.info("The step stays eager: a graph has no second backward, which the memory budget asks for.")
             return {}
         try:

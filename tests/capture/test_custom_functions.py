@@ -157,7 +157,7 @@ def test_a_backward_that_is_not_linear_is_refused(on_weight: bool) -> None:
     def use(m: Any, x: Tensor) -> Tensor:
         return m.last(F.linear(x, Normed.apply(m.first.weight)) if on_weight else Normed.apply(m.first(x)))
 
-    message = r"`normed` \(test_custom.py:\d+\) has a backward that is not known to be linear.*`clamp`"
+    message = r"`normed` \(test_custom_functions.py:\d+\) has a backward that is not known to be linear.*`clamp`"
     with pytest.raises(perexfx.RefusedError, match=message):
         perexfx.transform(Uses(use), torch.randn(4, 6))
 
@@ -178,7 +178,7 @@ def test_exports_refuse_custom_functions(monkeypatch: pytest.MonkeyPatch) -> Non
         raise perexfx.CaptureError("not this one.")
 
     monkeypatch.setattr("perexfx.capture.forward._traced", fails)
-    with pytest.raises(perexfx.CaptureError, match=r"torch.autograd.Function `Swish` at test_custom.py:\d+"):
+    with pytest.raises(perexfx.CaptureError, match=r"torch.autograd.Function `Swish` at test_custom_functions.py:\d+"):
         perexfx.transform(Uses(EXACT["activation"]), torch.randn(4, 6))
 
 
@@ -211,7 +211,7 @@ def _counted(m: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("use", "message"),
     [
-        (_with_hook, r"registers a hook on a tensor at test_custom.py:\d+"),
+        (_with_hook, r"registers a hook on a tensor at test_custom_functions.py:\d+"),
         (_kept_for_the_next_call, "keeps values in `kept` for later calls"),
         (_counted, "assigns `calls`, which was 0 and is 1 after one call"),
     ],

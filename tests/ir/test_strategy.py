@@ -26,12 +26,14 @@ class Formed:
     name: str = "formed"
     kind: str = "memory"
     scale: float = 1.0
+    seconds: float = 0.0
 
     def refuses(self, signature: Signature) -> str | None:
         return None if isinstance(signature, ProductSignature) else "it is for products"
 
     def cost(self, signature: Signature, itemsize: int) -> Cost:
-        return Cost((Work(self.kind, calls=0),), bytes_held=itemsize * signature.n)
+        work = Work(self.kind, flops=self.seconds, calls=0)  # pyright: ignore[reportArgumentType]
+        return Cost((work,), bytes_held=itemsize * signature.n)
 
     def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
         gradients = factors.gradients()
@@ -95,10 +97,47 @@ def test_wrong_norms_are_found_by_the_check() -> None:
     assert not perexfx.check(gm, *batch.inputs, model=model)
 
 
+class Unhashable(Formed):
+    """As dataclasses that compare and are not frozen."""
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+@dataclass(frozen=True)
+class Half(Formed):
+    """Gives norms in too few digits."""
+
+    def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
+        squared, held = super().squared_norms(factors)
+        return squared.half(), held
+
+
+@dataclass(frozen=True)
+class Alone(Formed):
+    """Gives norms alone."""
+
+    def squared_norms(self, factors: Factors) -> Any:
+        return super().squared_norms(factors)[0]
+
+
+@pytest.mark.parametrize(("strategy", "found"), [(Half(), "torch.float16"), (Alone(), r"torch.float64 \[4\]")])
+def test_norms_of_another_kind_are_an_error(strategy: Formed, found: str) -> None:
+    model, batch = build()
+    gm = perexfx.transform(model, batch.inputs, strategies=[strategy])
+    with pytest.raises(perexfx.ShapeError, match=f"in float32 at least, and factors to hold.*Found {found}"):
+        squares(gm(*batch.inputs), batch.targets).backward()
+
+
+def test_strategies_and_rules_may_come_one_by_one() -> None:
+    model, batch = build()
+    gm = perexfx.transform(model, batch.inputs, strategies=(s for s in [Formed()]), rules=iter(()))
+    assert gm.perexfx.plan["0"] == "formed"
+
+
 def test_norms_of_another_shape_are_an_error() -> None:
     model, batch = build()
     gm = perexfx.transform(model, batch.inputs, strategies=[Columns()])
-    message = r"Strategy 'formed' should return squared norms of shape \[4\] for operand `weight` of site `3`.*\[4, 1\]"
+    message = r"Strategy 'formed' should return squared norms of shape \[4\].*operand `weight` of site `3`.*\[4, 1\]"
     with pytest.raises(perexfx.ShapeError, match=message):
         squares(gm(*batch.inputs), batch.targets).backward()
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -110,6 +149,11 @@ def test_norms_of_another_shape_are_an_error() -> None:
         ([Formed], "should hold instances with a `name`"),
         ([object()], "should hold instances with a `name`"),
         ([Product], "should hold instances with a `name`"),
+        ([Formed("")], "should hold instances with a `name`"),
+        ([Unhashable()], "cannot be hashed"),
+        (Formed(), "`strategies` should be a sequence"),
+        (None, "`strategies` should be a sequence"),
+        ([Formed(seconds=float("nan"))], "The cost of strategy 'formed' comes to nan seconds"),
         ([Formed("gram")], "two strategies with the name 'gram'"),
         ([Formed("auto")], "two strategies with the name 'auto'"),
         ([Formed("reweight")], "two strategies with the name 'reweight'"),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +46,60 @@ def test_it_shows_the_last_step() -> None:
 def test_it_is_to_be_read(name: str) -> None:
     with pytest.raises(AttributeError):
         setattr(transformed().perexfx, name, None)
+
+
+def test_a_saved_module_takes_its_first_backward_in_another_process() -> None:
+    gm = transformed()
+    gm(torch.randn(5, 3)).sum().backward()
+    code = (
+        "import pickle, sys, torch; gm = pickle.load(sys.stdin.buffer);"
+        "gm(torch.randn(4, 3)).sum().backward(); print(len(gm.perexfx.norms))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(gm), check=True, capture_output=True)
+    assert found.stdout.split() == [b"4"]
+
+
+def test_replicas_take_steps_of_their_own() -> None:
+    torch.manual_seed(0)
+    gm, x = perexfx.transform(nn.Linear(3, 2), clip_norm=0.5, loss_reduction="sum"), torch.randn(5, 3)
+    gm(x).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in gm.named_parameters() if p.grad is not None}
+    gm.zero_grad()
+    norms = gm.perexfx.norms
+    first, second = replica(gm), replica(gm)
+    torch.cat([first(x[:2]), second(x[2:])]).square().sum().backward()
+    assert gm.perexfx.norms is norms
+    assert (len(first.perexfx.norms), len(second.perexfx.norms)) == (2, 3)
+    for name, parameter in gm.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
+
+
+def replica(module: nn.Module) -> Any:
+    """As torch.nn.parallel.replicate makes them, without a second device."""
+    modules = list(module.modules())
+    copies = {own: own._replicate_for_data_parallel() for own in modules}
+    for own, copied in copies.items():
+        for name, child in own._modules.items():
+            copied._modules[name] = None if child is None else copies[child]
+        for name, parameter in own._parameters.items():
+            if parameter is not None:  # no Parameter, so that a gradient goes on to the module's own
+                del copied._parameters[name]
+                setattr(copied, name, parameter * 1)
+    return copies[module]
+
+
+def test_a_forward_that_began_before_leaves_its_norms_last() -> None:
+    gm, x = transformed(), torch.randn(5, 3)
+    loss = gm(x).sum()
+    with runtime_of(gm).set_aside():
+        inside = gm(x[:2]).sum()
+        gm(x[:3]).sum().backward()
+        assert len(gm.perexfx.norms) == 3
+    assert gm.perexfx.norms is None
+    inside.backward()
+    assert len(gm.perexfx.norms) == 2
+    loss.backward()
+    assert len(gm.perexfx.norms) == 5
 
 
 def test_one_attribute_is_added_to_those_of_the_model() -> None:

@@ -44,9 +44,12 @@ def test_a_plan_may_be_handed_to_a_step() -> None:
     runtime = runtime_of(gm)
     assert runtime.plan is not None
     other = perexfx.transform(nn.Linear(3, 2), x, strategy="materialize").perexfx.plan
-    with runtime.stepping(StepOptions(plan=other)):
+    assert runtime.kind is not None
+    with runtime.stepping(StepOptions({(runtime.kind, 4): other})):
+        gm(x[:2])
+        assert gm.perexfx.plan.batch_size == 2
         gm(x)
-    assert gm.perexfx.plan is other
+        assert gm.perexfx.plan is other
     gm(x)
     assert gm.perexfx.plan is not other
 

@@ -83,7 +83,7 @@ def dataflow(gm: Transformed, plan: Plan, inputs: Inputs) -> Dataflow:
             with fake, torch.enable_grad():
                 sources = [recorder.add_source(value, f"input `{name}`") for name, value in given.items()]
                 placed = {name: recorder.add_source(p, f"parameter `{name}`") for name, p in parameters.items()}
-                with recorder, runtime.stepping(StepOptions(_watched(plan, recorder))):
+                with recorder, runtime.stepping(StepOptions({(inputs, plan.batch_size): _watched(plan, recorder)})):
                     results = leaves_of(interpreter.run(*arguments_for(gm.graph, given)))
                     interpreter.env.clear()
                     differentiable = [value for value in results if value.requires_grad]

@@ -114,7 +114,8 @@ def verify(gm: nn.Module) -> Proof:
         ArgumentError: `gm` is not transformed, or has no plan yet.
     """
     runtime, plan, kind = planned(gm)
-    assert isinstance(gm, Transformed)
+    if not isinstance(gm, Transformed):
+        raise ArgumentError(f"`gm` should be what `perexfx.transform` returned. Found {type(gm).__name__}.")
     if plan.batch_size == 0:
         raise ArgumentError(
             "The last batch had no examples, and its step has no paths. Call the module on one that has."
