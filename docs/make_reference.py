@@ -62,7 +62,7 @@ def _engines(found: griffe.Object | griffe.Alias) -> list[str]:
         method = next(c for c in found[file].classes.values() if "Method" in map(str, c.bases))
         values = {member: ast.literal_eval(method[member].value) for member in ("name", "also")}
         lines += [f"- `perexfx.engines.{values['name']}`: {_first_line(method)} Also: {values['also']}."]
-    for file, name in (("engine", "Engine"), ("method", "StepResult"), ("engine", "EngineStep")):
+    for file, name in (("engine", "Engine"), ("problem", "StepResult"), ("engine", "EngineStep")):
         lines += _described(name, found[file][name], level=4)
     for name in ("__call__", "step"):
         lines += ["", f"#### `Engine.{name}`", "", *_docstring(found["engine"]["Engine"][name])]

@@ -8,8 +8,8 @@ from perexfx.engines.chain_rule import ChainRule
 from perexfx.engines.copies import Copies
 from perexfx.engines.engine import Engine, EngineStep
 from perexfx.engines.losses import Losses
-from perexfx.engines.method import StepResult
 from perexfx.engines.one_by_one import OneByOne
+from perexfx.engines.problem import StepResult
 from perexfx.engines.reweight_gp import ReweightGP
 from perexfx.ir.errors import ArgumentError
 

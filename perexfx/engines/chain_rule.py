@@ -16,13 +16,15 @@ from torch import Tensor, fx
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from perexfx.engines.method import Batch, Method, Problem, StepResult, item
+from perexfx.engines.method import Method, item
+from perexfx.engines.problem import Batch, Problem, StepResult, refuse_other_joins
 from perexfx.ir import ConvolutionSignature, squared_norms_of
 from perexfx.ir.errors import RefusedError
 from perexfx.ir.inputs import arguments_for
 from perexfx.ir.refusal import Refusal
 from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Site
+from perexfx.planning import Plan
 
 
 class ChainRule(Method):
@@ -43,18 +45,27 @@ class ChainRule(Method):
         problem, n = self.problem, batch.n
         gm, graph, sites = self.transformed(), self.runtime.captured.graph, self.runtime.sites
         _refuse_others(sites.sites)
-        plan, _ = self.plan_for(batch)
+        plan, analysis = self.plan_for(batch)
         if self._module is None:
             self._module = fx.GraphModule(gm, tapped(graph, {site.node: site for site in sites.sites}))
         like = next(iter(problem.trained.values()))
         taps = Taps(like.new_zeros(()).requires_grad_())
         parameters = {name: p.detach() for name, p in problem.trained.items()}
-        output = self._module(taps, parameters, *arguments_for(graph, batch.leaves))
+        output = self.run_graph(self._module, taps, parameters, *arguments_for(graph, batch.leaves))
         loss = problem.loss_of(output, batch.targets)
+        if self.is_first:
+            problem.refuse_own_gradients(output, batch.targets)
+            refuse_other_joins(problem, output, analysis.layouts_of_output(), batch)
         torch.autograd.grad(loss, taps.token, allow_unused=True)
-        scale = n if problem.loss_reduction == "mean" else 1
+        del output
+        with torch.no_grad():
+            return self._clipped(self._formed(taps, plan, n), loss.detach(), n)
+
+    def _formed(self, taps: Taps, plan: Plan, n: int) -> dict[str, Tensor]:
+        """Parameter name -> every example's gradient; what was noted for a layer is let go with it."""
+        scale = n if self.problem.loss_reduction == "mean" else 1
         each: dict[str, Tensor] = {}
-        for site in sites.sites:
+        for site in self.runtime.sites.sites:
             if site.name not in taps.gradients:
                 continue
             arguments, gradient = taps.arguments.pop(site.name), taps.gradients.pop(site.name) * scale
@@ -63,7 +74,7 @@ class ChainRule(Method):
                 (name,) = operand.expression.parameters
                 value = found[operand.name]
                 each[name] = each[name] + value if name in each else value
-        return self._clipped(each, loss.detach(), n)
+        return each
 
     def _clipped(self, each: dict[str, Tensor], loss: Tensor, n: int) -> StepResult:
         problem = self.problem
@@ -167,7 +178,8 @@ def _convolution(arguments: Mapping[str, Any], gradient: Tensor, fitted: Fitted)
     assert isinstance(signature, ConvolutionSignature)
     x, n = arguments["input"], signature.n
     missing = [size - own for size, own in zip(signature.in_size, x.shape[2:], strict=True)]  # "same" pads the end
-    x = F.pad(x, [amount for extra in reversed(missing) for amount in (0, extra)])
+    if any(missing):
+        x = F.pad(x, [amount for extra in reversed(missing) for amount in (0, extra)])
     weight = convolution_gradients(x, gradient, signature)
     bias = gradient.flatten(2).sum(2)
     layout = fitted.geometry.output_layout

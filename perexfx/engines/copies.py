@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from perexfx.engines.method import Batch, Method, Problem, StepResult, item, norm_of
+from perexfx.engines.method import Method, item
+from perexfx.engines.problem import Batch, Problem, StepResult, norm_of
 from perexfx.ir.inputs import argument_of
 
 
@@ -39,8 +40,10 @@ class Copies(Method):
             module = self._copies[n] = fx.GraphModule(gm, copied(captured.graph, n, frozenset(problem.trained)))
         given = [value for at in range(n) for value in _inputs(captured.graph, batch.leaves_of(at))]
         own = [{name: p.detach().requires_grad_() for name, p in problem.trained.items()} for _ in range(n)]
-        outputs = module(own, *given)
+        outputs = self.run_graph(module, own, *given)
         losses = [problem.loss_of(output, batch.targets_of(at)) for at, output in enumerate(outputs)]
+        if self.is_first:
+            problem.refuse_own_gradients(outputs[0], batch.targets_of(0))
         leaves = [leaf for parameters in own for leaf in parameters.values()]
         found = torch.autograd.grad(torch.stack(losses).sum(), leaves, allow_unused=True)
         return self._clipped(found, [loss.detach() for loss in losses])

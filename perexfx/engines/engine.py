@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perexfx.engines.method import Method, Problem, StepResult
+from perexfx.engines.method import Method
+from perexfx.engines.problem import Problem, StepResult
 from perexfx.ir.errors import ArgumentError
 from perexfx.ir.inputs import GivenInputs
 from perexfx.steps import LossFunction
@@ -16,6 +17,9 @@ from perexfx.steps import LossFunction
 
 class EngineStep:
     """`step(x, y) -> loss`: gradients by a method into `.grad`, and the optimizer's step where there is one.
+
+    The model is captured at the first batch: its layers, and which parameters are trained, must stay what they are;
+    modes may change where they may for `perexfx.transform`. Hooks of parameters are not run.
 
     Attributes:
         method: The method.
@@ -33,12 +37,12 @@ class EngineStep:
             x: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
             y: Targets, passed to the loss function.
         """
+        self.result = self.method(x, y)
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
-        self.result = self.method(x, y)
         for name, parameter in self.method.problem.trained.items():
             gradient = self.result.grads[name]
-            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         if self.optimizer is not None:
             self.optimizer.step()
         return self.result.loss

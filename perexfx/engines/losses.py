@@ -8,10 +8,9 @@ reach their gradients, multiplied by zero.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from perexfx.engines.method import Batch, ClippedSum, Method, StepResult, all_finite, slice_of
+from perexfx.engines.method import Method
+from perexfx.engines.problem import Batch, ClippedSum, StepResult, one_of
 
 
 class Losses(Method):
@@ -31,15 +30,12 @@ class Losses(Method):
         output = problem.model(*batch.args, **batch.kwargs)
         layouts = analysis.layouts_of_output()
         for at in range(batch.n):
-            left = iter(layouts)
-            part = pytree.tree_map_only(Tensor, lambda value, at=at, left=left: slice_of(value, next(left), at), output)
-            loss = problem.loss_of(part, batch.targets_of(at))
+            loss = problem.loss_of(one_of(output, layouts, at), batch.targets_of(at))
             is_last = at == batch.n - 1
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=not is_last)
-            if not all_finite(gradients):  # another example's infinity times zero is no number, and comes in here
+            if not total.add(gradients, is_alone=False):  # another's infinity times zero is no number
                 alone = problem.loss_of(batch.call(problem.model, at), batch.targets_of(at))
-                gradients = torch.autograd.grad(alone, parameters, allow_unused=True)
-            total.add(gradients)
+                total.add(torch.autograd.grad(alone, parameters, allow_unused=True))
             losses.append(loss.detach())
         return total.result(losses)
 

@@ -1,140 +1,74 @@
-"""What the papers' whole-model methods have in common: how they are called, and what they return.
+"""What the papers' whole-model methods have in common: when they may run, and on what.
 
 Promises: a method sees one batch at a time, with every example apart; models that mix examples, and whatever else
-`perexfx.transform` refuses, are refused before anything is computed. `.grad` is filled by `step` alone.
+`perexfx.transform` refuses, are refused before anything is computed, and so is a model that is another than at the
+first batch.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import fx, nn
 
 from perexfx.analysis import Analysis
 from perexfx.api import transform
-from perexfx.ir import Layout, squared_norms_of
-from perexfx.ir.errors import ArgumentError
+from perexfx.engines.problem import Batch, Problem, StepResult
+from perexfx.ir.errors import ModeError
 from perexfx.ir.inputs import GivenInputs, Inputs, bind_inputs, by_name, named_leaves
 from perexfx.planning import Plan
-from perexfx.runtime import Runtime, Transformed, runtime_of
-from perexfx.steps import LossFunction, checked_loss
-
-
-class StepResult(NamedTuple):
-    """What one step finds.
-
-    Attributes:
-        loss: Of the batch.
-        norms: Gradient norm of each example, before clipping. Shape `[B]`.
-        grads: Parameter name -> clipped sum, or its mean over examples where the loss is a mean.
-    """
-
-    loss: Tensor
-    norms: Tensor
-    grads: dict[str, Tensor]
+from perexfx.runtime import Runtime, Transformed, check_call, check_trains, runtime_of
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What a method is to do.
+class Parts:
+    """What a model was made of when its graph was captured.
 
     Attributes:
-        model: Any that `perexfx.transform` takes.
-        loss_fn: `(model(x), y) -> scalar`, joining examples as `loss_reduction` says.
-        clip_norm: C.
-        loss_reduction: "mean" or "sum".
-        batch_dim: The example axis of the inputs.
+        modules: The modules of the model, and those of the transformed one that stand for them.
+        tensors: Parameter name -> the parameter, and whether it is trained.
     """
 
-    model: nn.Module
-    loss_fn: LossFunction
-    clip_norm: float
-    loss_reduction: str
-    batch_dim: int
+    modules: Mapping[str, tuple[nn.Module, nn.Module]]
+    tensors: Mapping[str, tuple[nn.Parameter, bool]]
 
-    @cached_property
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained, by name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+    @classmethod
+    def of(cls, model: nn.Module, gm: nn.Module) -> Parts:
+        """Of a model, and what it was transformed to."""
+        modules = {path: (module, gm.get_submodule(path)) for path, module in model.named_modules()}
+        return cls(modules, {name: (p, p.requires_grad) for name, p in model.named_parameters()})
 
-    def joined(self, losses: Sequence[Tensor]) -> Tensor:
-        """The batch's loss from those of its examples."""
-        each = torch.stack(tuple(losses))
-        return each.mean() if self.loss_reduction == "mean" else each.sum()
+    def check(self, model: nn.Module) -> None:
+        """Puts the transformed module in the modes of the model's.
 
-    def loss_of(self, output: Any, targets: Any) -> Tensor:
-        """The loss of an output."""
-        return checked_loss(self.loss_fn(output, targets))
-
-    def factors(self, norms: Tensor) -> Tensor:
-        """What each example is multiplied with; zero for those that are not finite. Shape `[B]`."""
-        return (self.clip_norm / norms).clamp(max=1).masked_fill(~torch.isfinite(norms), 0)
-
-    def share(self, n: int) -> float:
-        """What the clipped sum is multiplied with."""
-        return 1 / max(1, n) if self.loss_reduction == "mean" else 1.0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch, whose examples can be told apart.
-
-    Attributes:
-        args: Positional inputs of the forward.
-        kwargs: Keyword inputs.
-        arguments: The same by name.
-        targets: Any pytree of tensors.
-        n: Number of examples.
-        carrying: Names of the inputs that carry examples.
-        batch_dim: The example axis of the inputs.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    arguments: Mapping[str, Any]
-    targets: Any
-    n: int
-    carrying: frozenset[str]
-    batch_dim: int
-
-    def targets_of(self, at: int) -> Any:
-        """The targets of one example, as a batch of one."""
-        return pytree.tree_map_only(Tensor, lambda y: y.narrow(self._axis_of(y), at, 1), self.targets)
-
-    def _axis_of(self, target: Tensor) -> int:
-        for axis in dict.fromkeys((0, self.batch_dim)):
-            if target.dim() > axis and target.shape[axis] == self.n:
-                return axis
-        raise ArgumentError(
-            f"`y` should have the {self.n} examples of the inputs on axis 0, or on `batch_dim`={self.batch_dim}. Found "
-            f"a tensor of shape {list(target.shape)}."
+        Raises:
+            ModeError: A part of the model is another one now.
+        """
+        now = dict(model.named_modules())
+        changed = [path for path, (own, _) in self.modules.items() if now.get(path) is not own] or sorted(
+            now.keys() - self.modules.keys()
         )
-
-    def leaves_of(self, at: int) -> dict[str, Any]:
-        """The inputs of one example by name, as a batch of one; containers are taken apart."""
-        return {
-            name: value.narrow(self.batch_dim, at, 1) if name in self.carrying else value
-            for name, value in self.leaves.items()
-        }
-
-    @property
-    def leaves(self) -> dict[str, Any]:
-        """The inputs by name; containers are taken apart."""
-        return named_leaves(self.arguments)
-
-    def call(self, model: Callable[..., Any], at: int) -> Any:
-        """A model's output for one example."""
-        whole, one = self.leaves, self.leaves_of(at)
-        of_one = {id(value): one[name] for name, value in whole.items() if isinstance(value, Tensor)}
-        given = pytree.tree_map_only(Tensor, lambda tensor: of_one.get(id(tensor), tensor), (self.args, self.kwargs))
-        args, kwargs = given
-        return model(*args, **kwargs)
+        tensors = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
+        if not changed:
+            changed = [
+                name
+                for name in {**self.tensors, **tensors}
+                if name not in self.tensors
+                or name not in tensors
+                or tensors[name][0] is not self.tensors[name][0]
+                or tensors[name][1] != self.tensors[name][1]
+            ]
+        if changed:
+            raise ModeError(
+                f"`{changed[0]}` of the model was replaced, frozen or unfrozen since the first batch, for which the "
+                "model was captured. Make a new step."
+            )
+        for own, twin in self.modules.values():
+            twin.training = own.training
 
 
 class Method(ABC):
@@ -144,6 +78,7 @@ class Method(ABC):
         name: Of the method.
         also: What the papers call it.
         problem: What it is to do.
+        is_first: Whether the first batch is at hand: what holds for all is checked on it.
     """
 
     name: ClassVar[str]
@@ -152,6 +87,8 @@ class Method(ABC):
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self._transformed: Transformed | None = None
+        self._parts: Parts | None = None
+        self.is_first = True
 
     @abstractmethod
     def run(self, batch: Batch) -> StepResult:
@@ -159,11 +96,13 @@ class Method(ABC):
 
     def __call__(self, x: GivenInputs, y: Any) -> StepResult:
         """One step."""
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             batch = self._batch(x, y)
             if batch.n == 0:
                 return self._of_nothing()
-            return self.run(batch)
+            found = self.run(batch)
+            self.is_first = False
+            return found
 
     def transformed(self, x: GivenInputs | None = None) -> Transformed:
         """The model as `perexfx.transform` has it: its captured graph, and what is known of it."""
@@ -196,12 +135,22 @@ class Method(ABC):
 
     def _batch(self, x: GivenInputs, y: Any) -> Batch:
         gm = self.transformed(x)
+        if self._parts is None:
+            self._parts = Parts.of(self.problem.model, gm)
+        self._parts.check(self.problem.model)
         arguments = by_name(bind_inputs(gm, x, "x"))
+        check_call(self.runtime.captured, gm, named_leaves(arguments))
+        check_trains(gm, self.runtime.frozen)
         kind, n = self._kind_of(arguments)
         if kind not in {known for known, _ in self.runtime.plans}:
             self.runtime.prepare(kind, n)  # refuses what mixes at these shapes
         args, kwargs = ((), x) if isinstance(x, Mapping) else (x if isinstance(x, tuple) else (x,), {})
         return Batch(args, kwargs, arguments, y, n, kind.carrying, self.problem.batch_dim)
+
+    def run_graph(self, module: fx.GraphModule, *given: Any) -> Any:
+        """A graph of the method's own, in the mode that the model is in."""
+        module.training = self.transformed().training
+        return module(*given)
 
     def _of_nothing(self) -> StepResult:
         """A step without examples, as Poisson sampling makes some."""
@@ -211,67 +160,9 @@ class Method(ABC):
         return StepResult(any_of_them.new_zeros(()).detach(), any_of_them.new_zeros(0).detach(), zeros)
 
 
-class ClippedSum:
-    """Adds up gradients of one example after the other, each clipped as it comes."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.norms: list[Tensor] = []
-        self._totals = {name: torch.zeros_like(p, requires_grad=False) for name, p in problem.trained.items()}
-
-    def add(self, gradients: Iterable[Tensor | None]) -> None:
-        """The gradients of one example's loss, in the order of the parameters; None where it has none."""
-        found = {name: gradient for name, gradient in zip(self._totals, gradients, strict=True) if gradient is not None}
-        norm = norm_of(found.values(), like=next(iter(self._totals.values())))
-        self.norms.append(norm)
-        if bool(torch.isfinite(norm)):
-            factor = self.problem.factors(norm)
-            for name, gradient in found.items():
-                self._totals[name].addcmul_(gradient, factor.to(gradient.dtype))
-
-    def result(self, losses: Sequence[Tensor]) -> StepResult:
-        """Of all examples, whose losses these are."""
-        share = self.problem.share(len(losses))
-        grads = {name: total.mul_(share) for name, total in self._totals.items()}
-        return StepResult(self.problem.joined(losses), torch.stack(self.norms), grads)
-
-
-def norm_of(gradients: Iterable[Tensor], like: Tensor) -> Tensor:
-    """The norm of several tensors together, a scalar in float32 at least."""
-    squares = [squared_norms_of(gradient[None]) for gradient in gradients]
-    if not squares:
-        return like.new_zeros((), dtype=torch.promote_types(like.dtype, torch.float32))
-    return torch.cat(squares).sum().sqrt()
-
-
-def all_finite(gradients: Iterable[Tensor | None]) -> bool:
-    """Whether there is no infinity and no NaN in some gradients."""
-    return all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None)
-
-
 def item(container: Any, key: Any) -> Any:
     """What graphs of methods take from a dict or a list."""
     return container[key]
 
 
-def slice_of(value: Tensor, layout: Layout | None, at: int) -> Tensor:
-    """One example's part of a value, as a batch of one; the value itself where it carries no examples."""
-    if layout is None:
-        return value
-    if layout.repeats == 1:
-        return value.narrow(layout.axis, at, 1)
-    one = layout.apart(value).narrow(layout.axis + 1, at, 1)
-    return one.flatten(layout.axis, layout.axis + 2)
-
-
-__all__ = [
-    "Batch",
-    "ClippedSum",
-    "Method",
-    "Problem",
-    "StepResult",
-    "all_finite",
-    "item",
-    "norm_of",
-    "slice_of",
-]
+__all__ = ["Method", "Parts", "item"]

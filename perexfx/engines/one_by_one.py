@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from perexfx.engines.method import Batch, ClippedSum, Method, StepResult
+from perexfx.engines.method import Method
+from perexfx.engines.problem import Batch, ClippedSum, StepResult
 
 
 class OneByOne(Method):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from perexfx.engines.method import Batch, Method, Problem, StepResult, item
+from perexfx.engines.method import Method, item
+from perexfx.engines.problem import Batch, Problem, StepResult, parts_of, refuse_other_joins
 from perexfx.ir import Factors, Layout, squared_norms_of
 from perexfx.ir.inputs import arguments_for
 from perexfx.ir.node import info_of
@@ -44,16 +45,24 @@ class ReweightGP(Method):
         tape = TwoPasses(runtime, plan, batch.n, dict(problem.trained))
         token = next(iter(problem.trained.values())).new_zeros(batch.n).requires_grad_()
         given = [tape, token, tape.parameters, *arguments_for(runtime.captured.graph, batch.leaves)]
-        output = self._module(*given)
+        output, layouts = self.run_graph(self._module, *given), analysis.layouts_of_output()
+        parts = parts_of(output, layouts)
+        # leaves in the outputs' places: one may be computed from another, whose gradient is not to have it twice
+        leaves = [value.detach().requires_grad_(value.requires_grad) for value, _ in parts]
+        left = iter(leaves)
+        loss = problem.loss_of(pytree.tree_map_only(Tensor, lambda _: next(left), output), batch.targets)
+        if self.is_first:
+            problem.refuse_own_gradients(output, batch.targets)
+            refuse_other_joins(problem, output, layouts, batch)
+        gradients = torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad], allow_unused=True)
         ends = [
-            (value, layout)
-            for value, layout in zip(_tensors(output), analysis.layouts_of_output(), strict=True)
-            if value.requires_grad and layout is not None
+            (value, layout, gradient)
+            for (value, layout), gradient in zip(
+                [part for part in parts if part[0].requires_grad], gradients, strict=True
+            )
+            if gradient is not None and layout is not None
         ]
-        loss = problem.loss_of(output, batch.targets)
-        values = [value for value, _ in ends]
-        gradients = torch.autograd.grad(loss, values, allow_unused=True)
-        ends = [(v, layout, g) for (v, layout), g in zip(ends, gradients, strict=True) if g is not None]
+        del output, parts, leaves
         torch.autograd.grad([v for v, *_ in ends], token, [g for *_, g in ends], allow_unused=True, retain_graph=True)
         norms = tape.norms()
         factors, lost = problem.factors(norms), ~torch.isfinite(norms)
@@ -61,10 +70,6 @@ class ReweightGP(Method):
         weighted = [_weighted(g, layout, factors) for _, layout, g in ends]
         torch.autograd.grad([v for v, *_ in ends], token, weighted, allow_unused=True)
         return StepResult(loss.detach(), norms, tape.sums())
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _weighted(gradient: Tensor, layout: Layout, factors: Tensor) -> Tensor:
@@ -131,8 +136,10 @@ class TwoPasses(ReceivingTape):
     def sums(self) -> dict[str, Tensor]:
         """Parameter name -> its clipped sum, or mean."""
         found = self._sums or {}
-        zeros = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        return {name: found.get(name, zero).to(zero.dtype) for name, zero in zeros.items()}
+        return {
+            name: found[name].to(p.dtype) if name in found else torch.zeros_like(p)
+            for name, p in self.parameters.items()
+        }
 
 
 def _for_norms(decision: Any) -> Any:

@@ -6,6 +6,7 @@ fills `.grad` with clipped sums. Open `nodes.py` first: layers, norm nodes and t
 `state.py` what a module knows, `face.py` what users see of it, `cuts.py` and `replay.py` are for second backwards.
 """
 
+from perexfx.runtime.call_checks import check_call, check_trains
 from perexfx.runtime.clip_factors import AUTOMATIC_STABILITY
 from perexfx.runtime.cuts import cut
 from perexfx.runtime.face import PerExample, planned, runtime_of, stepping
@@ -30,6 +31,8 @@ __all__ = [
     "StepOptions",
     "Transformed",
     "add_pulled",
+    "check_call",
+    "check_trains",
     "clip",
     "cut",
     "in_format",

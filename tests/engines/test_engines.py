@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -190,3 +191,167 @@ class TestEachMethod:
         assert engine.__doc__
         assert "References" in engine.__doc__
         assert getattr(engines, engine.name) is engine
+
+
+# What is not as it was, or not what it seems
+
+
+class Several(nn.Module):
+    """Returns values that are computed from one another, and one of them twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = torch.tanh(self.first(x))
+        logits = self.last(hidden)
+        return {"logits": logits, "again": logits, "hidden": hidden, "pooled": logits.mean(1), "moved": logits + 1}
+
+
+def of_several(output: dict[str, Tensor], targets: Tensor) -> Tensor:
+    parts = (output["logits"], output["again"].sin(), output["hidden"], output["pooled"][:, None], output["moved"])
+    return squares(torch.cat(parts, 1), targets)
+
+
+@pytest.mark.parametrize("loss", [of_several, lambda output, y: squares(output["logits"], y)])
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
+def test_outputs_that_are_computed_from_one_another(engine: Engine, loss: Any) -> None:
+    torch.manual_seed(0)
+    model, x, y = Several().double(), torch.randn(6, 3).double(), torch.randn(6).double()
+    gradients = one_at_a_time(model, Batch((x,), y), loss)
+    assert_exact(engine(model, loss, x, y, clip_norm=0.5), gradients, 0.5, 1 / 6, engine.name)
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+    hidden: Tensor
+
+
+class Answers(Several):
+    """Returns an object that nobody can take apart."""
+
+    def forward(self, x: Tensor) -> Any:
+        found = super().forward(x)
+        return Answer(found["logits"], found["hidden"])
+
+
+@pytest.mark.parametrize("engine", [engines.losses, engines.reweight_gp], ids=lambda engine: engine.name)
+def test_an_output_that_cannot_be_taken_apart_is_refused(engine: Engine) -> None:
+    with pytest.raises(perexfx.ArgumentError, match="The model returns Answer, which holds 2 tensors"):
+        engine(Answers(), lambda output, y: squares(output.logits, y), torch.randn(4, 3), torch.randn(4), clip_norm=1.0)
+
+
+@pytest.mark.parametrize("engine", [engines.chain_rule, engines.reweight_gp], ids=lambda engine: engine.name)
+@pytest.mark.parametrize(
+    "options", [{"weight": torch.tensor([1.0, 9.0]).double()}, {"ignore_index": 1}, {"reduction": "sum"}]
+)
+def test_losses_that_join_otherwise_are_refused(engine: Engine, options: dict[str, Any]) -> None:
+    model, x, _ = small()
+    y = torch.tensor([0, 1, 0, 0, 1, 0])
+    with pytest.raises(perexfx.ArgumentError, match="is the mean of what it gives for each example by itself"):
+        engine(model, functools.partial(F.cross_entropy, **options), x, y, clip_norm=1.0)
+
+
+@pytest.mark.parametrize(
+    "engine", [engines.copies, engines.chain_rule, engines.reweight_gp], ids=lambda engine: engine.name
+)
+def test_losses_that_read_parameters_are_refused(engine: Engine) -> None:
+    model, x, y = small()
+    with pytest.raises(perexfx.ArgumentError, match="it reads parameters itself"):
+        engine(model, lambda o, y: squares(o, y) + model.get_parameter("0.weight").sum(), x, y, clip_norm=1.0)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ([0.0] * 6, "a pytree of tensors. Found float in it"),
+        (torch.zeros(5).double(), r"Found a tensor with shape \[5\]"),
+        (torch.zeros(6, 6).double(), "Found a tensor with their number on both"),
+    ],
+)
+def test_targets_that_cannot_be_told_apart(targets: Any, message: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2).double(), torch.randn(4, 6, 3).double()
+    with pytest.raises(perexfx.ArgumentError, match=message):
+        engines.one_by_one(model, lambda o, _: o.mean(), x, targets, clip_norm=1.0, batch_dim=1)
+
+
+def changes() -> list[Any]:
+    def replace_layer(model: nn.Module) -> None:
+        model[1] = nn.ReLU()  # pyright: ignore[reportIndexIssue]
+
+    def replace_parameter(model: nn.Module) -> None:
+        model[0].weight = nn.Parameter(torch.zeros(5, 3).double())  # pyright: ignore[reportIndexIssue]
+
+    def freeze(model: nn.Module) -> None:
+        model.get_parameter("0.weight").requires_grad_(False)
+
+    def unfreeze(model: nn.Module) -> None:
+        model.get_parameter("2.bias").requires_grad_()
+
+    return [replace_layer, replace_parameter, freeze, unfreeze]
+
+
+@pytest.mark.parametrize("change", changes())
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
+def test_a_model_that_was_changed_since_the_first_batch_is_refused(engine: Engine, change: Any) -> None:
+    model, x, y = small()
+    model.get_parameter("2.bias").requires_grad_(False)
+    step = engine.step(model, squares, clip_norm=0.5)
+    step(x, y)
+    change(model)
+    with pytest.raises(perexfx.ModeError, match="was replaced, frozen or unfrozen since the first batch"):
+        step(x, y)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.drop = nn.Linear(3, 2), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        return self.drop(self.layer(x)) * factor
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
+def test_numbers_and_modes_are_those_of_each_batch(engine: Engine) -> None:
+    torch.manual_seed(0)
+    model, x, y = Scaled().double().eval(), torch.randn(6, 3).double(), torch.randn(6).double()
+    step = engine.step(model, squares, clip_norm=1e9)
+    losses = [float(step(x, y)), float(step(x, y))]
+    assert losses[0] == losses[1]
+    model.train()
+    assert float(step(x, y)) != losses[0]
+    model.eval()
+    assert float(step(x, y)) == losses[0]
+    with pytest.raises(perexfx.ArgumentError, match=r"Argument `factor` was 1\.0"):
+        step((x, 2.0), y)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
+def test_nothing_of_a_step_is_left_behind(engine: Engine) -> None:
+    model, x, y = small()
+    step = engine.step(model, squares, clip_norm=0.5)
+    step(x, y)
+    first = step.result
+    assert first is not None
+    assert not any(value.requires_grad for value in (first.loss, first.norms, *first.grads.values()))
+    kept = {name: gradient.clone() for name, gradient in first.grads.items()}
+    step(x, y)
+    for name, gradient in first.grads.items():
+        torch.testing.assert_close(gradient, kept[name])
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
+def test_a_batch_that_fails_leaves_gradients(engine: Engine) -> None:
+    model, x, y = small()
+    step = engine.step(model, squares, torch.optim.SGD(model.parameters(), lr=0.0), clip_norm=0.5)
+    step(x, y)
+    before = model.get_parameter("0.weight").grad
+    with pytest.raises(perexfx.ArgumentError):
+        step((x, x), y)
+    assert model.get_parameter("0.weight").grad is before
+    with torch.inference_mode():
+        step(x, y)
