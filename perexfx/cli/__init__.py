@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perexfx.bench.workloads import WORKLOADS
-from perexfx.cli.commands import COMMANDS, LOSSES, OF_WORKLOADS, PAPERS, ROUNDS, SIZES, TABLES
+from perexfx.cli.commands import COMMANDS, LOSSES, OF_WORKLOADS, ROUNDS, SIZES, TABLES
 from perexfx.cli.wording import in_shell
 from perexfx.ir.errors import PerexError
 
@@ -150,8 +150,8 @@ def _add_bench(parsers: argparse._SubParsersAction) -> None:
     bench.add_argument(
         "--size",
         choices=SIZES,
-        help=f"of {' and '.join(PAPERS)}, which repeat papers: "
-        "small (under 5 minutes on two cores), medium, or full, as published (default: small)",
+        help="of rochette (Rochette et al. 2019: naive, multi, crb) and leekifer (Lee & Kifer 2021: nxBP, MultiLoss, "
+        "ReweightGP): small (under 5 minutes on two cores), medium, or full, as published (default: small)",
     )
     bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     bench.add_argument("--out", type=Path, help="folder for the table as .json (all timings), .md and .png")
