@@ -3,7 +3,8 @@
 In comes any `nn.Module`, with example inputs where there are some; out goes `Captured`: a graph of torch's public
 functions over `get_attr` parameters, and what it holds for (modes, baked arguments, sizes). What cannot be recorded
 faithfully is an error. Open `forward.py` first: it traces (`tracer.py`), and where that fails exports (`export.py`);
-`traceable/` has forwards for modules of torch that cannot be traced as they are.
+`traceable/` has forwards for modules of torch that cannot be traced as they are. Whether a graph holds for a call, and
+for the modes of that moment, is checked when it runs, in runtime/call_checks.py.
 """
 
 from perexfx.capture.custom_functions import CustomFunction, gradients_of, nonlinear_in

@@ -1,7 +1,8 @@
 """Engines: the papers' whole-model methods to clipped per-example gradients, for comparison and as oracles.
 
 In come a model, a loss, inputs and targets; out go loss, norms and clipped sums (`StepResult`), or a step that trains
-(`NAME.step`). Open `method.py` first, which has what the methods share, then `one_by_one.py`: a file for each.
+(`NAME.step`). Open `method.py` first, which has what the methods share, then `one_by_one.py` (naive, nxBP): a file for
+each, `copies.py` (multi), `chain_rule.py` (crb), `losses.py` (MultiLoss), `reweight_gp.py` (ReweightGP).
 """
 
 from perexfx.engines.chain_rule import ChainRule

@@ -1,5 +1,7 @@
 """Strategies: exact ways to get per-example squared norms and what the clipped sum is made of.
 
+(The sum itself is formed when all norms are in, in runtime/clipped_sums.py.)
+
 Adding one is one file here, one entry in `STRATEGIES`, and nothing else: every test of exactness runs over the table.
 Open `outer.py` first, the smallest; what a strategy is, `perexfx.Strategy`, is in ir/strategy.py.
 """
