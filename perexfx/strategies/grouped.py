@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perexfx.ir.convolution import THIN, Convolution, ConvolutionSignature
+from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.cost import Cost, Work
 from perexfx.ir.factors import Factors, Signature
 from perexfx.ir.kept import Kept
@@ -38,7 +38,7 @@ class Grouped:
         copied = itemsize * kernel_gradient_elements(signature, min(at_a_time, signature.n))
         flops = signature.weight_gradient_flops
         work = (Work("convolution_weight_grouped", flops, itemsize * kept, calls=parts),)
-        if signature.shape[1] <= THIN:
+        if not signature.fills_vectors:
             moved = itemsize * (kept + signature.held_elements)
             kind = "convolution_weight_thin_groups" if signature.has_thin_groups else "convolution_weight_thin"
             work = (Work(kind, flops, moved, calls=parts),)

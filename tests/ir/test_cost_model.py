@@ -26,8 +26,8 @@ def test_machines_add_up() -> None:
         for strategy in STRATEGIES
         for signature in (
             convolution(4, 2, 2, 5),
-            convolution(4, 8, 2, 5),
-            replace(convolution(4, 8, 2, 5), has_kernels=True),
+            convolution(4, 8, 8, 5),
+            replace(convolution(4, 8, 8, 5), has_kernels=True),
             replace(depthwise, has_kernels=True),
             ProductSignature(8, 1, 1, 3, 2, (2, 3)),
             ProductSignature(8, 1, 1, 3, 2, (2, 3), has_kernels=True),

@@ -28,6 +28,18 @@ def test_the_plan_follows_shapes() -> None:
     assert chosen(replace(convolution(32, 256, 256, 14), has_kernels=True)) == "gram_shift"
 
 
+def test_groups_of_channels_that_fill_no_vectors_are_no_groups() -> None:
+    """Rochette et al.'s networks of 25 channels: torch's kernel gradient in such groups is a product a group."""
+
+    def over_direct(channels: int) -> float:
+        conv = replace(convolution(8, channels, channels, 64), has_kernels=True)
+        seconds = {s.name: BUILT_IN.seconds(s.cost(conv, 4)) for s in STRATEGIES if s.name in ("grouped", "direct")}
+        return seconds["grouped"] / seconds["direct"]
+
+    assert all(over_direct(channels) < 1.3 for channels in (24, 32, 40, 64))
+    assert all(over_direct(channels) > 1.5 for channels in (20, 25, 28, 50, 100))
+
+
 def test_a_plan_is_made_ahead_without_computing() -> None:
     model = ResNet18(width=8)
     with torch.device("meta"):
