@@ -19,7 +19,7 @@ from perexfx.bench.memory import peak_allocation
 from perexfx.bench.methods import NOT_PRIVATE, OURS, Run, Taken, Trials, in_trials, training
 from perexfx.bench.models import mlp
 from perexfx.bench.paper_models import OfRows, OneLayerTransformer, conv_net, resnet, vgg
-from perexfx.bench.plots import COLORS, MARKERS
+from perexfx.bench.plots import panels
 from perexfx.bench.results import Sheet, progress_bar, publish
 from perexfx.bench.steps import set_up
 from perexfx.bench.workloads import Workload, numbers
@@ -262,26 +262,13 @@ def _raw(m: Measured) -> dict[str, Any]:
 
 def _draw(found: Sequence[Measured], figure: Figure) -> None:
     """Speed-ups over nxBP, by batch size; a panel for each model."""
+
+    def curve(model: str, method: str) -> list[tuple[float, float]]:
+        return [(m.n, speedup) for m in found if m.model == model and (speedup := m.speedup(method)) is not None]
+
     names = list(dict.fromkeys(m.model for m in found))
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure.set_size_inches(10, 2.6 * rows + 0.6)
-    every = figure.subplots(rows, columns, squeeze=False)
-    for axes in every.flat[len(names) :]:
-        axes.set_axis_off()
-    for axes, name in zip(every.flat, names, strict=False):
-        group = [m for m in found if m.model == name]
-        for at, method in enumerate(METHODS):
-            shown = [(m.n, speedup) for m in group if (speedup := m.speedup(method)) is not None]
-            label = THEIRS.get(method, method)
-            x, y = [n for n, _ in shown], [speedup for _, speedup in shown]
-            axes.plot(x, y, marker=MARKERS[at], markersize=4, color=COLORS[at], label=label)
-        axes.set_yscale("log")
-        axes.set_title(name, fontsize=9)
-        axes.set_xlabel("examples", fontsize=8)
-        axes.set_ylabel("x nxBP", fontsize=8)
-        axes.grid(alpha=0.3)
-    figure.legend(*every[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
+    series = {name: {THEIRS.get(method, method): curve(name, method) for method in METHODS} for name in names}
+    panels(figure, series, dict.fromkeys(names, ("examples", "x nxBP")))
 
 
 __all__ = ["MODELS", "SIZES", "Measured", "Model", "fastest", "headline", "of_model", "run"]

@@ -1,4 +1,4 @@
-"""The kinds of plots that the tables draw: bars, points against a diagonal, and curves of powers.
+"""The kinds of plots that the tables draw: bars, points against a diagonal, curves of powers, and panels of curves.
 
 Colors are those of Okabe and Ito (2008), which people who are color-blind can tell apart.
 """
@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#B8A800")
@@ -90,6 +91,36 @@ def curves(axes: Axes, sizes: Sequence[int], series: Mapping[str, Sequence[float
     axes.minorticks_off()
     _write_plain_numbers(axes)
     axes.grid(alpha=0.3)
+
+
+Curve = Sequence[tuple[float, float]]
+
+
+def panels(figure: Figure, series: Mapping[str, Mapping[str, Curve]], labels: Mapping[str, tuple[str, str]]) -> None:
+    """A panel of curves for each of several experiments, up to three in a row, of logarithmic values; one legend.
+
+    Args:
+        figure: To draw on, whose size is set.
+        series: Title of a panel -> name of a curve -> its points.
+        labels: Title of a panel -> what is along its two axes.
+    """
+    columns = min(3, len(series))
+    rows = -(-len(series) // columns)
+    figure.set_size_inches(10, 2.6 * rows + 0.6)
+    every = figure.subplots(rows, columns, squeeze=False)
+    for axes in every.flat[len(series) :]:
+        axes.set_axis_off()
+    for axes, (title, drawn) in zip(every.flat, series.items(), strict=False):
+        for at, (name, shown) in enumerate(drawn.items()):
+            x, y = [x for x, _ in shown], [y for _, y in shown]
+            axes.plot(x, y, marker=MARKERS[at], markersize=4, color=COLORS[at], label=name)
+        axes.set_yscale("log")
+        axes.set_title(title, fontsize=9)
+        along, up = labels[title]
+        axes.set_xlabel(along, fontsize=8)
+        axes.set_ylabel(up, fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.legend(*every[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
 
 
 def _write_plain_numbers(axes: Axes) -> None:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from perexfx.bench.methods import NOT_PRIVATE, OURS, Taken, Trials, in_trials, training
 from perexfx.bench.models import AlexNet
 from perexfx.bench.paper_models import toy, toy_channels, vgg
-from perexfx.bench.plots import COLORS, MARKERS
+from perexfx.bench.plots import panels
 from perexfx.bench.results import Sheet, progress_bar, publish
 from perexfx.bench.steps import set_up
 from perexfx.bench.workloads import Workload, numbers
@@ -260,26 +260,14 @@ def _raw(m: Measured) -> dict[str, Any]:
 
 def _draw(found: Sequence[Measured], figure: Figure) -> None:
     """Their figures: time over channel rate, a row for kernels of each size; over batch size; the two networks."""
+
+    def curve(name: str, method: str) -> list[tuple[float, float]]:
+        return [(m.value, mean * 1e3) for m in found if m.figure == name and (mean := m.mean(method)) is not None]
+
     names = list(dict.fromkeys(m.figure for m in found))
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure.set_size_inches(10, 2.6 * rows + 0.6)
-    every = figure.subplots(rows, columns, squeeze=False)
-    for axes in every.flat[len(names) :]:
-        axes.set_axis_off()
-    for axes, name in zip(every.flat, names, strict=False):
-        group = [m for m in found if m.figure == name]
-        for at, method in enumerate(METHODS):
-            shown = [(m.value, mean * 1e3) for m in group if (mean := m.mean(method)) is not None]
-            x, y = [value for value, _ in shown], [milliseconds for _, milliseconds in shown]
-            label = THEIRS.get(method, method)
-            axes.plot(x, y, marker=MARKERS[at], markersize=4, color=COLORS[at], label=label)
-        axes.set_yscale("log")
-        axes.set_title(name, fontsize=9)
-        axes.set_xlabel("examples" if name in ("batch size", *PUBLISHED) else "channel rate", fontsize=8)
-        axes.set_ylabel("ms", fontsize=8)
-        axes.grid(alpha=0.3)
-    figure.legend(*every[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
+    series = {name: {THEIRS.get(method, method): curve(name, method) for method in METHODS} for name in names}
+    of_examples = ("batch size", *PUBLISHED)
+    panels(figure, series, {name: ("examples" if name in of_examples else "channel rate", "ms") for name in names})
 
 
 __all__ = ["SIZES", "Measured", "Point", "claims", "envelope", "measured", "points", "run"]
