@@ -55,6 +55,12 @@ class _Padding:
         return grad_input
 
 
+def computed_in_graph(arguments: Arguments, names: Sequence[str]) -> str | None:
+    """Which of these arguments are no constants, as a reason to refuse; None if they all are."""
+    computed = [name for name in names if isinstance(arguments[name], torch.fx.Node)]
+    return f"its {' and '.join(computed)} must be constant" if computed else None
+
+
 @dataclass(frozen=True)
 class ConvolutionRule(Rule):
     """A convolution: `n g p t, n g o t -> n (g o) p` over unfolded inputs, which its strategies avoid to form.
@@ -88,9 +94,7 @@ class ConvolutionRule(Rule):
 
     def refuses(self, arguments: Arguments) -> str | None:
         """Strides and the like that are computed in the graph."""
-        names = ("stride", "padding", "dilation", "groups")
-        computed = [name for name in names if isinstance(arguments[name], torch.fx.Node)]
-        return f"its {' and '.join(computed)} must be constant" if computed else None
+        return computed_in_graph(arguments, ("stride", "padding", "dilation", "groups"))
 
     def misfits(self, arguments: Arguments, geometry: Geometry) -> str | None:
         """Inputs without a batch axis."""

@@ -15,7 +15,7 @@ from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.factors import Factors, Gradient, GradientSignature, Signature
 from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, Target, sum_positions
 from perexfx.kernels.geometry import ConvolutionGeometry
-from perexfx.layers.convolution import per_axis
+from perexfx.layers.convolution import computed_in_graph, per_axis
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ class TransposedConvolution(Rule):
 
     def refuses(self, arguments: Arguments) -> str | None:
         """Strides and the like that are computed in the graph."""
-        names = ("stride", "padding", "output_padding", "dilation", "groups")
-        computed = [name for name in names if isinstance(arguments[name], torch.fx.Node)]
-        return f"its {' and '.join(computed)} must be constant" if computed else None
+        return computed_in_graph(arguments, ("stride", "padding", "output_padding", "dilation", "groups"))
 
     def misfits(self, arguments: Arguments, geometry: Geometry) -> str | None:
         """Inputs without a batch axis."""
