@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from perexfx.analysis import Analysis, analyze
-from perexfx.capture import Captured, capture
+from perexfx.capture import OF_GRAPH_MODULES, Captured, capture, twin_of
 from perexfx.ir.errors import ArgumentError, PerexError, RefusedError
 from perexfx.ir.inputs import GivenInputs, Inputs, arguments_of, batch_sizes, bind_inputs, by_name, named_leaves
 from perexfx.ir.rule import Rule
@@ -33,7 +33,7 @@ from perexfx.planning import (
     with_shared_inputs,
 )
 from perexfx.rehearsal import Rehearsed
-from perexfx.runtime import PerExample, Runtime, Settings, Transformed, rewrite, twin_of
+from perexfx.runtime import PerExample, Runtime, Settings, Transformed, rewrite
 from perexfx.sites import (
     confirm,
     faster_with_channels_last,
@@ -272,7 +272,9 @@ def _check_arguments(model: nn.Module, settings: Settings) -> None:
             f"Parameter `{lazy[0]}` has no shape yet. Call the model once, which gives lazy modules their shapes, "
             "before the transform."
         )
-    taken = sorted(_RESERVED.intersection((*model._parameters, *model._buffers, *model._modules, *vars(model))))
+    of_graph = OF_GRAPH_MODULES if isinstance(model, fx.GraphModule) else ()
+    own = {*model._parameters, *model._buffers, *model._modules, *vars(model)}.difference(of_graph)
+    taken = sorted(_RESERVED.intersection(own))
     if taken:
         raise ArgumentError(
             f"`{type(model).__name__}` has an attribute `{taken[0]}`, a name that GraphModules need for themselves. "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from torch.utils import _pytree as pytree
 
 from perexfx.capture.assemble import Exported
 from perexfx.capture.attributes import Attributes
-from perexfx.capture.conditions import Conditions
+from perexfx.capture.captured import Captured
 from perexfx.capture.custom_functions import custom_functions, no_tensor_hooks
 from perexfx.capture.export import export
 from perexfx.capture.functional import IN_PLACE_FUNCTIONS, out_of_place
+from perexfx.capture.graph_module import CapturedModule
 from perexfx.capture.lower_recurrent import lower_recurrent
 from perexfx.capture.modes import different_work, fixed_by_statistics, make_live, other_mode
 from perexfx.capture.places import line_of, reason_of
@@ -34,29 +35,12 @@ from perexfx.ir.inputs import named_leaves
 from perexfx.ir.node import annotate, info_of
 
 
-@dataclass(frozen=True)
-class Captured:
-    """A captured forward.
-
-    Attributes:
-        graph: Functional form; parameters and buffers are `get_attr` nodes.
-        fixed_modes: Modules (path -> training flag) whose mode was baked into the graph: it is right in this mode only.
-        constants: Tensors that the forward makes out of numbers, by the name that `get_attr` nodes give them.
-        baked: Arguments that are no tensors, and the value that the graph is specialised to.
-        conditions: What the graph demands of its inputs besides.
-    """
-
-    graph: fx.Graph
-    fixed_modes: Mapping[str, bool]
-    constants: Mapping[str, torch.Tensor]
-    baked: Mapping[str, Any]
-    conditions: Conditions = field(default_factory=Conditions)
-
-
 def capture(
     model: nn.Module, inputs: Mapping[str, Any] | None = None, batch_dim: int = 0, examples: int | None = None
 ) -> Captured:
     """The forward of `model` as a graph: traced symbolically, or else, where inputs are given, by `torch.export`.
+
+    That of a `CapturedModule` is the graph that it has.
 
     Args:
         model: Any module.
@@ -68,6 +52,8 @@ def capture(
         CaptureError: The forward cannot be captured, or not faithfully.
     """
     _refuse_hooks(model)
+    if isinstance(model, CapturedModule):
+        return model.captured
     try:
         return _traced(model, inputs)
     except CaptureError as error:

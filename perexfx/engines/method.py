@@ -17,11 +17,12 @@ from torch import fx, nn
 
 from perexfx.analysis import Analysis
 from perexfx.api import transform
+from perexfx.capture import check_call
 from perexfx.engines.problem import Batch, Problem, StepResult
 from perexfx.ir.errors import ModeError
 from perexfx.ir.inputs import GivenInputs, Inputs, bind_inputs, by_name, named_leaves
 from perexfx.planning import Plan
-from perexfx.runtime import Runtime, Transformed, check_call, check_trains, runtime_of
+from perexfx.runtime import Runtime, Transformed, check_trains, runtime_of
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ fills `.grad` with clipped sums. Open `nodes.py` first: layers, norm nodes and t
 `state.py` what a module knows, `face.py` what users see of it, `cuts.py` and `replay.py` are for second backwards.
 """
 
-from perexfx.runtime.call_checks import check_call, check_trains
+from perexfx.runtime.call_checks import check_trains
 from perexfx.runtime.clip_factors import AUTOMATIC_STABILITY
 from perexfx.runtime.cuts import cut
 from perexfx.runtime.face import PerExample, planned, runtime_of, stepping
@@ -14,7 +14,7 @@ from perexfx.runtime.memory_formats import in_format
 from perexfx.runtime.nodes import clip
 from perexfx.runtime.pull_back import add_pulled, pull_back, pull_back_each
 from perexfx.runtime.random_state import random_state_kept
-from perexfx.runtime.rewrite import rewrite, twin_of
+from perexfx.runtime.rewrite import rewrite
 from perexfx.runtime.settings import Settings
 from perexfx.runtime.state import Runtime
 from perexfx.runtime.step_options import StepOptions
@@ -31,7 +31,6 @@ __all__ = [
     "StepOptions",
     "Transformed",
     "add_pulled",
-    "check_call",
     "check_trains",
     "clip",
     "cut",
@@ -43,5 +42,4 @@ __all__ = [
     "rewrite",
     "runtime_of",
     "stepping",
-    "twin_of",
 ]

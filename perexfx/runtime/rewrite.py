@@ -8,11 +8,10 @@ Parameter objects under their names, and the model itself is left as it was.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from perexfx.ir.node import annotate, info_of
@@ -42,28 +41,6 @@ def rewrite(twin: nn.Module, captured: fx.Graph, runtime: Runtime) -> Transforme
     segments = runtime.segments if runtime.settings.may_reweight else ()
     graph = _rewritten(captured, runtime.sites.sites, runtime.regions, segments)
     return Transformed(body, graph, type(twin).__name__)
-
-
-def twin_of(model: nn.Module, constants: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A module tree of its own around the model's parameters, buffers and attributes, with a graph's constants."""
-    twin = _shallow_twin(model, {})
-    for name, value in constants.items():
-        twin.register_buffer(name, value, persistent=False)
-    return twin
-
-
-def _shallow_twin(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
-    if id(module) not in seen:
-        twin = object.__new__(type(module))
-        seen[id(module)] = twin
-        twin.__dict__.update(module.__dict__)
-        twin.__dict__["_parameters"] = dict(module._parameters)
-        twin.__dict__["_buffers"] = dict(module._buffers)
-        twin.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
-        twin.__dict__["_modules"] = {
-            name: None if child is None else _shallow_twin(child, seen) for name, child in module._modules.items()
-        }
-    return seen[id(module)]
 
 
 def _rewritten(

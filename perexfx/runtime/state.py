@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from perexfx.analysis import Analysis
-from perexfx.capture import Captured
+from perexfx.capture import Captured, check_call
 from perexfx.ir.errors import ModeError
 from perexfx.ir.inputs import Inputs, named_leaves
 from perexfx.ir.site import Site
 from perexfx.planning import Plan
-from perexfx.runtime.call_checks import check_call, check_trains
+from perexfx.runtime.call_checks import check_trains
 from perexfx.runtime.notes import Notes
 from perexfx.runtime.settings import Settings
 from perexfx.runtime.step_options import StepOptions

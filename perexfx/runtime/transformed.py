@@ -1,13 +1,7 @@
-"""The transformed module: a GraphModule that survives what people do with modules.
-
-Promises: copies, pickles and `torch.save` keep every attribute of the module that it was made from; `torch.compile`
-leaves its forward alone.
-"""
+"""The transformed module: a GraphModule whose forward `torch.compile` leaves alone."""
 
 from __future__ import annotations
 
-import copy
-import copyreg
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
@@ -15,35 +9,20 @@ from typing import Any
 import torch
 from torch import fx
 
+from perexfx.capture import WholeGraphModule
 from perexfx.runtime.face import PerExample, runtime_of
 
 FACE = "perexfx"
 """Name of the attribute that a transformed module has beside those of the model."""
 
 
-def _overload(name: str, overload: str) -> Any:
-    """An overload by its name: `aten::silu`, `default`."""
-    namespace, operation = name.split("::")
-    return getattr(getattr(getattr(torch.ops, namespace), operation), overload)
-
-
-# torch cannot pickle overloads, and exported graphs name them
-copyreg.pickle(torch._ops.OpOverload, lambda op: (_overload, (op._schema.name, op._overloadname)))
-
-
-class Transformed(fx.GraphModule):
-    """A GraphModule with every attribute of the module it was made from.
-
-    fx itself keeps only what the graph names, and loses the rest when it copies or saves.
-    """
+class Transformed(WholeGraphModule):
+    """What `perexfx.transform` returns."""
 
     perexfx: PerExample
 
     def __init__(self, body: Mapping[str, Any], graph: fx.Graph, class_name: str = "Transformed") -> None:
-        super().__init__({}, fx.Graph(), class_name)
-        for name, value in body.items():
-            self.__dict__[name] = value
-        self.graph = graph
+        super().__init__(body, graph, class_name)
         runtime_of(self).belongs_to(self)
 
     def recompile(self) -> Any:
@@ -54,18 +33,6 @@ class Transformed(fx.GraphModule):
         cls: Any = type(self)
         cls.forward = _uncompiled(cls.forward)
         return code
-
-    def _body(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_graph", "_code", "_tracer_cls")}
-
-    def __reduce__(self) -> Any:
-        graph = copy.deepcopy(self.graph)  # without its link back to this module
-        return _rebuild, (self._body(), graph, type(self).__name__)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Transformed:
-        copied = _rebuild(copy.deepcopy(self._body(), memo), copy.deepcopy(self.graph), type(self).__name__)
-        memo[id(self)] = copied
-        return copied
 
 
 def _uncompiled(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,10 +46,6 @@ def _uncompiled(forward: Callable[..., Any]) -> Callable[..., Any]:
         return disabled[0](*args, **kwargs)
 
     return call
-
-
-def _rebuild(body: Mapping[str, Any], graph: fx.Graph, class_name: str) -> Transformed:
-    return Transformed(body, graph, class_name)
 
 
 __all__ = ["FACE", "Transformed"]

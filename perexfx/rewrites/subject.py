@@ -1,0 +1,81 @@
+"""What a rewrite starts from: a model's graph, and the shapes of its values.
+
+Promises: the model is left as it was, and its Parameters, buffers and values are shared; nothing is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from perexfx.analysis import record
+from perexfx.capture import OF_GRAPH_MODULES, Captured, capture, twin_of
+from perexfx.ir.errors import ArgumentError, RefusedError
+from perexfx.ir.inputs import GivenInputs, Inputs, arguments_of, batch_sizes, bind_inputs, by_name, named_leaves
+
+TAKEN = ("rewriting", "_captured")
+"""Names of what a rewritten module has beside the attributes of its model."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to rewrite.
+
+    Attributes:
+        captured: Its graph, in functional form, and what that holds for.
+        twin: A module tree of its own around the model's parameters and buffers.
+        shapes: Of every node whose value is a tensor, for the batch of the example inputs; None without them.
+    """
+
+    captured: Captured
+    twin: nn.Module
+    shapes: Mapping[str, tuple[int, ...]] | None
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph as it was captured."""
+        return self.captured.graph
+
+
+def subject_of(model: nn.Module, example_inputs: GivenInputs | None) -> Subject:
+    """A model's graph and shapes.
+
+    Args:
+        model: Any module that `perexfx.transform` can capture.
+        example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs, examples first. Their
+            shapes count alone. None: no shapes are known.
+
+    Raises:
+        ArgumentError: `model` is no module, or the inputs do not fit it.
+        CaptureError: The model cannot be captured.
+        RefusedError: Its graph fails on these shapes.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"`model` should be a torch.nn.Module. Found {type(model).__name__}.")
+    taken = [] if isinstance(model, fx.GraphModule) else [n for n in (*TAKEN, *OF_GRAPH_MODULES) if n in vars(model)]
+    if taken:
+        raise ArgumentError(
+            f"`{type(model).__name__}` has an attribute `{taken[0]}`, a name that rewritten modules need for "
+            "themselves. Rename it."
+        )
+    inputs = None if example_inputs is None else by_name(bind_inputs(model, example_inputs, "example_inputs"))
+    captured = capture(model, inputs)
+    twin = twin_of(model, captured.constants)
+    if inputs is None:
+        return Subject(captured, twin, None)
+    leaves = named_leaves(arguments_of(captured.graph, inputs))
+    kind, n = Inputs.of(leaves, 0, examples=next(iter(batch_sizes(leaves, 0)), None))
+    try:
+        with torch.no_grad():
+            values = record(captured.graph, twin, kind, 0, n).values
+    except RefusedError as error:
+        error.graph, error.module = captured.graph, twin
+        raise
+    shapes = {name: tuple(value.shape) for name, value in values.items() if isinstance(value, Tensor)}
+    return Subject(captured, twin, shapes)
+
+
+__all__ = ["Subject", "subject_of"]
