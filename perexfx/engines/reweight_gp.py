@@ -19,8 +19,9 @@ from perexfx.engines.problem import Batch, Problem, StepResult, parts_of, refuse
 from perexfx.ir import Factors, Layout, squared_norms_of
 from perexfx.ir.inputs import arguments_for
 from perexfx.ir.node import info_of
+from perexfx.ir.weighed import squared_norms_by
 from perexfx.planning import Plan
-from perexfx.runtime import ReceivingTape, Runtime, StepOptions, add_pulled, clip, pull_back, pull_back_each
+from perexfx.runtime import ReceivingTape, Runtime, StepOptions, add_pulled, clip, pull_back, pull_back_each, weighed
 
 
 class ReweightGP(Method):
@@ -109,13 +110,14 @@ class TwoPasses(ReceivingTape):
             add_pulled(self, (site, name), found.weighted_sum(ones), pull_back, self._sums)
 
     def _add_norms(self, site: str, factors: Mapping[str, Factors]) -> None:
-        is_joined = self.sites.site(site).group in self.sites.joined
+        is_joined = self.sites.is_joined(self.sites.site(site).group, self.active)
         for name in self.operands[site]:
             key = site, name
             if is_joined:
                 add_pulled(self, key, factors[name].gradients(), pull_back_each, self._joined)
             else:
-                self._squares.append(self._strategies[key].squared_norms(factors[name])[0])
+                found = weighed(self, key, self.sites.operand(key).expression, factors[name])
+                self._squares.append(squared_norms_by(self._strategies[key], found)[0])
 
     def norms(self) -> Tensor:
         """Of each example, over all that was added. Shape `[B]`."""

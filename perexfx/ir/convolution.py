@@ -29,6 +29,7 @@ class ConvolutionSignature:
         geometry: Stride, padding, dilation, groups.
         channels_last: Whether the images lie with their channels last.
         has_kernels: Whether there are kernels in C++ for it (`perexfx.kernels`).
+        weighs_taps: Whether the squares of its taps do not count alike, which a strategy must know of.
     """
 
     n: int
@@ -39,6 +40,7 @@ class ConvolutionSignature:
     geometry: ConvolutionGeometry
     channels_last: bool = False
     has_kernels: bool = False
+    weighs_taps: bool = False
 
     @property
     def in_channels(self) -> int:
@@ -219,19 +221,41 @@ class Convolution:
         grad_output: Shape `[n, frames, O, *out size]`.
         shape: Shape of the kernel, `[O, C / groups, *kernel]`.
         geometry: Stride, padding (symmetric), dilation, groups.
+        tap_weights: What squares count, by kernel axis `[size]`, in a norm; None along an axis where they count alike,
+            and None where they do along all. The gradients themselves are as they are.
     """
 
     layer_input: Tensor
     grad_output: Tensor
     shape: tuple[int, ...]
     geometry: ConvolutionGeometry
+    tap_weights: tuple[Tensor | None, ...] | None = None
 
     @property
     def signature(self) -> ConvolutionSignature:
         """The sizes."""
         n, frames, _, *size = self.layer_input.shape
         out_size = tuple(self.grad_output.shape[3:])
-        return ConvolutionSignature(n, frames, tuple(size), out_size, self.shape, self.geometry)
+        weighs = self.tap_weights is not None
+        return ConvolutionSignature(n, frames, tuple(size), out_size, self.shape, self.geometry, weighs_taps=weighs)
+
+    @property
+    def weight_of_each_tap(self) -> Tensor | None:
+        """What the squares of each tap count, `[*kernel]`; None where they count alike."""
+        if self.tap_weights is None:
+            return None
+        grid = self.layer_input.new_ones(
+            self.shape[2:], dtype=torch.promote_types(self.layer_input.dtype, torch.float32)
+        )
+        for axis, weights in enumerate(self.tap_weights):
+            if weights is not None:
+                grid = grid * weights.to(grid).reshape(-1, *[1] * (len(self.tap_weights) - 1 - axis))
+        return grid
+
+    def weighed(self, gradients: Tensor) -> Tensor:
+        """Gradients `[..., *kernel]` as a norm sees them: each tap multiplied by the root of what its squares count."""
+        grid = self.weight_of_each_tap
+        return gradients if grid is None else gradients * grid.sqrt().to(gradients.dtype)
 
     def gradients(self) -> Tensor:
         """The batch as groups: one call of the kernel for grouped convolutions gives every example's gradient.

@@ -156,6 +156,14 @@ class Rule(ABC):
         """Why these shapes or layouts are not covered, so that the fallback must be; None where they are."""
         return None
 
+    def weighed_axes(self, operand: str) -> Collection[int]:
+        """Axes of an operand along which squares of its gradient may be made to count differently.
+
+        They may where a strategy gets to know of it (`perexfx.ir.weighed`): along the features of a matrix, along the
+        channels and taps of a kernel, along all axes of gradients at hand. By default along none.
+        """
+        return ()
+
     def own_work(self, geometry: Geometry, itemsize: int) -> tuple[Work, ...]:
         """What `backward` does beyond an ordinary backward, for the plan."""
         return ()

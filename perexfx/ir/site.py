@@ -16,6 +16,20 @@ Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
+class RowLengths:
+    """Squared lengths of the rows of a linear map, which are orthogonal: what squares at its value count in a norm.
+
+    Attributes:
+        axes: Of the value, along which they differ.
+        function: `(*parameters, *constants) -> (scale, *vectors)`, whose product they are: a scalar, and a vector for
+            each axis; None where all have length one.
+    """
+
+    axes: tuple[int, ...]
+    function: fx.GraphModule | None
+
+
+@dataclass(frozen=True)
 class Expression:
     """A value that depends on parameters and constants alone.
 
@@ -23,13 +37,14 @@ class Expression:
         parameters: Names of the parameters it depends on.
         constants: Names of the graph nodes it reads besides (sizes, position ids).
         function: `(*parameters, *constants) -> value`; None where the value is the parameter itself.
-        reindexes: Whether it only moves elements, each to one place, so that norms are unchanged.
+        lengths: Of its rows, where they are orthogonal: norms at its value are then norms at its parameters. None
+            where that is not known.
     """
 
     parameters: tuple[str, ...]
     constants: tuple[str, ...] = ()
     function: fx.GraphModule | None = None
-    reindexes: bool = True
+    lengths: RowLengths | None = RowLengths((), None)
 
 
 @dataclass(frozen=True)
@@ -94,9 +109,17 @@ def grouped(sites: Sequence[Site]) -> dict[str, tuple[Site, ...]]:
 def are_joined(members: Sequence[Site]) -> bool:
     """Whether the per-example gradients of a group must be formed and added before their norm is taken.
 
-    They must where a parameter is used more than once, by several sites or by several operands of one, and where a
-    parameter expression does more than to move elements.
+    They must where a parameter is used more than once, by several sites or by several operands of one, and where the
+    norm of a parameter expression's gradient does not tell that of its parameters'.
     """
     operands = [operand for site in members for operand in site.operands]
     uses = Counter(name for operand in operands for name in operand.expression.parameters)
-    return max(uses.values(), default=0) > 1 or not all(operand.expression.reindexes for operand in operands)
+    return max(uses.values(), default=0) > 1 or not all(
+        tells_norms(site, operand) for site in members for operand in site.operands
+    )
+
+
+def tells_norms(site: Site, operand: Operand) -> bool:
+    """Whether norms at the value of an operand's expression, weighed, are norms at its parameters."""
+    lengths = operand.expression.lengths
+    return lengths is not None and set(lengths.axes) <= set(site.rule.weighed_axes(operand.name))

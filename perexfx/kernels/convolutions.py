@@ -22,6 +22,7 @@ def kernel_gradients(
     grad_output: Tensor,
     shape: tuple[int, ...],
     geometry: ConvolutionGeometry,
+    tap_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Every example's gradient of a convolution's kernel, `[n, *kernel, C / groups, O]`, and its square, `[n]`, in
     float64; None where there is no kernel for these tensors.
@@ -31,8 +32,9 @@ def kernel_gradients(
         grad_output: Shape `[n, frames, O, *out size]`.
         shape: Shape of the kernel, `[O, C / groups, *kernel]`.
         geometry: How the kernel slides.
+        tap_weights: What the squares of each tap count, `[*kernel]`; None: all alike.
     """
-    return _sums(layer_input, grad_output, None, shape, geometry)
+    return _sums(layer_input, grad_output, None, shape, geometry, tap_weights)
 
 
 def kernel_sum(
@@ -64,6 +66,7 @@ def _sums(
     weights: Tensor | None,
     shape: tuple[int, ...],
     geometry: ConvolutionGeometry,
+    tap_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     if (library := _library_for_convolution(layer_input, grad_output, shape)) is None:
         return None
@@ -74,7 +77,8 @@ def _sums(
     squares = layer_input.new_empty(n, pieces, dtype=torch.float64)
     images = *_image(layer_input), *_image(grad_output)
     make = typed(library, "kernel_gradients", found.dtype)
-    make(*images, pointer(weights), found.data_ptr(), squares.data_ptr(), byref(slide), threads)
+    counted = _doubles(tap_weights)
+    make(*images, pointer(weights), pointer(counted), found.data_ptr(), squares.data_ptr(), byref(slide), threads)
     return found, squares.sum(1)
 
 
@@ -83,6 +87,7 @@ def shifted_squares(
     grad_output: Tensor,
     shape: tuple[int, ...],
     geometry: ConvolutionGeometry,
+    tap_weights: Tensor | None = None,
 ) -> Tensor | None:
     """The square of every example's gradient of a convolution's kernel, `[n]`, in float64, from Gram matrices of
     pixels; None where there is no kernel for these tensors. Arguments as `kernel_gradients`; one frame.
@@ -93,8 +98,13 @@ def shifted_squares(
     squares = layer_input.new_empty(slide.n, geometry.groups, dtype=torch.float64)
     images = *_image(layer_input), *_image(grad_output)
     make = typed(library, "shifted_squares", layer_input.dtype)
-    make(*images, squares.data_ptr(), byref(slide), torch.get_num_threads())
+    counted = _doubles(tap_weights)
+    make(*images, pointer(counted), squares.data_ptr(), byref(slide), torch.get_num_threads())
     return squares.sum(1)
+
+
+def _doubles(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.to(torch.float64).contiguous()
 
 
 @lru_cache(maxsize=1024)

@@ -53,13 +53,13 @@ _SIGNATURES = {
         (*(_POINTER, _SIZE, _SIZE, _POINTER), *(_POINTER, _SIZE, _SIZE, _POINTER), *[_SIZE] * 4, _INT),
     ),
     "gram_ranges": (_SIZE, (_SIZE, _SIZE, _INT)),
-    "kernel_gradients": (None, (*_IMAGE, *_IMAGE, _POINTER, _POINTER, _POINTER, POINTER(Slide), _INT)),
+    "kernel_gradients": (None, (*_IMAGE, *_IMAGE, *[_POINTER] * 4, POINTER(Slide), _INT)),
     "as_kernel": (None, (_POINTER, _POINTER, *[_SIZE] * 3, _INT)),
     "kernel_gradient_pieces": (_SIZE, (POINTER(Slide), _SIZE, _INT)),
     "product_gradients": (None, (*_IMAGE, *_IMAGE, _POINTER, _POINTER, *[_SIZE] * 5, _INT)),
     "product_gradient_blocks": (_SIZE, (*[_SIZE] * 5, _INT)),
     "weighted_sum": (None, (POINTER(_POINTER), _POINTER, _POINTER, _SIZE, _SIZE, _INT)),
-    "shifted_squares": (None, (*_IMAGE, *_IMAGE, _POINTER, POINTER(Slide), _INT)),
+    "shifted_squares": (None, (*_IMAGE, *_IMAGE, _POINTER, _POINTER, POINTER(Slide), _INT)),
 }
 """Functions, without their dtype -> what they return, and their arguments."""
 _UNTYPED = ("lstm_steps_back", "kernel_gradient_pieces", "product_gradient_blocks", "gram_ranges")

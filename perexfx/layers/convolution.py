@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -106,6 +106,10 @@ class ConvolutionRule(Rule):
         given = (arguments[name] for name in ("stride", "padding", "dilation"))
         how = (tuple(value) if isinstance(value, list) else value for value in given)
         return _slide_of(*how, arguments["groups"], tuple(kernel))
+
+    def weighed_axes(self, operand: str) -> Collection[int]:
+        """Channels and taps."""
+        return range(2 + self.rank)
 
     def signatures(self, arguments: Arguments, geometry: Geometry) -> dict[str, Signature]:
         """A convolution for the weight; the bias' gradients at hand."""

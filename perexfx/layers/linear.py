@@ -35,6 +35,10 @@ class Linear(Rule):
             return "its weight is not a matrix"
         return None
 
+    def weighed_axes(self, operand: str) -> Collection[int]:
+        """Both of the weight, that of the bias."""
+        return (0, 1)
+
     def signatures(self, arguments: Arguments, geometry: Geometry) -> dict[str, Signature]:
         """A product of input and output gradient; the bias' gradients at hand."""
         o, i = geometry.shapes["weight"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,10 @@ class TransposedConvolution(Rule):
         slide = self._slide(arguments)
         steps = zip(size, kernel, slide.stride, slide.padding, slide.dilation, strict=True)
         return tuple((s + 2 * p - d * (k - 1) - 1) // stride + 1 for s, k, stride, p, d in steps)
+
+    def weighed_axes(self, operand: str) -> Collection[int]:
+        """Channels and taps; its kernel lies as that of the convolution from output to input."""
+        return range(2 + self.rank)
 
     def signatures(self, arguments: Arguments, geometry: Geometry) -> dict[str, Signature]:
         """A convolution for the weight; the bias' gradients at hand."""

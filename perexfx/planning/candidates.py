@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from perexfx.ir.alternative import Alternative
+from perexfx.ir.convolution import ConvolutionSignature
 from perexfx.ir.cost import Cost
 from perexfx.ir.cost_model import CostModel
 from perexfx.ir.errors import ArgumentError
@@ -43,7 +44,7 @@ class Alternatives:
     def of(self, signature: Signature) -> tuple[Alternative, ...]:
         """All of them, in the order of the strategies."""
         if signature not in self._known:
-            refusals = {strategy: strategy.refuses(signature) for strategy in self.strategies}
+            refusals = {strategy: _refusal(strategy, signature) for strategy in self.strategies}
             costs = {s: s.cost(signature, self.itemsize) for s, reason in refusals.items() if reason is None}
             seconds = self.machine.predict(costs, signature)
             for strategy, predicted in seconds.items():
@@ -89,6 +90,14 @@ class Alternatives:
     def own_seconds(self, fitted: Fitted) -> float:
         """What a rule does beyond an ordinary backward, whatever the strategy."""
         return self.machine.seconds(Cost(fitted.rule.own_work(fitted.geometry, self.itemsize), 0))
+
+
+def _refusal(strategy: Strategy, signature: Signature) -> str | None:
+    """Why a strategy does not apply; of one that does not say that it weighs taps, where they are weighed."""
+    is_weighed = isinstance(signature, ConvolutionSignature) and signature.weighs_taps
+    if is_weighed and not getattr(strategy, "weighs_taps", False):
+        return "it does not say that it weighs the taps of a kernel, whose squares do not count alike here"
+    return strategy.refuses(signature)
 
 
 def no_second_run(segment: Segment | None, norms: Alternative | None, joined: str) -> str:

@@ -48,7 +48,8 @@ def fit(
         if isinstance(geometry, Geometry):
             misfit = _constant_input(site, geometry) or site.rule.misfits(arguments, geometry) or ""
             rule = fallback(site.rule) if misfit else site.rule
-            fitted[site.name] = Fitted(rule, geometry, rule.signatures(arguments, geometry), misfit)
+            signatures = _weighing(site, rule.signatures(arguments, geometry))
+            fitted[site.name] = Fitted(rule, geometry, signatures, misfit)
             continue
         refusals.append(
             Refusal(
@@ -61,6 +62,16 @@ def fit(
     if refusals:
         raise CoverageError(refusals)
     return fitted
+
+
+def _weighing(site: Site, signatures: dict[str, Signature]) -> dict[str, Signature]:
+    """Sizes that say where the squares of a kernel's taps do not count alike."""
+    found = dict(signatures)
+    for operand in site.operands:
+        lengths, signature = operand.expression.lengths, signatures.get(operand.name)
+        if lengths is not None and max(lengths.axes, default=0) > 1 and isinstance(signature, ConvolutionSignature):
+            found[operand.name] = replace(signature, weighs_taps=True)
+    return found
 
 
 def with_kernels(fitted: Mapping[str, Fitted], dtype: torch.dtype, device: torch.device) -> dict[str, Fitted]:

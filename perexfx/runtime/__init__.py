@@ -12,7 +12,7 @@ from perexfx.runtime.cuts import cut
 from perexfx.runtime.face import PerExample, planned, runtime_of, stepping
 from perexfx.runtime.memory_formats import in_format
 from perexfx.runtime.nodes import clip
-from perexfx.runtime.pull_back import add_pulled, pull_back, pull_back_each
+from perexfx.runtime.pull_back import add_pulled, pull_back, pull_back_each, weighed
 from perexfx.runtime.random_state import random_state_kept
 from perexfx.runtime.rewrite import rewrite
 from perexfx.runtime.settings import Settings
@@ -42,4 +42,5 @@ __all__ = [
     "rewrite",
     "runtime_of",
     "stepping",
+    "weighed",
 ]

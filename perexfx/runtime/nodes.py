@@ -24,9 +24,10 @@ from perexfx.ir.factors import Factors, Gradient
 from perexfx.ir.norms import squared_norms_of
 from perexfx.ir.rule import Backward, Fitted, Shape
 from perexfx.ir.site import Key, Operand, Site
+from perexfx.ir.weighed import squared_norms_by
 from perexfx.kernels.watched import is_watched
 from perexfx.runtime.clipped_sums import clipped_sums
-from perexfx.runtime.pull_back import add_pulled, pull_back_each
+from perexfx.runtime.pull_back import add_pulled, pull_back_each, weighed
 from perexfx.runtime.small_gradients import may_wait
 from perexfx.runtime.tape import ReceivingTape, Tape
 
@@ -248,17 +249,17 @@ def _squared_norms(tape: Tape, group: str) -> Tensor | None:
     ]
     if not uses:
         return None
-    if group in tape.sites.joined:
+    if tape.sites.is_joined(group, tape.active):
         total = _joined_squared_norms(tape, uses)
     else:
         total, is_waited = None, tape.takes_together and not is_watched()
         for site, operand in uses:
             key = site.name, operand.name
-            factors = tape.observed.pop(key)
+            factors = weighed(tape, key, operand.expression, tape.observed.pop(key))
             if is_waited and may_wait(factors):
                 tape.waiting[key] = factors
                 continue
-            squared, held = _checked(tape.plan.strategies[key].squared_norms(factors), tape, key)
+            squared, held = _checked(squared_norms_by(tape.plan.strategies[key], factors), tape, key)
             if tape.cuts and key in tape.plan.reweighted:
                 tape.reweighted.add(key)
             if key not in tape.reweighted or tape.options.gradients_to is not None:

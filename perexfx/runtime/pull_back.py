@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from perexfx.ir.errors import ModeError
+from perexfx.ir.factors import Factors
 from perexfx.ir.site import Expression
+from perexfx.ir.weighed import Weighed
 from perexfx.runtime.tape import Tape
 
 
@@ -46,6 +48,17 @@ def pull_back_each(tape: Tape, key: tuple[str, str], expression: Expression, gra
             rows = [pulled(gradient) for gradient in gradients]
             found = [torch.stack(parts) for parts in zip(*rows, strict=True)]
     return dict(zip(expression.parameters, found, strict=True))
+
+
+def weighed(tape: Tape, key: tuple[str, str], expression: Expression, factors: Factors) -> Factors:
+    """Factors at an expression's value that know what its rows' lengths make of squares."""
+    lengths = expression.lengths
+    if lengths is None or lengths.function is None:
+        return factors
+    values = [tape.parameters[name] for name in expression.parameters]
+    with torch.no_grad():
+        scale, *vectors = lengths.function(*values, *tape.constants[key])
+    return Weighed(factors, scale, dict(zip(lengths.axes, vectors, strict=True)))
 
 
 def check_unchanged(tape: Tape, names: Iterable[str]) -> None:

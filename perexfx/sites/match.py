@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import networkx as nx
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from perexfx.analysis import Analysis
@@ -23,6 +23,7 @@ from perexfx.ir.refusal import Refusal
 from perexfx.ir.rule import Rule, Target
 from perexfx.ir.site import Expression, Operand, Site
 from perexfx.sites.classify import State, classify
+from perexfx.sites.row_lengths import row_lengths
 
 
 def match(
@@ -274,8 +275,16 @@ class _Matcher:
             tuple(str(n.target) for n in parameters),
             tuple(n.name for n in constants),
             fx.GraphModule(root, inner, class_name="Expression"),
-            reindexes=len(parameters) == 1 and all(_reindexes(node) for node in nodes),
+            row_lengths(value, nodes, parameters, constants, self._shape_of),
         )
+
+    def _shape_of(self, node: fx.Node) -> tuple[int, ...] | None:
+        """Of a value that carries no examples, where it is known."""
+        if self.analysis is not None:
+            found = self.analysis.tensor(node)
+            return None if found is None else found.shapes[0]
+        value = operator.attrgetter(str(node.target))(self.module) if node.op == "get_attr" else None
+        return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def _has_weight(layer: nn.Module) -> bool:
@@ -298,24 +307,6 @@ def _draws_random_numbers(node: fx.Node, module: nn.Module) -> bool:
         return type(module.get_submodule(str(node.target))).__module__ == "torch.nn.modules.dropout"
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name.rstrip("_") in _RANDOM
-
-
-_REINDEXING_METHODS = frozenset(
-    "t transpose permute view reshape flatten unflatten unsqueeze squeeze contiguous clone movedim swapaxes "
-    "swapdims narrow select chunk split unbind view_as reshape_as".split()
-)
-
-
-def _reindexes(node: fx.Node) -> bool:
-    """Whether a node moves every element of its input to one place, or nowhere."""
-    target = node.target
-    if target is operator.getitem:
-        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        return all(isinstance(part, int | slice | type(...) | None) for part in index)
-    if target is getattr:
-        return node.args[1] in ("T", "mT", "H", "mH")
-    name = target if node.op == "call_method" else getattr(target, "__name__", "")
-    return node.op in ("call_method", "call_function") and name in _REINDEXING_METHODS
 
 
 def _with_groups(sites: Sequence[Site]) -> tuple[Site, ...]:

@@ -46,6 +46,19 @@ class SiteTable:
         """The first site that a parameter is used by."""
         return next(site for site in self.sites if parameter in site.parameters)
 
+    def is_joined(self, group: str, active: frozenset[str]) -> bool:
+        """Whether the per-example gradients of a group must be added before their norm is taken.
+
+        Args:
+            group: Its name.
+            active: Names of the parameters that are trained. Of an expression of several whose norm tells that of all
+                of them, all must be.
+        """
+        if group in self.joined:
+            return True
+        several = [operand.expression.parameters for site in self.groups[group] for operand in site.operands]
+        return any(len(set(names) & active) not in (0, len(names)) for names in several if len(names) > 1)
+
     def is_alone(self, group: str) -> bool:
         """Whether a group is one site."""
         return len(self.groups[group]) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class Direct:
     """
 
     keep: bool
+
+    weighs_taps: ClassVar = True
 
     @property
     def name(self) -> str:
@@ -71,9 +74,9 @@ class Direct:
         if isinstance(factors, Product):
             return self._of_product(factors)
         assert isinstance(factors, Convolution)
-        size = _examples_at_a_time(factors.layer_input, factors.signature)
+        size, taps = _examples_at_a_time(factors.layer_input, factors.signature), factors.weight_of_each_tap
         found = [
-            kernels.kernel_gradients(part.layer_input, part.grad_output, part.shape, part.geometry)
+            kernels.kernel_gradients(part.layer_input, part.grad_output, part.shape, part.geometry, taps)
             for part in factors.split(size)
         ]
         if (taken := _joined(found, factors.layer_input)) is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class Gram:
     """
 
     name: str = "gram"
+
+    weighs_taps: ClassVar = True
 
     def refuses(self, signature: Signature) -> str | None:
         """Gradients that are not a product of two factors."""
@@ -74,7 +77,7 @@ class Gram:
         """Exact; two t x t matrices per example at a time."""
         if isinstance(factors, Rows):
             return _rows_squared_norms(factors), factors
-        product = factors.unfolded() if isinstance(factors, Convolution) else factors
+        product = _unfolded(factors) if isinstance(factors, Convolution) else factors
         assert isinstance(product, Product)
         n, g, t, i = product.left.shape
         left = product.left.reshape(n * g, t, i)
@@ -93,6 +96,15 @@ class Gram:
                 for a, b in zip(left.split(size), right.split(size), strict=True)
             ]
         return torch.cat(sums).reshape(n, g).sum(1), factors
+
+
+def _unfolded(factors: Convolution) -> Product:
+    """With the columns of each tap multiplied by the root of what its squares count."""
+    product, taps = factors.unfolded(), factors.weight_of_each_tap
+    if taps is None:
+        return product
+    roots = taps.sqrt().flatten().repeat_interleave(factors.shape[1])
+    return replace(product, left=product.left * roots.to(product.left.dtype))
 
 
 HALVED = 64

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,11 +31,13 @@ class _Phase:
     Attributes:
         start: First padded position read.
         length: How many positions, a stride apart, are read.
+        taps: Which.
         offsets: Of each tap, counted in strides from `start`.
     """
 
     start: int
     length: int
+    taps: tuple[int, ...]
     offsets: tuple[int, ...]
 
 
@@ -43,18 +47,15 @@ def _phases(geometry: ConvolutionGeometry, kernel: tuple[int, ...], out_size: tu
     for stride, dilation, taps, out in zip(geometry.stride, geometry.dilation, kernel, out_size, strict=True):
         by_phase: dict[int, list[int]] = {}
         for tap in range(taps):
-            by_phase.setdefault(tap * dilation % stride, []).append(tap * dilation // stride)
-        axes.append(
-            [
-                _Phase(
-                    start=phase + stride * offsets[0],
-                    length=offsets[-1] - offsets[0] + out,
-                    offsets=tuple(offset - offsets[0] for offset in offsets),
-                )
-                for phase, offsets in by_phase.items()
-            ]
-        )
+            by_phase.setdefault(tap * dilation % stride, []).append(tap)
+        axes.append([_phase_of(phase, tuple(found), stride, dilation, out) for phase, found in by_phase.items()])
     return axes
+
+
+def _phase_of(phase: int, taps: tuple[int, ...], stride: int, dilation: int, out: int) -> _Phase:
+    first, *_, last = (tap * dilation // stride for tap in (*taps, taps[-1]))
+    offsets = tuple(tap * dilation // stride - first for tap in taps)
+    return _Phase(phase + stride * first, last - first + out, taps, offsets)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class GramShift:
     """
 
     name: str = "gram_shift"
+
+    weighs_taps: ClassVar = True
 
     def refuses(self, signature: Signature) -> str | None:
         """All but convolutions of one image per example."""
@@ -121,7 +124,8 @@ class GramShift:
         assert isinstance(factors, Convolution)
         geometry = factors.geometry
         if _fits_kernel(geometry, factors.shape[2:], tuple(factors.grad_output.shape[3:])):
-            squared = kernels.shifted_squares(factors.layer_input, factors.grad_output, factors.shape, geometry)
+            images = factors.layer_input, factors.grad_output
+            squared = kernels.shifted_squares(*images, factors.shape, geometry, factors.weight_of_each_tap)
             if squared is not None:
                 dtype = torch.promote_types(factors.layer_input.dtype, torch.float32)
                 return squared.clamp_(min=0).to(dtype), factors
@@ -138,7 +142,7 @@ class GramShift:
         step = max(1, CHUNK_ELEMENTS // max(1, largest))
         sums = [
             sum_of_products(
-                _unfolded_gram(x, phases, geometry.stride, out_size),
+                _unfolded_gram(x, phases, geometry.stride, out_size, factors.tap_weights),
                 products(g, g).reshape(-1, *out_size, *out_size),
             )
             for x, g in zip(pixels.split(step), right.split(step), strict=True)
@@ -157,7 +161,11 @@ def _fits_kernel(geometry: ConvolutionGeometry, kernel: tuple[int, ...], out_siz
 
 
 def _unfolded_gram(
-    pixels: Tensor, phases: list[list[_Phase]], stride: tuple[int, ...], out_size: tuple[int, ...]
+    pixels: Tensor,
+    phases: list[list[_Phase]],
+    stride: tuple[int, ...],
+    out_size: tuple[int, ...],
+    tap_weights: tuple[Tensor | None, ...] | None,
 ) -> Tensor:
     """The Gram of the unfolded input. Shape `[m, *out size, *out size]`; `pixels` has shape `[m, C, *size]`."""
     total: Tensor | None = None
@@ -170,15 +178,21 @@ def _unfolded_gram(
         flat = part.flatten(2).transpose(1, 2)
         gram = products(flat, flat).reshape(-1, *lengths, *lengths)
         for axis, phase in enumerate(choice):
-            gram = _sum_of_shifts(gram, axis, len(lengths), phase.offsets, out_size[axis])
+            weights = None if tap_weights is None else tap_weights[axis]
+            own = None if weights is None else [weights[tap].to(gram.dtype) for tap in phase.taps]
+            gram = _sum_of_shifts(gram, axis, len(lengths), phase.offsets, out_size[axis], own)
         total = gram if total is None else total.add_(gram)
     assert total is not None
     return total
 
 
-def _sum_of_shifts(gram: Tensor, axis: int, rank: int, offsets: tuple[int, ...], length: int) -> Tensor:
+def _sum_of_shifts(
+    gram: Tensor, axis: int, rank: int, offsets: tuple[int, ...], length: int, weights: Sequence[Tensor] | None
+) -> Tensor:
     """`sum_offset gram[.., offset : offset + length, .., offset : offset + length, ..]` along both axes of a pair."""
     shifted = [gram.narrow(1 + axis, at, length).narrow(1 + rank + axis, at, length) for at in offsets]
+    if weights is not None:
+        shifted = [part * weight for part, weight in zip(shifted, weights, strict=True)]
     total = shifted[0]
     if len(shifted) > 1:
         total = total + shifted[1]

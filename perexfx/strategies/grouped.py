@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class Grouped:
     """
 
     name: str = "grouped"
+
+    weighs_taps: ClassVar = True
 
     def refuses(self, signature: Signature) -> str | None:
         """All but convolutions."""
@@ -51,7 +54,7 @@ class Grouped:
         assert isinstance(factors, Convolution)
         step = examples_at_a_time(factors.signature, factors.layer_input.element_size())
         pieces = [part.gradients() for part in factors.split(step)]
-        norms = [squared_norms_of(piece) for piece in pieces]
+        norms = [squared_norms_of(factors.weighed(piece)) for piece in pieces]
         return (norms[0] if len(norms) == 1 else torch.cat(norms)), Kept(tuple(pieces), factors.shape)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class Loop:
     """
 
     keep: bool
+
+    weighs_taps: ClassVar = True
 
     @property
     def name(self) -> str:
@@ -62,7 +65,7 @@ class Loop:
             gradient = kernel_gradient(x, g, factors.shape, factors.geometry)
             memory_axes = axes_in_memory(gradient)
             as_it_lies = gradient.permute(memory_axes)[None]
-            norms.append(squared_norms_of(as_it_lies))
+            norms.append(squared_norms_of(factors.weighed(gradient).permute(memory_axes)[None]))
             if self.keep:
                 pieces.append(as_it_lies)
         if not norms:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ class Materialize:
     """
 
     keep: bool
+
+    weighs_taps: ClassVar = True
 
     @property
     def name(self) -> str:
@@ -97,10 +100,16 @@ class Materialize:
         if not isinstance(factors, Product):
             gradients = factors.gradients()
             return squared_norms_of(gradients), Gradient(gradients)
+        return self._of_product(factors, None)
+
+    def _of_product(self, factors: Product, weights: Tensor | None) -> tuple[Tensor, Factors]:
+        """With what the squares of each input feature count, `[i]`."""
         turned = factors.left.shape[3] < factors.right.shape[3]  # the narrower factor is cheaper to transpose
+        roots = None if weights is None else weights.sqrt().to(factors.left.dtype)
         norms, pieces = [], []
         for piece in _pieces(factors, turned):
-            norms.append(block_norms(piece))
+            seen = piece if roots is None else piece * (roots[:, None] if turned else roots)
+            norms.append(block_norms(seen))
             if self.keep:
                 pieces.append(piece)
         squared = torch.cat(norms).square_().sum(1)
@@ -110,8 +119,10 @@ class Materialize:
         """A few examples at a time, so that what is unfolded stays in the cache."""
         step = examples_at_a_time(factors.signature, factors.layer_input.element_size())
         norms, kept = [], []
+        taps = factors.weight_of_each_tap
+        weights = None if taps is None else taps.flatten().repeat_interleave(factors.shape[1])
         for part in factors.split(step):
-            squared, held = self.squared_norms(part.unfolded())
+            squared, held = self._of_product(part.unfolded(), weights)
             norms.append(squared)
             if isinstance(held, Kept):
                 kept.append(held)

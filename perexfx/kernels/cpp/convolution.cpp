@@ -141,8 +141,8 @@ inline int64_t channels_side_by_side(const Slide& s) { return is_depthwise(s) ? 
 
 // One example, group, block of output channels, and some taps of the kernel; frames count by their weights, if any.
 template <typename T>
-double gradients_of(const Slide& s, const T* x, Strides of_x, const T* g, const Strides& of_g, const T* weights, T* out,
-                    int64_t group, int64_t first_out, int64_t first_tap, int64_t last_tap, bool is_past_caches,
+double gradients_of(const Slide& s, const T* x, Strides of_x, const T* g, const Strides& of_g, const T* weights,
+                    const double* tap_weights, T* out, int64_t group, int64_t first_out, int64_t first_tap, int64_t last_tap, bool is_past_caches,
                     std::vector<T>& memory) {
   constexpr int64_t LANES = Lanes<T>::COUNT;
   const bool has_own = is_depthwise(s);
@@ -199,7 +199,7 @@ double gradients_of(const Slide& s, const T* x, Strides of_x, const T* g, const 
                                  is_last ? squares : nullptr};
           add_tap<T, VECTORS>(seen, target, channels, vectors, has_own);
           if (is_last)
-            for (int64_t v = 0; v < vectors; ++v) squared += total<T>(squares[v]);
+            for (int64_t v = 0; v < vectors; ++v) squared += (tap_weights ? tap_weights[tap] : 1) * total<T>(squares[v]);
         }
       }
   }
@@ -220,8 +220,8 @@ struct Pieces {
 };
 
 template <typename T>
-void kernel_gradients(const T* x, const Strides& of_x, const T* g, const Strides& of_g, const T* weights, T* out,
-                      double* squares, const Slide& s, int threads) {
+void kernel_gradients(const T* x, const Strides& of_x, const T* g, const Strides& of_g, const T* weights,
+                      const double* tap_weights, T* out, double* squares, const Slide& s, int threads) {
   const int64_t lanes = Lanes<T>::COUNT, taps = s.kernel_height * s.kernel_width;
   const int64_t size = taps * s.in_channels * s.groups * s.out_channels;
   const Pieces pieces(s, lanes, threads);
@@ -237,7 +237,7 @@ void kernel_gradients(const T* x, const Strides& of_x, const T* g, const Strides
       const int64_t group = item % pieces.all / pieces.ranges / pieces.blocks;
       const int64_t first = range * taps / pieces.ranges, last = (range + 1) * taps / pieces.ranges;
       squares[item] = gradients_of(s, x + example * of_x.by_example, of_x, g + example * of_g.by_example, of_g, weights,
-                                   out + example * size, group, block * VECTORS * lanes, first, last, is_past_caches,
+                                   tap_weights, out + example * size, group, block * VECTORS * lanes, first, last, is_past_caches,
                                    memory);
     }
     _mm_sfence();
@@ -277,11 +277,12 @@ extern "C" int64_t kernel_gradient_pieces(const Slide* slide, int64_t itemsize, 
 }
 
 // out[n, kernel height, kernel width, in channels, groups * out channels] from images x and gradients g of the output,
-// whose frames count by weights[frames], or all alike; squares[n, pieces] add up to the square of each gradient.
+// whose frames count by weights[frames], or all alike; squares[n, pieces] add up to the square of each gradient, where
+// the squares of each tap count by tap_weights[kernel height, kernel width], or all alike.
 #define DEFINE(T, NAME, AS_KERNEL)                                                                                    \
   extern "C" void NAME(const T* x, const Strides* of_x, const T* g, const Strides* of_g, const T* weights,       \
-                       T* out, double* squares, const Slide* slide, int threads) {                               \
-    kernel_gradients<T>(x, *of_x, g, *of_g, weights, out, squares, *slide, threads);                             \
+                       const double* tap_weights, T* out, double* squares, const Slide* slide, int threads) {    \
+    kernel_gradients<T>(x, *of_x, g, *of_g, weights, tap_weights, out, squares, *slide, threads);                \
   }                                                                                                              \
   extern "C" void AS_KERNEL(const T* sums, T* kernel, int64_t taps, int64_t channels, int64_t outs, int threads) { \
     as_kernel<T>(sums, kernel, taps, channels, outs, threads);                                                   \

@@ -13,6 +13,7 @@ namespace {
 struct Phase {
   int64_t start, size;         // the first pixel, and how many, a stride apart
   int64_t first, span;         // the least position that a tap reads, counted in strides; how many they read together
+  std::vector<int64_t> taps;    // which
   std::vector<int64_t> shifts;  // of each tap, from the first
 };
 
@@ -20,11 +21,12 @@ std::vector<Phase> phases_of(int64_t size, int64_t out_size, int64_t taps, int64
                              int64_t dilation) {
   std::vector<Phase> found;
   for (int64_t start = 0; start < std::min(stride, size); ++start) {
-    Phase phase{start, (size - start + stride - 1) / stride, 0, 0, {}};
+    Phase phase{start, (size - start + stride - 1) / stride, 0, 0, {}, {}};
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int64_t offset = tap * dilation - padding - start;
       if (offset % stride != 0) continue;
       if (phase.shifts.empty()) phase.first = offset / stride;
+      phase.taps.push_back(tap);
       phase.shifts.push_back(offset / stride - phase.first);
     }
     if (phase.shifts.empty()) continue;
@@ -77,9 +79,15 @@ void fill(Grid<T>& grid, const T* image, const Strides& of, int64_t rows, int64_
   }
 }
 
+// What a tap reads: how far from a position, and what its squares count.
+struct Tap {
+  int64_t shift;
+  double weight;
+};
+
 // sum over pairs of output positions and taps: grads[t, s] times pixels[t + tap, s + tap]; both grids are equally wide.
 template <typename T>
-double shifted_product(const Grid<T>& grads, const Grid<T>& pixels, int64_t out_width, const std::vector<int64_t>& shifts) {
+double shifted_product(const Grid<T>& grads, const Grid<T>& pixels, int64_t out_width, const std::vector<Tap>& taps) {
   constexpr int64_t LANES = Lanes<T>::COUNT;
   double found = 0;
   for (int64_t h = 0; h < grads.height; ++h)
@@ -88,10 +96,13 @@ double shifted_product(const Grid<T>& grads, const Grid<T>& pixels, int64_t out_
       const T* row = grads.values.data() + t * grads.stride;
       Vector<T> sums{};
       double diagonal = 0;
-      for (int64_t shift : shifts) {
-        const T* other = pixels.values.data() + (t + shift) * pixels.stride + shift;
-        for (int64_t s = 0; s <= t; s += LANES) sums += load(row + s) * load(other + s);
-        diagonal += double(row[t]) * other[t];
+      for (const Tap& tap : taps) {
+        const T* other = pixels.values.data() + (t + tap.shift) * pixels.stride + tap.shift;
+        Vector<T> own{};
+        Vector<T>& into = tap.weight == 1 ? sums : own;
+        for (int64_t s = 0; s <= t; s += LANES) into += load(row + s) * load(other + s);
+        if (tap.weight != 1) sums += T(tap.weight) * own;
+        diagonal += tap.weight * double(row[t]) * other[t];
       }
       found += 2 * total<T>(sums) - diagonal;
     }
@@ -99,8 +110,8 @@ double shifted_product(const Grid<T>& grads, const Grid<T>& pixels, int64_t out_
 }
 
 template <typename T>
-void squared_norms(const T* x, const Strides& of_x, const T* g, const Strides& of_g, double* squares, const Slide& s,
-                   int threads) {
+void squared_norms(const T* x, const Strides& of_x, const T* g, const Strides& of_g, const double* weights, double* squares,
+                   const Slide& s, int threads) {
   const auto vertical = phases_of(s.height, s.out_height, s.kernel_height, s.stride_height, s.padding_height,
                                   s.dilation_height);
   const auto horizontal = phases_of(s.width, s.out_width, s.kernel_width, s.stride_width, s.padding_width,
@@ -128,10 +139,12 @@ void squared_norms(const T* x, const Strides& of_x, const T* g, const Strides& o
           const T* first = image + v.start * of_x.by_row + h.start * of_x.by_column;
           Grid<T>& grid = pixels[at++];
           fill(grid, first, of, v.size, h.size, s.in_channels, v.first, h.first, memory);
-          std::vector<int64_t> shifts;
-          for (int64_t down : v.shifts)
-            for (int64_t right : h.shifts) shifts.push_back(down * width + right);
-          found += shifted_product(grads, grid, s.out_width, shifts);
+          std::vector<Tap> taps;
+          for (size_t i = 0; i < v.taps.size(); ++i)
+            for (size_t j = 0; j < h.taps.size(); ++j)
+              taps.push_back({v.shifts[i] * width + h.shifts[j],
+                              weights ? weights[v.taps[i] * s.kernel_width + h.taps[j]] : 1});
+          found += shifted_product(grads, grid, s.out_width, taps);
         }
       squares[item] = found;
     }
@@ -140,11 +153,12 @@ void squared_norms(const T* x, const Strides& of_x, const T* g, const Strides& o
 
 }  // namespace
 
-// squares[n * groups]: those of an example's groups add up to its gradient's.
+// squares[n * groups]: those of an example's groups add up to its gradient's, where the squares of each tap's part count
+// by weights[kernel height, kernel width], or all alike.
 #define DEFINE(T, NAME)                                                                                     \
-  extern "C" void NAME(const T* x, const Strides* of_x, const T* g, const Strides* of_g, double* squares,   \
-                       const Slide* slide, int threads) {                                                   \
-    squared_norms<T>(x, *of_x, g, *of_g, squares, *slide, threads);                                         \
+  extern "C" void NAME(const T* x, const Strides* of_x, const T* g, const Strides* of_g,                    \
+                       const double* weights, double* squares, const Slide* slide, int threads) {           \
+    squared_norms<T>(x, *of_x, g, *of_g, weights, squares, *slide, threads);                                \
   }
 DEFINE(float, shifted_squares_float32)
 DEFINE(double, shifted_squares_float64)

@@ -1,0 +1,127 @@
+"""Kernels of convolutions at half the resolution: the taps that fall on one coarse pixel are added up.
+
+For the output at fine position `2 O + b` (side b, 0 or 1), tap t of a kernel with stride s, dilation d and padding p
+reads coarse pixel `s O + floor((s b + d t - p) / 2)`: the coarse kernel is, pixel by pixel, the sum of such taps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from perexfx.kernels.watched import is_watched
+
+SIDES = (0, 1)
+
+
+@dataclass(frozen=True)
+class CoarseAxis:
+    """How a kernel slides over one axis of the coarse image.
+
+    Attributes:
+        taps: Of the fine kernel.
+        places: Side -> the place of each tap in the coarse kernel.
+        size: Of the coarse kernel, for either side.
+        lows: Side -> the first coarse pixel that the output at 0 reads.
+        dilation: Of the coarse kernel.
+    """
+
+    taps: int
+    places: tuple[tuple[int, ...], tuple[int, ...]]
+    size: int
+    lows: tuple[int, int]
+    dilation: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the coarse kernel is the fine one, whatever the side."""
+        return self.size == self.taps and self.places == (tuple(range(self.taps)),) * 2
+
+
+@lru_cache(maxsize=1024)
+def coarse_axis(taps: int, stride: int, padding: int, dilation: int) -> CoarseAxis:
+    """How a kernel slides over one axis at half the resolution.
+
+    Args:
+        taps: Of the kernel along that axis.
+        stride: Of the fine layer; the coarse one has it too.
+        padding: In front of the fine image.
+        dilation: Of the fine kernel. Even ones are halved, and no taps meet.
+    """
+    pixels = [[(stride * b + dilation * t - padding) // 2 for t in range(taps)] for b in SIDES]
+    step = dilation // 2 if dilation % 2 == 0 else 1
+    lows = pixels[0][0], pixels[1][0]
+    first, second = (tuple((p - low) // step for p in row) for row, low in zip(pixels, lows, strict=True))
+    return CoarseAxis(taps, (first, second), max(*first, *second) + 1, lows, step)
+
+
+Slides = tuple[tuple[int, int, int, int], ...]
+"""Taps, stride, padding and dilation of the fine kernel, by axis."""
+
+
+def coarse_axes(slides: Slides) -> tuple[CoarseAxis, ...]:
+    """How a kernel slides over the coarse image."""
+    return tuple(coarse_axis(*slide) for slide in slides)
+
+
+def pooled_kernel(weight: Tensor, side: Tensor, slides: Slides) -> Tensor:
+    """A kernel for the coarse image: the taps of each coarse pixel added up. Shape `[O, C, *coarse kernel]`.
+
+    Each tap goes to one place, so that the map has orthogonal rows, whose squared lengths are numbers of taps.
+
+    Args:
+        weight: Shape `[O, C, *kernel]`.
+        side: The side by axis, `[axes]`, integers 0 or 1.
+        slides: How the fine kernel slides.
+    """
+    if has_torch_function((weight, side)):
+        return handle_torch_function(pooled_kernel, (weight, side), weight, side, slides)
+    if is_watched():
+        places = _places_of(side, slides).to(weight)
+    else:
+        places = _known_places(tuple(side.tolist()), slides, weight.dtype, weight.device)
+    return (weight.flatten(2) @ places).reshape(*weight.shape[:2], *(axis.size for axis in coarse_axes(slides)))
+
+
+def taps_of_each(side: Tensor, slides: Slides, at: int) -> Tensor:
+    """How many taps go to each place of the coarse kernel along one axis, `[coarse size]`.
+
+    Args:
+        side: As for `pooled_kernel`.
+        slides: As for `pooled_kernel`.
+        at: Which of them.
+    """
+    if is_watched():
+        return _one_axis(side, slides, at).sum(0)
+    return _known_counts(int(side[at]), slides[at], side.device)
+
+
+@lru_cache(maxsize=1024)
+def _known_counts(side: int, slide: tuple[int, int, int, int], device: torch.device) -> Tensor:
+    return _one_axis(torch.tensor([side]), (slide,), 0).sum(0).to(device)
+
+
+@lru_cache(maxsize=1024)
+def _known_places(side: tuple[int, ...], slides: Slides, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _places_of(torch.tensor(side), slides).to(device=device, dtype=dtype)
+
+
+def _places_of(side: Tensor, slides: Slides) -> Tensor:
+    """Tap -> place as a matrix of ones and zeros, `[taps, places]`, both row by row."""
+    found = _one_axis(side, slides, 0)
+    for at in range(1, len(slides)):
+        found = torch.kron(found, _one_axis(side, slides, at))
+    return found
+
+
+def _one_axis(side: Tensor, slides: Slides, at: int) -> Tensor:
+    axis = coarse_axis(*slides[at])
+    rows = [[[float(place == to) for to in range(axis.size)] for place in axis.places[b]] for b in SIDES]
+    return torch.tensor(rows, device=side.device).index_select(0, side[at : at + 1])[0]
+
+
+__all__ = ["SIDES", "CoarseAxis", "Slides", "coarse_axes", "coarse_axis", "pooled_kernel", "taps_of_each"]

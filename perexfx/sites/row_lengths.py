@@ -1,0 +1,245 @@
+"""Row lengths: what squares of a gradient count, where a parameter expression is a linear map with orthogonal rows.
+
+Promises: for an expression `v = L w + c` that is understood here, no element of a parameter reaches two elements of
+`v`, so that `L L^T` is diagonal; its diagonal is a product of one vector for each axis. Selections, moves, scalings by
+constants, concatenations and sums of disjoint parts are; all else is left to be pulled back example by example.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, fx
+
+from perexfx.ir.site import RowLengths
+from perexfx.kernels.pooled import pooled_kernel, taps_of_each
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Squared lengths of the rows of a map: a product of numbers, constants, and a vector for some axes.
+
+    Attributes:
+        number: Of all rows.
+        constants: Nodes (of the graph that is being written) of scalars.
+        vectors: Axis -> node of a vector.
+    """
+
+    number: float = 1.0
+    constants: tuple[fx.Node, ...] = ()
+    vectors: Mapping[int, fx.Node] = field(default_factory=dict)
+
+    @property
+    def is_unit(self) -> bool:
+        """Whether all rows have length one."""
+        return self.number == 1 and self.is_plain
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a number says it all."""
+        return not self.constants and not self.vectors
+
+
+def row_lengths(
+    value: fx.Node,
+    inside: Sequence[fx.Node],
+    parameters: Sequence[fx.Node],
+    constants: Sequence[fx.Node],
+    shape_of: Callable[[fx.Node], Shape | None],
+) -> RowLengths | None:
+    """The squared lengths of an expression's rows; None where they are not known to be orthogonal.
+
+    Args:
+        value: The node of the expression's value.
+        inside: The nodes between its parameters and it, itself included, in graph order.
+        parameters: What it is made of.
+        constants: What it reads besides.
+        shape_of: Shape of a node's value, where that is known.
+    """
+    if not _is_read_once(inside, parameters):
+        return None
+    reader = _Reader(parameters, constants, shape_of)
+    for node in inside:
+        found = reader.rows_of(node)
+        if found is None:
+            return None
+        reader.rows[node] = found
+    return reader.written(reader.rows[value])
+
+
+def _is_read_once(inside: Sequence[fx.Node], parameters: Sequence[fx.Node]) -> bool:
+    """Whether every value on the way goes into one other, or several places of one are taken, each once."""
+    for node in (*parameters, *inside[:-1]):
+        users = [user for user in node.users if user in inside]
+        taken = [user.args[1] for user in users if user.target is operator.getitem and user.args[0] is node]
+        reads = sum(_reads(user, node) for user in users)
+        are_different = len(taken) == reads and len(set(map(str, taken))) == reads
+        if reads != 1 and not (_makes_several(node) and are_different and all(isinstance(t, int) for t in taken)):
+            return False
+    return True
+
+
+def _reads(user: fx.Node, node: fx.Node) -> int:
+    """How many times a node reads another."""
+    found = 0
+
+    def count(read: fx.Node) -> fx.Node:
+        nonlocal found
+        found += read is node
+        return read
+
+    fx.map_arg((user.args, user.kwargs), count)
+    return found
+
+
+def _makes_several(node: fx.Node) -> bool:
+    return _name(node) in ("chunk", "split", "unbind", "tensor_split", "split_with_sizes")
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+_MOVES = frozenset(
+    "t transpose permute view reshape flatten unflatten unsqueeze squeeze contiguous clone movedim moveaxis swapaxes "
+    "swapdims narrow select chunk split unbind view_as reshape_as flip roll fliplr flipud tensor_split "
+    "split_with_sizes".split()
+)
+"""Move every element of their input to one place, or nowhere."""
+
+
+class _Reader:
+    """Goes through an expression, and writes the graph that computes the lengths."""
+
+    def __init__(
+        self, parameters: Sequence[fx.Node], constants: Sequence[fx.Node], shape_of: Callable[[fx.Node], Shape | None]
+    ) -> None:
+        self.graph = fx.Graph()
+        self.inputs = {node: self.graph.placeholder(node.name) for node in (*parameters, *constants)}
+        self.first, self.constants, self.shape_of = parameters[0], set(constants), shape_of
+        self.rows: dict[fx.Node, _Rows] = {node: _Rows() for node in parameters}
+
+    def written(self, rows: _Rows) -> RowLengths:
+        """The lengths as a function `(*parameters, *constants) -> (scale, *vectors)`."""
+        if rows.is_unit:
+            return RowLengths((), None)
+        scale = self.graph.call_function(_scalar, (self.inputs[self.first], rows.number))
+        for node in rows.constants:
+            scale = self.graph.call_function(operator.mul, (scale, node))
+        axes = tuple(sorted(rows.vectors))
+        self.graph.output((scale, *(rows.vectors[axis] for axis in axes)))
+        self.graph.eliminate_dead_code()
+        return RowLengths(axes, fx.GraphModule({}, self.graph, class_name="RowLengths"))
+
+    def rows_of(self, node: fx.Node) -> _Rows | None:
+        """What one operation makes of the lengths; None where it is not understood."""
+        if node.op not in ("call_function", "call_method"):
+            return None
+        name, read = _name(node), [n for n in node.all_input_nodes if n in self.rows]
+        if len(read) > 1:
+            return self._of_several(node, name, read)
+        (source,) = read
+        rows = self.rows[source]
+        if node.target is pooled_kernel:
+            return self._pooled(node, rows)
+        if self._moves(node, name):
+            return rows if not rows.vectors else None
+        if name in ("neg", "add", "sub", "iadd", "isub", "radd", "rsub"):
+            return rows if not node.kwargs and self._keeps_shape(node, source) else None
+        if name in ("mul", "imul", "truediv", "div", "itruediv"):
+            return self._scaled(node, source, rows, divides="div" in name)
+        if name in ("sum", "mean"):
+            return self._added_up(node, source, rows, name)
+        return None
+
+    def _moves(self, node: fx.Node, name: str) -> bool:
+        if node.target is operator.getitem:
+            index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+            return all(isinstance(part, int | slice | type(...) | None) for part in index)
+        if node.target is getattr:
+            return node.args[1] in ("T", "mT", "H", "mH")
+        return name in _MOVES
+
+    def _keeps_shape(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether nothing is repeated: a broadcast would be."""
+        if len(node.all_input_nodes) == 1 and all(isinstance(arg, int | float) or arg is source for arg in node.args):
+            return True
+        shape = self.shape_of(node)
+        return shape is not None and shape == self.shape_of(source)
+
+    def _of_several(self, node: fx.Node, name: str, read: Sequence[fx.Node]) -> _Rows | None:
+        """Concatenations, and sums of values of different parameters."""
+        found = [self.rows[source] for source in read]
+        if name in ("cat", "concat", "concatenate", "stack", "hstack", "vstack"):
+            every = node.args[0] if node.args else None
+            are_all = isinstance(every, tuple | list) and len(every) == len(read)
+            return _Rows() if are_all and all(rows.is_unit for rows in found) else None
+        if name in ("add", "sub", "iadd", "isub") and len(read) == 2 and not node.kwargs:
+            shapes = {self.shape_of(source) for source in read}
+            if len(shapes) == 1 and None not in shapes and all(rows.is_plain for rows in found):
+                return _Rows(found[0].number + found[1].number)
+        return None
+
+    def _scaled(self, node: fx.Node, source: fx.Node, rows: _Rows, *, divides: bool) -> _Rows | None:
+        """Multiplied with, or divided by, a number or a constant that differs along one axis at most."""
+        if len(node.args) != 2 or node.kwargs or (divides and node.args[0] is not source):
+            return None
+        by = node.args[1] if node.args[0] is source else node.args[0]
+        if isinstance(by, int | float):
+            factor = 1 / by if divides and by else by
+            return replace(rows, number=rows.number * factor * factor) if by or not divides else None
+        if not isinstance(by, fx.Node) or by not in self.constants or not self._keeps_shape(node, source):
+            return None
+        shape, whole = self.shape_of(by), self.shape_of(source)
+        if shape is None or whole is None:
+            return None
+        differs = [axis + len(whole) - len(shape) for axis, size in enumerate(shape) if size > 1]
+        if len(differs) > 1:
+            return None
+        square = self.graph.call_function(_squares, (self.inputs[by], divides))
+        if not differs:
+            return replace(rows, constants=(*rows.constants, square))
+        known = rows.vectors.get(differs[0])
+        vector = square if known is None else self.graph.call_function(operator.mul, (known, square))
+        return replace(rows, vectors={**rows.vectors, differs[0]: vector})
+
+    def _added_up(self, node: fx.Node, source: fx.Node, rows: _Rows, name: str) -> _Rows | None:
+        before, after = self.shape_of(source), self.shape_of(node)
+        if rows.vectors or before is None or after is None or "dtype" in node.kwargs:
+            return None
+        count = math.prod(before) // max(1, math.prod(after))
+        return replace(rows, number=rows.number * (count if name == "sum" else 1 / max(1, count)))
+
+    def _pooled(self, node: fx.Node, rows: _Rows) -> _Rows | None:
+        """Taps added up: as many as go to each place."""
+        _, side, slides = node.args
+        assert isinstance(slides, tuple)
+        assert isinstance(side, fx.Node)
+        axes = range(2, 2 + len(slides))
+        if rows.vectors.keys() & set(axes):
+            return None
+        counts = {
+            axis: self.graph.call_function(taps_of_each, (self.inputs[side], slides, at))
+            for at, axis in enumerate(axes)
+        }
+        return replace(rows, vectors={**rows.vectors, **counts})
+
+
+def _scalar(like: Tensor, number: float) -> Tensor:
+    return torch.full((), number, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
+def _squares(value: Tensor, divides: bool) -> Tensor:
+    """Of a constant that differs along one axis at most: a vector, or a scalar."""
+    found = value.detach().to(torch.promote_types(value.dtype, torch.float32)).square()
+    found = 1 / found if divides else found
+    return found.reshape(-1) if found.numel() > 1 else found.reshape(())
+
+
+__all__ = ["row_lengths"]
