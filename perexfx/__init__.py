@@ -22,6 +22,7 @@ from perexfx.ir.errors import (
 from perexfx.ir.rule import Rule
 from perexfx.ir.strategy import Strategy
 from perexfx.passes.replace_batchnorm import replace_batchnorm
+from perexfx.rewrites import downsample
 from perexfx.steps import compile_step, gradient_gram, per_example_grads, per_example_norms, step_graph
 from perexfx.views.onnx import export_onnx
 from perexfx.views.report import report
@@ -44,6 +45,7 @@ __all__ = [
     "StrategyError",
     "check",
     "compile_step",
+    "downsample",
     "engines",
     "export_onnx",
     "gradient_gram",

@@ -12,6 +12,7 @@ from perexfx.capture.custom_functions import CustomFunction, gradients_of, nonli
 from perexfx.capture.forward import capture, stop_gradient
 from perexfx.capture.functional import IN_PLACE_FUNCTIONS
 from perexfx.capture.graph_module import OF_GRAPH_MODULES, CapturedModule, WholeGraphModule, twin_of
+from perexfx.capture.leaf import LeafModule
 from perexfx.capture.modes import modes_kept
 from perexfx.capture.places import line_of, reason_of
 from perexfx.capture.quiet import quiet
@@ -24,6 +25,7 @@ __all__ = [
     "Captured",
     "CapturedModule",
     "CustomFunction",
+    "LeafModule",
     "WholeGraphModule",
     "capture",
     "check_call",

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import fx, nn
@@ -61,6 +61,9 @@ class WholeGraphModule(fx.GraphModule):
 
     fx itself keeps only what the graph names, and loses the rest when it copies or saves.
     """
+
+    is_transformed: ClassVar[bool] = False
+    """Whether it has a clip node."""
 
     def __init__(self, body: Mapping[str, Any], graph: fx.Graph, class_name: str) -> None:
         super().__init__({}, fx.Graph(), class_name)

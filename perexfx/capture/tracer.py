@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from perexfx.capture.custom_functions import CustomFunction
+from perexfx.capture.leaf import LeafModule
 from perexfx.capture.places import user_line
 from perexfx.capture.traceable import forward_of, traceable
 from perexfx.ir.errors import CaptureError
@@ -97,7 +98,9 @@ class Tracer(fx.Tracer):
         self.autocast_outside = torch.is_autocast_enabled("cpu")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Parameter-free torch modules of one input stay modules."""
+        """Parameter-free torch modules of one input stay modules, and our own that are made to."""
+        if isinstance(m, LeafModule):
+            return True
         if not super().is_leaf_module(m, module_qualified_name) or type(m).__module__ in _OF_SEVERAL_INPUTS:
             return False
         return next(m.parameters(), None) is None and next(m.buffers(), None) is None

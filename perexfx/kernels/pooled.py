@@ -87,6 +87,59 @@ def pooled_kernel(weight: Tensor, side: Tensor, slides: Slides) -> Tensor:
     return (weight.flatten(2) @ places).reshape(*weight.shape[:2], *(axis.size for axis in coarse_axes(slides)))
 
 
+def averaged_kernel(weight: Tensor, side: Tensor, slides: Slides) -> Tensor:
+    """As `pooled_kernel`, with the mean of the taps of each coarse pixel in the place of their sum.
+
+    This is another function than the layer's, off by six tenths of its values; for comparison.
+    """
+    if has_torch_function((weight, side)):
+        return handle_torch_function(averaged_kernel, (weight, side), weight, side, slides)
+    pooled = pooled_kernel(weight, side, slides)
+    for at in range(len(slides)):
+        counts = taps_of_each(side, slides, at).clamp(min=1).to(pooled)
+        pooled = pooled / counts.reshape(-1, *[1] * (len(slides) - 1 - at))
+    return pooled
+
+
+def mean_of_sides(weight: Tensor, slides: Slides) -> Tensor:
+    """The mean over all sides of pooled kernels, laid over each other. Shape `[O, C, *size]`, as `mean_axis` has it.
+
+    On images that are constant on blocks of two by two this is the mean of the layer's output over such blocks.
+    """
+    if has_torch_function((weight,)):
+        return handle_torch_function(mean_of_sides, (weight,), weight, slides)
+    sizes = [mean_axis(slide)[1] for slide in slides]
+    places = _places_of_mean(slides).to(weight) if is_watched() else _known_mean(slides, weight.dtype, weight.device)
+    return (weight.flatten(2) @ places).reshape(*weight.shape[:2], *sizes)
+
+
+def mean_axis(slide: tuple[int, int, int, int]) -> tuple[int, int, int]:
+    """Of the mean over both sides: the first coarse pixel that it reads, its taps, and its dilation."""
+    axis = coarse_axis(*slide)
+    spread = (max(axis.lows) - min(axis.lows)) % axis.dilation
+    dilation = axis.dilation if spread == 0 else 1
+    first, last = min(axis.lows), max(axis.lows) + (axis.size - 1) * axis.dilation
+    return first, (last - first) // dilation + 1, dilation
+
+
+@lru_cache(maxsize=1024)
+def _known_mean(slides: Slides, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _places_of_mean(slides).to(device=device, dtype=dtype)
+
+
+def _places_of_mean(slides: Slides) -> Tensor:
+    found = torch.ones(1, 1, dtype=torch.float64)
+    for slide in slides:
+        axis, (first, size, dilation) = coarse_axis(*slide), mean_axis(slide)
+        each = torch.zeros(axis.taps, size, dtype=torch.float64)
+        for b in SIDES:
+            for tap, place in enumerate(axis.places[b]):
+                each[tap, (axis.lows[b] + place * axis.dilation - first) // dilation] += 0.5
+        found = torch.kron(found, each)
+    return found
+
+
 def taps_of_each(side: Tensor, slides: Slides, at: int) -> Tensor:
     """How many taps go to each place of the coarse kernel along one axis, `[coarse size]`.
 
@@ -102,12 +155,14 @@ def taps_of_each(side: Tensor, slides: Slides, at: int) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _known_counts(side: int, slide: tuple[int, int, int, int], device: torch.device) -> Tensor:
-    return _one_axis(torch.tensor([side]), (slide,), 0).sum(0).to(device)
+    with torch.inference_mode(False):  # what is kept may be read in a backward
+        return _one_axis(torch.tensor([side]), (slide,), 0).sum(0).to(device)
 
 
 @lru_cache(maxsize=1024)
 def _known_places(side: tuple[int, ...], slides: Slides, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _places_of(torch.tensor(side), slides).to(device=device, dtype=dtype)
+    with torch.inference_mode(False):
+        return _places_of(torch.tensor(side), slides).to(device=device, dtype=dtype)
 
 
 def _places_of(side: Tensor, slides: Slides) -> Tensor:
@@ -124,4 +179,15 @@ def _one_axis(side: Tensor, slides: Slides, at: int) -> Tensor:
     return torch.tensor(rows, device=side.device).index_select(0, side[at : at + 1])[0]
 
 
-__all__ = ["SIDES", "CoarseAxis", "Slides", "coarse_axes", "coarse_axis", "pooled_kernel", "taps_of_each"]
+__all__ = [
+    "SIDES",
+    "CoarseAxis",
+    "Slides",
+    "averaged_kernel",
+    "coarse_axes",
+    "coarse_axis",
+    "mean_axis",
+    "mean_of_sides",
+    "pooled_kernel",
+    "taps_of_each",
+]

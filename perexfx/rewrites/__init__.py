@@ -4,7 +4,8 @@ In comes a model; out goes a `Rewritten` one, a GraphModule that computes someth
 and drawn as any other. Open `rewritten.py` first; then one file for each rewrite.
 """
 
+from perexfx.rewrites.downsample import downsample
 from perexfx.rewrites.rewritten import Change, Rewriting, Rewritten, rewritten
 from perexfx.rewrites.subject import Subject, subject_of
 
-__all__ = ["Change", "Rewriting", "Rewritten", "Subject", "rewritten", "subject_of"]
+__all__ = ["Change", "Rewriting", "Rewritten", "Subject", "downsample", "rewritten", "subject_of"]

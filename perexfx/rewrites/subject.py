@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from perexfx.analysis import record
+from perexfx.analysis import Call, record
 from perexfx.capture import OF_GRAPH_MODULES, Captured, capture, twin_of
 from perexfx.ir.errors import ArgumentError, RefusedError
 from perexfx.ir.inputs import GivenInputs, Inputs, arguments_of, batch_sizes, bind_inputs, by_name, named_leaves
@@ -28,11 +28,15 @@ class Subject:
         captured: Its graph, in functional form, and what that holds for.
         twin: A module tree of its own around the model's parameters and buffers.
         shapes: Of every node whose value is a tensor, for the batch of the example inputs; None without them.
+        pointwise: Names of the nodes that compute every entry from entries at its place.
+        floating: Names of the nodes whose value is a tensor of floating-point numbers.
     """
 
     captured: Captured
     twin: nn.Module
     shapes: Mapping[str, tuple[int, ...]] | None
+    pointwise: frozenset[str] = frozenset()
+    floating: frozenset[str] = frozenset()
 
     @property
     def graph(self) -> fx.Graph:
@@ -70,12 +74,26 @@ def subject_of(model: nn.Module, example_inputs: GivenInputs | None) -> Subject:
     kind, n = Inputs.of(leaves, 0, examples=next(iter(batch_sizes(leaves, 0)), None))
     try:
         with torch.no_grad():
-            values = record(captured.graph, twin, kind, 0, n).values
+            run = record(captured.graph, twin, kind, 0, n)
     except RefusedError as error:
         error.graph, error.module = captured.graph, twin
         raise
-    shapes = {name: tuple(value.shape) for name, value in values.items() if isinstance(value, Tensor)}
-    return Subject(captured, twin, shapes)
+    shapes = {name: tuple(value.shape) for name, value in run.values.items() if isinstance(value, Tensor)}
+    others = {call.node.name for call in run.calls if not _is_pointwise(call)}
+    called = {node.name for node in captured.graph.nodes if node.op.startswith("call")}
+    floating = {k for k, value in run.values.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    return Subject(captured, twin, shapes, frozenset(called - others), frozenset(floating))
+
+
+def _is_pointwise(call: Call) -> bool:
+    return torch.Tag.pointwise in call.func.tags or call.func._schema.name.split("::")[1] in _BY_ENTRY
+
+
+_BY_ENTRY = frozenset(
+    "device native_dropout bernoulli_ bernoulli clone detach alias _to_copy _prelu_kernel copy_ rrelu_with_noise "
+    "empty_like rand_like log_sigmoid_forward hardswish mish".split()
+)
+"""Further operations that compute every entry from entries at its place."""
 
 
 __all__ = ["Subject", "subject_of"]

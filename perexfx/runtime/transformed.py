@@ -19,6 +19,7 @@ FACE = "perexfx"
 class Transformed(WholeGraphModule):
     """What `perexfx.transform` returns."""
 
+    is_transformed = True
     perexfx: PerExample
 
     def __init__(self, body: Mapping[str, Any], graph: fx.Graph, class_name: str = "Transformed") -> None:

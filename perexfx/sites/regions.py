@@ -24,12 +24,14 @@ from perexfx.ir.cost_model import CostModel
 from perexfx.ir.factors import Signature
 from perexfx.ir.rule import Fitted
 from perexfx.ir.site import Site
+from perexfx.kernels.coarse import at_side, coarse_avg_pool, coarse_max_pool, cut, shrink
 
 _CONVOLUTIONS = (torch.conv2d, F.conv2d)
 _NORMS = (F.group_norm, torch.group_norm, F.batch_norm, torch.batch_norm)  # torch's own instance_norm_backward errs
 _POOLS = (F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d)
 _UNARY = (
     *(F.relu, torch.relu, F.relu6, F.gelu, F.silu, F.leaky_relu, F.elu, F.hardswish, F.hardsigmoid, F.hardtanh),
+    *(shrink, at_side, cut, coarse_max_pool, coarse_avg_pool),
     *(torch.sigmoid, F.sigmoid, torch.tanh, F.tanh, F.softplus, F.mish, operator.neg, F.relu_, torch.relu_),
 )
 _BINARY = (operator.add, operator.iadd, torch.add, operator.sub, torch.sub, operator.mul, operator.imul, torch.mul)
