@@ -33,7 +33,8 @@ from perexfx.planning import (
     with_shared_inputs,
 )
 from perexfx.rehearsal import Rehearsed
-from perexfx.runtime import PerExample, Runtime, Settings, Transformed, rewrite
+from perexfx.rewrites import Interleaved
+from perexfx.runtime import PerExample, Runtime, Settings, Transformed, check_settings, rewrite
 from perexfx.sites import (
     confirm,
     faster_with_channels_last,
@@ -242,8 +243,6 @@ def _plan_for(
 
 
 T = TypeVar("T")
-COST_MODELS = ("profile", "measured")
-
 _RESERVED = (set(dir(fx.GraphModule)) - set(dir(nn.Module))) | {"perexfx", "_graph", "_code", "meta"}
 
 
@@ -265,8 +264,7 @@ def _check_arguments(model: nn.Module, settings: Settings) -> None:
         raise ArgumentError(f"`model` should be a torch.nn.Module. Found {type(model).__name__}.")
     if isinstance(model, torch.jit.ScriptModule):
         raise ArgumentError("`model` is a scripted module, whose code cannot be traced. Transform the original model.")
-    if any(isinstance(module, PerExample) for module in model.modules()):
-        raise ArgumentError("`model` was transformed already. Transform the original model instead.")
+    _check_parts(model)
     if lazy := [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]:
         raise ArgumentError(
             f"Parameter `{lazy[0]}` has no shape yet. Call the model once, which gives lazy modules their shapes, "
@@ -285,23 +283,18 @@ def _check_arguments(model: nn.Module, settings: Settings) -> None:
             f"The name {unwritable[0]!r} cannot stand in the code of a graph: its last part is a keyword of Python, or "
             "has quotes, backslashes or line breaks. Rename it."
         )
-    C = settings.clip_norm
-    if C is not None and (isinstance(C, bool) or not isinstance(C, int | float) or not C > 0):
-        raise ArgumentError(f"`clip_norm` should be a positive number, or None to clip nothing. Found {C!r}.")
-    if not callable(settings.clipping) and settings.clipping not in ("flat", "automatic", "per_layer"):
+    check_settings(settings)
+
+
+def _check_parts(model: nn.Module) -> None:
+    """Raises: ArgumentError, where the model has a module that is to be transformed otherwise."""
+    if any(isinstance(module, Interleaved) for module in model.modules()):
         raise ArgumentError(
-            '`clipping` should be "flat", "automatic", "per_layer" or a function from norms to factors. '
-            f"Found {settings.clipping!r}."
+            "`model` takes full and reduced batches in turn. Transform both and interleave what comes out: "
+            "`perexfx.interleave(perexfx.transform(full, x), perexfx.transform(reduced, x), schedule)`."
         )
-    if settings.loss_reduction not in ("mean", "sum"):
-        raise ArgumentError(f'`loss_reduction` should be "mean" or "sum". Found {settings.loss_reduction!r}.')
-    budget = settings.memory_budget
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 0):
-        raise ArgumentError(f"`memory_budget` should be a number of bytes, or None. Found {budget!r}.")
-    if settings.cost_model not in COST_MODELS:
-        raise ArgumentError(f'`cost_model` should be "profile" or "measured". Found {settings.cost_model!r}.')
-    if isinstance(settings.batch_dim, bool) or not isinstance(settings.batch_dim, int) or settings.batch_dim < 0:
-        raise ArgumentError(f"`batch_dim` should be an axis counted from the front. Found {settings.batch_dim!r}.")
+    if any(isinstance(module, PerExample) for module in model.modules()):
+        raise ArgumentError("`model` was transformed already. Transform the original model instead.")
 
 
 def _several(name: str, given: Iterable[T]) -> tuple[T, ...]:

@@ -8,6 +8,7 @@ for the modes of that moment, is checked when it runs (`captured.py`).
 """
 
 from perexfx.capture.captured import Captured, check_call
+from perexfx.capture.conditions import Conditions
 from perexfx.capture.custom_functions import CustomFunction, gradients_of, nonlinear_in
 from perexfx.capture.forward import capture, stop_gradient
 from perexfx.capture.functional import IN_PLACE_FUNCTIONS
@@ -24,6 +25,7 @@ __all__ = [
     "TRACING",
     "Captured",
     "CapturedModule",
+    "Conditions",
     "CustomFunction",
     "LeafModule",
     "WholeGraphModule",

@@ -99,4 +99,4 @@ def _in_words(bounds: Bounds) -> str:
     return f"{low} or more" if math.isinf(high) else f"{low} to {high}"
 
 
-_AGAIN = "Transform the model again, with `example_inputs` like these."
+_AGAIN = "Transform, or rewrite, the model again, with `example_inputs` like these."

@@ -42,22 +42,13 @@ def _one_node(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @_one_node
-def shrink(image: Tensor, size: Size, pool: str) -> Tensor:
+def shrink(image: Tensor, pool: str) -> Tensor:
     """An image at half the resolution; pixels at the edge are made of what they hold.
 
     Args:
         image: Shape `[n, C, *size]`.
-        size: What its size must be.
         pool: "average" or "max".
-
-    Raises:
-        ValueError: It has another size.
     """
-    if tuple(image.shape[2:]) != size:
-        raise ValueError(
-            f"The reduced model was made for images of size {list(size)}, by its example inputs. Found "
-            f"{list(image.shape[2:])}. Call `perexfx.downsample` again with inputs of that size."
-        )
     if pool == "max":
         return F.max_pool2d(image, 2, ceil_mode=True)
     return F.avg_pool2d(image, 2, ceil_mode=True)

@@ -4,8 +4,21 @@ In comes a model; out goes a `Rewritten` one, a GraphModule that computes someth
 and drawn as any other. Open `rewritten.py` first; then one file for each rewrite.
 """
 
+from perexfx.rewrites import schedules
 from perexfx.rewrites.downsample import downsample
+from perexfx.rewrites.interleave import Interleaved, interleave
 from perexfx.rewrites.rewritten import Change, Rewriting, Rewritten, rewritten
 from perexfx.rewrites.subject import Subject, subject_of
 
-__all__ = ["Change", "Rewriting", "Rewritten", "Subject", "downsample", "rewritten", "subject_of"]
+__all__ = [
+    "Change",
+    "Interleaved",
+    "Rewriting",
+    "Rewritten",
+    "Subject",
+    "downsample",
+    "interleave",
+    "rewritten",
+    "schedules",
+    "subject_of",
+]

@@ -110,7 +110,7 @@ class Coarsening:
         if not self.is_image(node) or node.name not in self.subject.floating:
             return
         size = self.size(node)
-        self.new[node] = self.call(node, shrink, self.new[node], size, self.pool)
+        self.new[node] = self.call(node, shrink, self.new[node], self.pool)
         self.coarse.add(node)
         self.note(node, f"image of {by(size)}", f"{self.pool} of blocks of 2 x 2: {by(half(size))}")
 

@@ -37,8 +37,8 @@ def _window_of(c: Coarsening, node: fx.Node) -> tuple[Any, ...] | None:
     """Kernel, stride, padding, dilation, and whether the largest is taken; None where it does more than that."""
     if node.op == "call_module":
         owner: Any = c.subject.twin.get_submodule(str(node.target))
-        found = {name: getattr(owner, name, None) for name in ("kernel_size", "stride", "padding", "dilation")}
-        found |= {name: getattr(owner, name, None) for name in ("return_indices", "divisor_override")}
+        names = ("kernel_size", "stride", "padding", "dilation", "return_indices", "divisor_override")
+        found: dict[str, Any] = {name: getattr(owner, name, None) for name in names}
         is_max = isinstance(owner, nn.MaxPool2d)
         found["count_include_pad"] = getattr(owner, "count_include_pad", True)
     else:
@@ -71,9 +71,8 @@ def _over_space(c: Coarsening, node: fx.Node) -> bool:
     axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     if x not in c.coarse or axes is None or not are_numbers(axes):
         return False
-    given = axes if isinstance(axes, list | tuple) else (axes,)
-    assert isinstance(given, list | tuple)
-    over = {axis % IMAGE for axis in given}
+    given: Any = axes if isinstance(axes, list | tuple) else (axes,)
+    over = {axis % IMAGE for axis in given if isinstance(axis, int)}
     if over >= {2, 3}:
         c.new[node] = c.copied(node)
         return True

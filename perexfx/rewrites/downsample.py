@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from dataclasses import replace
 
 import torch.nn.functional as F
 from torch import fx, nn
 
-from perexfx.capture import WholeGraphModule
+from perexfx.capture import Conditions, WholeGraphModule
 from perexfx.ir.errors import ArgumentError
 from perexfx.ir.inputs import GivenInputs
 from perexfx.ir.node import annotate, info_of
@@ -88,7 +89,8 @@ def downsample(
     if coarsening.drawn:
         subject.twin.add_module(SIDES, Sides(coarsening.drawn, 2).train(model.training))
     modes = {path: mode for path, mode in subject.captured.fixed_modes.items() if path not in live}
-    captured = replace(subject.captured, graph=graph, fixed_modes=modes)
+    conditions = _for_these_sizes(subject, coarsening)
+    captured = replace(subject.captured, graph=graph, fixed_modes=modes, conditions=conditions)
     of = "" if until is None else f" until `{until}`"
     summary = f"Images at half the resolution{of}, kernels by {kernel!r}; {coarsening.drawn} sides are drawn."
     return rewritten(subject.twin, captured, "downsample", summary, coarsening.changes, before)
@@ -111,6 +113,18 @@ def _check(model: nn.Module, example_inputs: GivenInputs | None, factor: int, ke
         raise ArgumentError(f"`kernel` should be one of {', '.join(map(repr, KERNELS))}. Found {kernel!r}.")
     if pool not in POOLS:
         raise ArgumentError(f"`pool` should be one of {', '.join(map(repr, POOLS))}. Found {pool!r}.")
+
+
+def _for_these_sizes(subject: Subject, coarsening: Coarsening) -> Conditions:
+    """What the graph demands of its inputs, the sizes of its images among it."""
+    known = subject.captured.conditions
+    sizes = dict(known.sizes)
+    for node in coarsening.coarse:
+        if node.op == "placeholder":
+            *_, channels, height, width = coarsening.shapes[node.name]
+            fixed = ((channels, channels), (height, height), (width, width))
+            sizes[str(node.target)] = ((0, math.inf), *fixed)
+    return replace(known, sizes=sizes)
 
 
 def _last(subject: Subject, until: str | None) -> fx.Node | None:

@@ -15,7 +15,7 @@ from perexfx.runtime.nodes import clip
 from perexfx.runtime.pull_back import add_pulled, pull_back, pull_back_each, weighed
 from perexfx.runtime.random_state import random_state_kept
 from perexfx.runtime.rewrite import rewrite
-from perexfx.runtime.settings import Settings
+from perexfx.runtime.settings import Settings, check_settings
 from perexfx.runtime.state import Runtime
 from perexfx.runtime.step_options import StepOptions
 from perexfx.runtime.tape import ReceivingTape, Results
@@ -31,6 +31,7 @@ __all__ = [
     "StepOptions",
     "Transformed",
     "add_pulled",
+    "check_settings",
     "check_trains",
     "clip",
     "cut",
