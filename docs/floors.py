@@ -56,7 +56,7 @@ FLOORS: tuple[tuple[Room, ...], ...] = (
         Room("machine", "what work takes on this machine", ("calibrate",)),
     ),
     (Room("runtime", "the rewritten graph, and what its nodes do"),),
-    (Room("rewrites", "graphs into other graphs: guided merges, smaller images"),),
+    (Room("rewrites", "graphs into other graphs: guided merges, smaller images", ("schedules",)),),
     (Room("planning", "sites + strategies + machine + budget -> Plan"),),
     (Room("sites", "graph + layer rules -> sites; regions, segments"),),
     (Room("analysis", "which values carry examples, on which axis"),),

@@ -4,7 +4,6 @@ In comes a model; out goes a `Rewritten` one, a GraphModule that computes someth
 and drawn as any other. Open `rewritten.py` first; then one file for each rewrite.
 """
 
-from perexfx.rewrites import schedules
 from perexfx.rewrites.downsample import downsample
 from perexfx.rewrites.interleave import Interleaved, interleave
 from perexfx.rewrites.rewritten import Change, Rewriting, Rewritten, rewritten
@@ -19,6 +18,5 @@ __all__ = [
     "downsample",
     "interleave",
     "rewritten",
-    "schedules",
     "subject_of",
 ]
