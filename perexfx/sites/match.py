@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import networkx as nx
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from perexfx.analysis import Analysis
@@ -23,7 +23,7 @@ from perexfx.ir.refusal import Refusal
 from perexfx.ir.rule import Rule, Target
 from perexfx.ir.site import Expression, Operand, Site
 from perexfx.sites.classify import State, classify
-from perexfx.sites.row_lengths import row_lengths
+from perexfx.sites.row_lengths import row_lengths, shapes_without_inputs
 
 
 def match(
@@ -112,6 +112,7 @@ class _Matcher:
         self.refusals: list[Refusal] = []
         self.names: set[str] = set()
         self.expressions: set[fx.Node] = set()
+        self.shapes: Mapping[fx.Node, tuple[int, ...]] | None = None
 
     def visit(self, node: fx.Node) -> None:
         """Adds a site, or a refusal, where a node reads a parameter expression."""
@@ -283,8 +284,10 @@ class _Matcher:
         if self.analysis is not None:
             found = self.analysis.tensor(node)
             return None if found is None else found.shapes[0]
-        value = operator.attrgetter(str(node.target))(self.module) if node.op == "get_attr" else None
-        return tuple(value.shape) if isinstance(value, Tensor) else None
+        if self.shapes is None:
+            others = [node for node, state in self.states.items() if state is not State.EXAMPLE]
+            self.shapes = shapes_without_inputs(others, self.module)
+        return self.shapes.get(node)
 
 
 def _has_weight(layer: nn.Module) -> bool:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from perexfx.ir.site import RowLengths
 from perexfx.kernels.pooled import pooled_kernel, taps_of_each
@@ -231,6 +232,34 @@ class _Reader:
         return replace(rows, vectors={**rows.vectors, **counts})
 
 
+def shapes_without_inputs(nodes: Sequence[fx.Node], module: nn.Module) -> dict[fx.Node, Shape]:
+    """Shapes of values that are computed from a module's tensors and from numbers alone; nothing is computed.
+
+    Args:
+        nodes: That carry no examples, in graph order.
+        module: Holds what they name.
+    """
+    values: dict[fx.Node, Any] = {}
+    for node in nodes:
+        if node.op == "get_attr":
+            held = operator.attrgetter(str(node.target))(module)
+            values[node] = torch.empty_like(held, device="meta") if isinstance(held, Tensor) else held
+            continue
+        if (
+            not node.op.startswith("call_")
+            or node.op == "call_module"
+            or not values.keys() >= set(node.all_input_nodes)
+        ):
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)  # pyright: ignore[reportArgumentType]
+        target: Any = node.target
+        with suppress(Exception), torch.no_grad():  # what fails on shapes alone has none that are known
+            values[node] = (
+                getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
+            )
+    return {node: tuple(value.shape) for node, value in values.items() if isinstance(value, Tensor)}
+
+
 def _scalar(like: Tensor, number: float) -> Tensor:
     return torch.full((), number, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
@@ -242,4 +271,4 @@ def _squares(value: Tensor, divides: bool) -> Tensor:
     return found.reshape(-1) if found.numel() > 1 else found.reshape(())
 
 
-__all__ = ["row_lengths"]
+__all__ = ["row_lengths", "shapes_without_inputs"]

@@ -17,9 +17,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import perexfx
 from perexfx.capture.forward import capture
+from perexfx.capture.graph_module import twin_of
 from perexfx.capture.traceable import forward_of
 from perexfx.ir.recurrent import lstm_layer
-from perexfx.capture.graph_module import twin_of
 from tests.support.cases_attention import padding, randomized
 from tests.support.oracle import Batch, assert_close, norms_of, one_at_a_time, train_step
 

@@ -678,4 +678,4 @@ def dropout_and_pooling() -> nn.Module:
     )
 
 
-from tests.support import cases_attention, cases_recurrent, cases_uses  # noqa: E402, F401 (register their cases)
+from tests.support import cases_attention, cases_maps, cases_recurrent, cases_uses  # noqa: E402, F401 (register their cases)

@@ -1,0 +1,130 @@
+"""Maps of parameters: whose rows are orthogonal keep every strategy, and weigh norms; others are pulled back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import perexfx
+from perexfx.ir.cost import Cost, Work
+from perexfx.ir.factors import Factors, Signature
+from perexfx.ir.site import Site
+from perexfx.kernels.pooled import pooled_kernel
+from tests.support.cases import BY_NAME
+from tests.support.cases_maps import JOINED, MAPS, SLIDES
+from tests.support.oracle import assert_close, norms_of, one_at_a_time, train_step, weighted
+
+
+def site_of(name: str) -> Site:
+    case = BY_NAME[name]
+    return perexfx.transform(case.build(), case.batch().inputs).perexfx.sites[0]
+
+
+def reason_of(name: str) -> str:
+    case = BY_NAME[name]
+    plan = perexfx.transform(case.build(), case.batch().inputs).perexfx.plan
+    assert plan is not None
+    return plan.decisions[0].reason
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_orthogonal_rows_leave_the_choice(name: str) -> None:
+    assert reason_of(f"map_{name}") == ""
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_others_are_pulled_back(name: str) -> None:
+    assert reason_of(f"map_{name}") == "pulled back to its parameters"
+
+
+@pytest.mark.parametrize("name", [*MAPS, *(f"pooled {name}" for name in SLIDES)])
+def test_lengths_are_those_of_the_maps_jacobian(name: str) -> None:
+    """`d = diag(L L^T)`, and `L L^T` is diagonal: by autograd, row by row."""
+    case = BY_NAME[name.replace("pooled ", "pooled_") if name.startswith("pooled") else f"map_{name}"]
+    model = case.build()
+    (operand,) = perexfx.transform(model, case.batch().inputs).perexfx.sites[0].operands
+    expression = operand.expression
+    parameters = dict(model.named_parameters())
+    values = [parameters[name] for name in expression.parameters]
+    buffers = dict(model.named_buffers())
+    constants = [buffers[name] for name in expression.constants]
+    if expression.function is None:
+        return
+    rows = []
+    value = expression.function(*values, *constants)
+    for entry in value.flatten():
+        found = torch.autograd.grad(entry, values, retain_graph=True, allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([part.flatten() for part in found]))
+    L = torch.stack(rows)
+    found = torch.ones(value.shape, dtype=torch.float64)
+    assert expression.lengths is not None
+    if expression.lengths.function is not None:
+        scale, *vectors = expression.lengths.function(*values, *constants)
+        for axis, vector in zip(expression.lengths.axes, vectors, strict=True):
+            found = found * vector.reshape(-1, *[1] * (value.dim() - 1 - axis))
+        found = found * scale
+    torch.testing.assert_close(L @ L.T, torch.diag(found.flatten()), rtol=1e-12, atol=1e-12)
+
+
+class _Concatenated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(3, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(x), torch.cat([self.a, self.b]))
+
+
+def test_a_part_that_is_frozen_later_counts_no_more() -> None:
+    model, batch = _Concatenated().double(), BY_NAME["map_rows_scaled"].batch()
+    gm = perexfx.transform(model, batch.inputs, clip_norm=1e-3)
+    model.b.requires_grad_(False)
+    truth = one_at_a_time(model, batch, BY_NAME["map_rows_scaled"].loss)
+    found = train_step(gm, batch, BY_NAME["map_rows_scaled"].loss)
+    norms = norms_of(truth)
+    assert_close({"norms": gm.perexfx.norms}, {"norms": norms}, 1e-9, "norms")
+    assert_close(found, weighted(truth, (1e-3 / norms).clamp(max=1) / batch.size), 1e-9, "sums")
+
+
+class _OfAnother:
+    """A strategy that knows nothing of taps."""
+
+    name = "another"
+
+    def refuses(self, signature: Signature) -> str | None:
+        return None
+
+    def cost(self, signature: Signature, itemsize: int) -> Cost:
+        return Cost((Work("memory", bytes=1),), 0, holds_factors=True)
+
+    def squared_norms(self, factors: Factors) -> tuple[Tensor, Factors]:
+        return factors.gradients().flatten(1).square().sum(1), factors
+
+
+def test_a_strategy_that_does_not_say_so_is_not_asked_to_weigh_taps() -> None:
+    case = BY_NAME["pooled_3x3"]
+    batch = case.batch()
+    gm = perexfx.transform(case.build(), batch.inputs, strategies=[_OfAnother()])
+    assert gm.perexfx.plan is not None
+    (alternative,) = [a for a in gm.perexfx.plan.decisions[0].alternatives if a.strategy.name == "another"]
+    assert alternative.cost is None
+    assert alternative.refusal is not None
+    assert "does not say that it weighs the taps" in alternative.refusal
+
+
+def test_without_shapes_what_depends_on_them_is_pulled_back() -> None:
+    case = BY_NAME["map_rows_scaled"]
+    gm = perexfx.transform(case.build())
+    assert gm.perexfx.sites[0].operands[0].expression.lengths is None
+    assert site_of("map_rows_scaled").operands[0].expression.lengths is not None
+
+
+def test_pooled_kernels_are_sums_of_taps() -> None:
+    weight = torch.randn(2, 3, 3, 3, dtype=torch.float64)
+    slides = ((3, 1, 1, 1),) * 2
+    found = pooled_kernel(weight, torch.tensor([0, 1]), slides)
+    rows = torch.stack([weight[:, :, 0], weight[:, :, 1] + weight[:, :, 2]], 2)
+    expected = torch.stack([rows[..., 0] + rows[..., 1], rows[..., 2]], 3)
+    torch.testing.assert_close(found, expected)
