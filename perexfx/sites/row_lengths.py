@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -245,19 +246,19 @@ def shapes_without_inputs(nodes: Sequence[fx.Node], module: nn.Module) -> dict[f
             held = operator.attrgetter(str(node.target))(module)
             values[node] = torch.empty_like(held, device="meta") if isinstance(held, Tensor) else held
             continue
-        if (
-            not node.op.startswith("call_")
-            or node.op == "call_module"
-            or not values.keys() >= set(node.all_input_nodes)
-        ):
+        if not _is_torchs(node) or not values.keys() >= set(node.all_input_nodes):
             continue
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)  # pyright: ignore[reportArgumentType]
-        target: Any = node.target
+        target: Any = getattr(args[0], node.target, None) if isinstance(node.target, str) else node.target
         with suppress(Exception), torch.no_grad():  # what fails on shapes alone has none that are known
-            values[node] = (
-                getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
-            )
+            values[node] = target(*(args[1:] if node.op == "call_method" else args), **kwargs)
     return {node: tuple(value.shape) for node, value in values.items() if isinstance(value, Tensor)}
+
+
+def _is_torchs(node: fx.Node) -> bool:
+    """Whether a node calls a function of torch, or an operator, which do nothing but compute."""
+    module = getattr(node.target, "__module__", None) or "torch"
+    return node.op == "call_method" or (node.op == "call_function" and module.split(".")[0] in ("torch", "_operator"))
 
 
 def _scalar(like: Tensor, number: float) -> Tensor:

@@ -114,11 +114,13 @@ def test_a_strategy_that_does_not_say_so_is_not_asked_to_weigh_taps() -> None:
     assert "does not say that it weighs the taps" in alternative.refusal
 
 
-def test_without_shapes_what_depends_on_them_is_pulled_back() -> None:
-    case = BY_NAME["map_rows_scaled"]
-    gm = perexfx.transform(case.build())
-    assert gm.perexfx.sites[0].operands[0].expression.lengths is None
-    assert site_of("map_rows_scaled").operands[0].expression.lengths is not None
+@pytest.mark.parametrize("name", [*MAPS, *JOINED])
+def test_shapes_of_parameters_need_no_inputs(name: str) -> None:
+    case = BY_NAME[f"map_{name}"]
+    known = perexfx.transform(case.build()).perexfx.sites[0].operands[0].expression.lengths
+    asked = site_of(f"map_{name}").operands[0].expression.lengths
+    assert (known is None) == (asked is None)
+    assert known is None or asked is None or known.axes == asked.axes
 
 
 def test_pooled_kernels_are_sums_of_taps() -> None:
