@@ -1,6 +1,6 @@
 """perexfx: clipped per-example gradients at about the cost of an ordinary step, by rewriting PyTorch graphs."""
 
-from perexfx import engines
+from perexfx import engines, schedules
 from perexfx.api import transform
 from perexfx.inspecting.check import check
 from perexfx.inspecting.profile import profile
@@ -22,7 +22,7 @@ from perexfx.ir.errors import (
 from perexfx.ir.rule import Rule
 from perexfx.ir.strategy import Strategy
 from perexfx.passes.replace_batchnorm import replace_batchnorm
-from perexfx.rewrites import downsample, interleave, schedules
+from perexfx.rewrites import downsample, interleave
 from perexfx.steps import compile_step, gradient_gram, per_example_grads, per_example_norms, step_graph
 from perexfx.views.onnx import export_onnx
 from perexfx.views.report import report

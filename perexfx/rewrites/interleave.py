@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from perexfx.ir.errors import ArgumentError, ModeError
-from perexfx.rewrites.schedules import Schedule
+from perexfx.schedules import Schedule
 
 STATISTICS = ("full", "reestimated")
 
