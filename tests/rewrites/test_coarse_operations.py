@@ -99,22 +99,16 @@ def test_others_read_grown_images(name: str) -> None:
     assert [change for change in reduced.rewriting.changes if change.after.endswith("grown to 14 x 14")]
 
 
+SLIDES = [
+    *((1, 1, 0, 1), (1, 2, 0, 1), (2, 2, 0, 1), (3, 2, 1, 1), (4, 2, 1, 1), (5, 1, 2, 1), (7, 2, 3, 1)),
+    *((3, 1, 2, 2), (3, 1, 3, 3)),
+]
+"""Taps, stride, padding and dilation."""
+
+
 @pytest.mark.parametrize("size", [(27, 22), (28, 28), (15, 33)])
 @pytest.mark.parametrize("kernel", ["side", "galerkin"])
-@pytest.mark.parametrize(
-    "slide",
-    [
-        (1, 1, 0, 1),
-        (1, 2, 0, 1),
-        (3, 2, 1, 1),
-        (4, 2, 1, 1),
-        (5, 1, 2, 1),
-        (7, 2, 3, 1),
-        (3, 1, 2, 2),
-        (3, 1, 3, 3),
-        (2, 2, 0, 1),
-    ],
-)
+@pytest.mark.parametrize("slide", SLIDES)
 def test_sizes_are_half(slide: tuple[int, int, int, int], kernel: str, size: tuple[int, int]) -> None:
     """Branches of other kernels and strides meet at the same size."""
     taps, stride, padding, dilation = slide
