@@ -94,8 +94,15 @@ class Coarsening:
         return self.shapes[node.name][2:]
 
     def call(self, at: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node in the place of one of the old graph."""
-        node = self.graph.create_node("call_function", target, args, kwargs, name=at.name)
+        """A further node for one of the old graph."""
+        return self._created(f"{at.name}_{target.__name__}", at, target, args, kwargs)
+
+    def instead(self, at: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """The node that takes the place, and the name, of one of the old graph."""
+        return self._created(at.name, at, target, args, kwargs)
+
+    def _created(self, name: str, at: fx.Node, target: Callable[..., Any], args: Any, kwargs: Any) -> fx.Node:
+        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         return annotate(node, replace(info_of(at), overwrites=False))
 
     def note(self, node: fx.Node, before: str, after: str) -> None:

@@ -43,7 +43,7 @@ def convolution(c: Coarsening, node: fx.Node) -> bool:
         image, kernel, dilation, words = _mean_kernel(c, node, c.new[x], c.new[weight], slides, out)
     else:
         image, kernel, dilation, words = _side_kernel(c, node, c.new[x], c.new[weight], slides, out)
-    new = c.call(node, torch.conv2d, image, kernel, w, stride, (0, 0), dilation, given["groups"])
+    new = c.instead(node, torch.conv2d, image, kernel, w, stride, (0, 0), dilation, given["groups"])
     before = f"{by(taps)} on {by(c.size(x))}"
     return c.replaced(node, new, f"{label(node, c.subject)} {before}", f"{words} on {by(half(c.size(x)))}")
 
@@ -109,22 +109,23 @@ def transposed(c: Coarsening, node: fx.Node) -> bool:
     stride, padding, dilation = (per_axis(given[name]) for name in ("stride", "padding", "dilation"))
     slides: Slides = tuple(zip(taps, stride, padding, dilation, strict=True))
     out, groups = half(c.size(node)), given["groups"]
+    place: tuple[Any, ...]
     if c.kernel == "galerkin":
         first, size, dilation = zip(*map(mean_axis, slides), strict=True)
-        kernel = c.call(node, mean_of_sides, c.new[weight], slides)
-        spread = c.call(node, torch.conv_transpose2d, c.new[x], kernel, None, stride, 0, 0, groups, dilation)
-        new = c.call(node, cut, spread, tuple(-low for low in first), out)
+        kernel, place = c.call(node, mean_of_sides, c.new[weight], slides), (cut, tuple(-low for low in first), out)
     else:
         axes = coarse_axes(slides)
         size, dilation = tuple(axis.size for axis in axes), tuple(axis.dilation for axis in axes)
         side = c.side(node)
         pool = averaged_kernel if c.kernel == "average" else pooled_kernel
-        kernel = c.call(node, pool, c.new[weight], side, slides)
-        spread = c.call(node, torch.conv_transpose2d, c.new[x], kernel, None, stride, 0, 0, groups, dilation)
-        new = c.call(node, at_side_of, spread, side, slides, out)
-    if given["bias"] is not None:
+        kernel, place = c.call(node, pool, c.new[weight], side, slides), (at_side_of, side, slides, out)
+    spread = c.call(node, torch.conv_transpose2d, c.new[x], kernel, None, stride, 0, 0, groups, dilation)
+    put, *where = place
+    if given["bias"] is None:
+        new = c.instead(node, put, spread, *where)
+    else:
         bias = c.call(node, torch.reshape, c.new[given["bias"]], (-1, 1, 1))
-        new = c.call(node, operator.add, new, bias)
+        new = c.instead(node, operator.add, c.call(node, put, spread, *where), bias)
     return c.replaced(node, new, f"{label(node, c.subject)} {by(taps)}", f"{by(size)} onto {by(out)}")
 
 

@@ -26,9 +26,9 @@ def _pool(c: Coarsening, node: fx.Node) -> bool:
     windows, counts = pool_windows(kernel, stride, padding, dilation)
     out = half(c.size(node))
     if is_max:
-        new = c.call(node, coarse_max_pool, c.new[x], windows, out)
+        new = c.instead(node, coarse_max_pool, c.new[x], windows, out)
     else:
-        new = c.call(node, coarse_avg_pool, c.new[x], windows, counts, out)
+        new = c.instead(node, coarse_avg_pool, c.new[x], windows, counts, out)
     words = f"{'max' if is_max else 'average'} of {by(tuple(window[0] for window in windows))}"
     return c.replaced(node, new, f"{label(node, c.subject)} {by(kernel)}", f"{words} on {by(half(c.size(x)))}")
 

@@ -20,7 +20,7 @@ from perexfx.ir.inputs import GivenInputs
 from perexfx.ir.node import annotate, info_of
 from perexfx.rewrites.coarse import SIDES, Coarsening
 from perexfx.rewrites.coarse_operations import HANDLERS
-from perexfx.rewrites.rewritten import Rewritten, rewritten
+from perexfx.rewrites.rewritten import Rewriting, Rewritten, rewritten
 from perexfx.rewrites.sides import Sides
 from perexfx.rewrites.subject import Subject, subject_of
 
@@ -93,7 +93,8 @@ def downsample(
     captured = replace(subject.captured, graph=graph, fixed_modes=modes, conditions=conditions)
     of = "" if until is None else f" until `{until}`"
     summary = f"Images at half the resolution{of}, kernels by {kernel!r}; {coarsening.drawn} sides are drawn."
-    return rewritten(subject.twin, captured, "downsample", summary, coarsening.changes, before)
+    rewriting = Rewriting("downsample", summary, before, tuple(coarsening.changes), subject.sizes)
+    return rewritten(subject.twin, captured, rewriting)
 
 
 def _check(model: nn.Module, example_inputs: GivenInputs | None, factor: int, kernel: str, pool: str) -> None:

@@ -6,12 +6,12 @@ is captured as the graph that it is; every node that is not as it was has a `Cha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
 
 from perexfx.capture import Captured, CapturedModule
+from perexfx.ir.inputs import Inputs
 from perexfx.ir.refusal import Place
 
 
@@ -39,12 +39,14 @@ class Rewriting:
         summary: A sentence or two.
         before: The graph of the model as it was.
         changes: In graph order.
+        sizes: The kind of its inputs, and the number of examples, where there were example inputs.
     """
 
     name: str
     summary: str
     before: fx.Graph
     changes: tuple[Change, ...]
+    sizes: tuple[Inputs, int] | None = None
 
 
 class Rewritten(CapturedModule):
@@ -57,20 +59,15 @@ class Rewritten(CapturedModule):
     rewriting: Rewriting
 
 
-def rewritten(
-    twin: nn.Module, captured: Captured, name: str, summary: str, changes: Sequence[Change], before: fx.Graph
-) -> Rewritten:
+def rewritten(twin: nn.Module, captured: Captured, rewriting: Rewriting) -> Rewritten:
     """A rewritten model.
 
     Args:
         twin: From `twin_of`, with the modules and buffers that the rewrite adds.
         captured: The graph after the rewrite, and what it holds for.
-        name: Of the rewrite.
-        summary: What it did, in a sentence or two.
-        changes: Node by node.
-        before: The graph before it.
+        rewriting: What was done.
     """
-    return Rewritten.around(twin, captured, rewriting=Rewriting(name, summary, before, tuple(changes)))
+    return Rewritten.around(twin, captured, rewriting=rewriting)
 
 
 __all__ = ["Change", "Rewriting", "Rewritten", "rewritten"]

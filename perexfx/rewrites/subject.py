@@ -28,6 +28,7 @@ class Subject:
         captured: Its graph, in functional form, and what that holds for.
         twin: A module tree of its own around the model's parameters and buffers.
         shapes: Of every node whose value is a tensor, for the batch of the example inputs; None without them.
+        sizes: The kind of the example inputs, and their number of examples; None without them.
         pointwise: Names of the nodes that compute every entry from entries at its place.
         floating: Names of the nodes whose value is a tensor of floating-point numbers.
     """
@@ -35,6 +36,7 @@ class Subject:
     captured: Captured
     twin: nn.Module
     shapes: Mapping[str, tuple[int, ...]] | None
+    sizes: tuple[Inputs, int] | None = None
     pointwise: frozenset[str] = frozenset()
     floating: frozenset[str] = frozenset()
 
@@ -82,7 +84,7 @@ def subject_of(model: nn.Module, example_inputs: GivenInputs | None) -> Subject:
     others = {call.node.name for call in run.calls if not _is_pointwise(call)}
     called = {node.name for node in captured.graph.nodes if node.op.startswith("call")}
     floating = {k for k, value in run.values.items() if isinstance(value, Tensor) and value.is_floating_point()}
-    return Subject(captured, twin, shapes, frozenset(called - others), frozenset(floating))
+    return Subject(captured, twin, shapes, (kind, n), frozenset(called - others), frozenset(floating))
 
 
 def _is_pointwise(call: Call) -> bool:

@@ -36,7 +36,7 @@ class Node:
         id: Its name in the graph; the same on both sides.
         label: What it does.
         role: "input", "output", "model", "number" (sizes and what is computed of them), "unused" (what the output does
-            not depend on), "site", "clip", "norm", "cut", "format" or "culprit".
+            not depend on), "site", "clip", "norm", "cut", "format", "rewritten" or "culprit".
         modules: The modules whose boxes it is in, the outermost first, by path.
         module: Path of the module in whose forward it was recorded.
         source: `file.py:line`, where that is known.
@@ -44,6 +44,7 @@ class Node:
         site: The site that it is, or that it is the norm of; "".
         parameters: Those that it reads.
         refusal: Why it was refused; "" where it was not.
+        note: What a rewrite made of it; "" where it is as it was.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Node:
     site: str = ""
     parameters: tuple[str, ...] = ()
     refusal: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,18 +125,18 @@ def drawing_of(subject: nn.Module | RefusedError) -> Drawing:
     captured, analysis = runtime.captured.graph, None if runtime.kind is None else runtime.known(runtime.kind)
     plan = runtime.plan
     sites = {site.node: site.name for site in runtime.sites.sites}
-    shapes = _Shapes(analysis, 0 if plan is None else plan.batch_size)
-    before = _captured_side(captured, subject, shapes, sites)
+    shapes = _known_shapes(analysis, 0 if plan is None else plan.batch_size)
+    before = captured_side(captured, subject, shapes, sites)
     after = _rewritten_side(subject, {node.id: node for node in before.nodes}, runtime)
-    boxes = _boxes(before.nodes)
+    boxes = boxes_of(before.nodes)
     rows = () if plan is None else rows_of(runtime.sites.sites, plan)
     planned = "not planned yet" if plan is None else f"batch of {plan.batch_size}"
     return Drawing(
         title=type(subject).__name__,
         subtitle=f"{counted(len(sites), 'site')}, {planned}, {clipping_in_words(runtime.settings)}",
-        before=_boxed(before, boxes),
-        after=_boxed(after, boxes),
-        boxes={path: _class_of(subject, path) for path in boxes},
+        before=boxed(before, boxes),
+        after=boxed(after, boxes),
+        boxes={path: class_of(subject, path) for path in boxes},
         rows=rows,
         refusals=(),
     )
@@ -150,37 +152,34 @@ def _of_refusal(error: RefusedError) -> Drawing:
     for refusal in error.refusals:
         if refusal.place is not None:
             culprits.setdefault(refusal.place.node, []).append(refusal)
-    side = _captured_side(error.graph, error.module, _Shapes(None, 0), {})
+    side = captured_side(error.graph, error.module, {}, {})
     nodes = tuple(
         replace(node, role="culprit", refusal="\n".join(map(str, culprits[node.id]))) if node.id in culprits else node
         for node in side.nodes
     )
-    boxes = _boxes(nodes)
+    boxes = boxes_of(nodes)
     return Drawing(
         title=type(error.module).__name__,
         subtitle=f"refused: {counted(len(error.refusals), 'reason')}",
-        before=_boxed(replace(side, nodes=nodes), boxes),
+        before=boxed(replace(side, nodes=nodes), boxes),
         after=None,
-        boxes={path: _class_of(error.module, path) for path in boxes},
+        boxes={path: class_of(error.module, path) for path in boxes},
         rows=(),
         refusals=tuple(map(str, error.refusals)),
     )
 
 
-class _Shapes:
-    """Shapes of values, where they are known."""
-
-    def __init__(self, analysis: Analysis | None, n: int) -> None:
-        self.analysis, self.n = analysis, n
-
-    def of(self, name: str) -> str:
-        """`[32, 16, 8, 8]`; several where a value has several tensors."""
-        if self.analysis is None or name not in self.analysis.nodes:
-            return ""
-        return ", ".join(str(list(facts.shape(self.n))) for facts in self.analysis.nodes[name].tensors)
+def _known_shapes(analysis: Analysis | None, n: int) -> dict[str, str]:
+    """`[32, 16, 8, 8]` by node, where an analysis has it; several where a value has several tensors."""
+    if analysis is None:
+        return {}
+    return {
+        name: ", ".join(str(list(tensor.shape(n))) for tensor in facts.tensors)
+        for name, facts in analysis.nodes.items()
+    }
 
 
-def _captured_side(graph: fx.Graph, module: Any, shapes: _Shapes, sites: Mapping[str, str]) -> Side:
+def captured_side(graph: fx.Graph, module: Any, shapes: Mapping[str, str], sites: Mapping[str, str]) -> Side:
     """The graph as it was captured; parameters and buffers are listed by those who read them."""
     numbers, used = _numbers(graph), _used(graph)
     nodes, edges = [], []
@@ -198,7 +197,7 @@ def _captured_side(graph: fx.Graph, module: Any, shapes: _Shapes, sites: Mapping
                 modules=_around(node),
                 module=info.module,
                 source=info.source,
-                shape=shapes.of(node.name),
+                shape=shapes.get(node.name, ""),
                 site=sites.get(node.name, ""),
                 parameters=tuple(str(read.target) for read in node.all_input_nodes if read.op == "get_attr"),
             )
@@ -294,7 +293,7 @@ def _label(node: fx.Node, module: Any) -> str:
     return name.split(".")[0]
 
 
-def _boxes(nodes: Iterable[Node]) -> list[str]:
+def boxes_of(nodes: Iterable[Node]) -> list[str]:
     """The modules that are drawn as boxes: those that say more than a node or a box inside them says."""
     members: dict[str, set[str]] = {}
     for node in nodes:
@@ -319,17 +318,28 @@ def _paths(module: str) -> tuple[str, ...]:
     return tuple(".".join(parts[: at + 1]) for at in range(len(parts)))
 
 
-def _boxed(side: Side, boxes: Collection[str]) -> Side:
+def boxed(side: Side, boxes: Collection[str]) -> Side:
     """The side with every node in the boxes that are drawn."""
     nodes = tuple(replace(node, modules=tuple(p for p in node.modules if p in boxes)) for node in side.nodes)
     return replace(side, nodes=nodes)
 
 
-def _class_of(module: Any, path: str) -> str:
+def class_of(module: Any, path: str) -> str:
+    """The class of a module by its path; "" where there is none."""
     try:
         return type(module.get_submodule(path)).__name__
     except AttributeError:
         return ""
 
 
-__all__ = ["Drawing", "Edge", "Node", "Side", "drawing_of"]
+__all__ = [
+    "Drawing",
+    "Edge",
+    "Node",
+    "Side",
+    "boxed",
+    "boxes_of",
+    "captured_side",
+    "class_of",
+    "drawing_of",
+]

@@ -60,6 +60,7 @@ def _node(node: Node, reads: list[str], row: Row | None) -> dict[str, Any]:
         "site": node.site,
         "parameters": ", ".join(node.parameters),
         "refusal": node.refusal,
+        "note": node.note,
     }
     if row is not None and node.role == "site":
         attributes |= {

@@ -29,6 +29,7 @@ CLIP = "#e5484d"
 NORM = "#f7c9cc"
 FORMAT = "#e6e0f8"
 CUT = "#d2f0ee"
+REWRITTEN = "#fbeec2"
 MODEL = "#ffffff"
 FOLDED = "#eef1f6"
 """Of a module that is folded into a node and has no sites."""
@@ -49,6 +50,7 @@ PARTS = {
     "norm": NORM,
     "cut": CUT,
     "format": FORMAT,
+    "rewritten": REWRITTEN,
     "folded": FOLDED,
     "box": BOX,
     "frame": FRAME,
@@ -72,6 +74,7 @@ __all__ = [
     "NORM",
     "OTHER",
     "PARTS",
+    "REWRITTEN",
     "SOFT",
     "STRATEGIES",
     "color_of",

@@ -15,6 +15,7 @@ from torch import nn
 from perexfx.inspecting.profile import Profile
 from perexfx.inspecting.proof import Proof
 from perexfx.ir.errors import ArgumentError
+from perexfx.rewrites import Rewritten
 from perexfx.runtime import planned
 from perexfx.views.cells import Cells
 from perexfx.views.decisions import (
@@ -29,6 +30,7 @@ from perexfx.views.decisions import (
     sizes_to_try,
 )
 from perexfx.views.pages import Viewed
+from perexfx.views.rewriting import RewriteReport, report_of_rewrite
 from perexfx.views.sweep import Sweep, sweep_of
 from perexfx.views.words import aligned, clipping_in_words, counted, indented, megabytes, named
 
@@ -257,6 +259,10 @@ class Report(Viewed):
 
 
 @overload
+def report(gm: Rewritten) -> RewriteReport: ...  # pyright: ignore[reportOverlappingOverload] (a module of its own)
+
+
+@overload
 def report(gm: nn.Module) -> Report: ...
 
 
@@ -264,19 +270,22 @@ def report(gm: nn.Module) -> Report: ...
 def report(gm: nn.Module, *, batch_sizes: Sequence[int]) -> Sweep: ...
 
 
-def report(gm: nn.Module, *, batch_sizes: Sequence[int] | None = None) -> Report | Sweep:
-    """What the planner decided for the last batch, or ahead of time for the example inputs.
+def report(gm: nn.Module, *, batch_sizes: Sequence[int] | None = None) -> Report | Sweep | RewriteReport:
+    """What the planner decided for the last batch, or ahead of time for the example inputs; or what a rewrite did.
 
     Args:
-        gm: A transformed module.
+        gm: A transformed module, or a rewritten one, as of `perexfx.downsample`.
         batch_sizes: The plan for each of these instead, side by side: where strategies change, and what it costs.
 
     Returns:
-        A `Report`, or a `Sweep` over batch sizes. Both print, and have `to_dict`, `to_json` and `to_html`.
+        A `Report`; a `Sweep` over batch sizes; a `RewriteReport` of what a rewrite did. All print, and have `to_dict`,
+        `to_json` and `to_html`.
 
     Raises:
         ArgumentError: It is not a transformed module, there is no plan yet, or a batch size is not positive.
     """
+    if isinstance(gm, Rewritten):
+        return report_of_rewrite(gm)
     runtime, plan, kind = planned(gm)
     if batch_sizes is not None:
         return sweep_of(runtime, kind, batch_sizes)

@@ -68,6 +68,13 @@ def _with_room(table: Cells, width: int) -> list[str]:
     return shown
 
 
+def plain_table(table: Cells, notes: Sequence[str]) -> Group:
+    """A table of words, with sentences above it."""
+    found = _plain(table)
+    found.title = None
+    return Group(Text(table.title, style="italic"), *map(Text, notes), found)
+
+
 def _plain(table: Cells) -> Table:
     found = Table(title=table.title, title_justify="left", box=SIMPLE)
     for heading in table.headings:
@@ -99,4 +106,4 @@ def _strategy(name: str) -> Text:
     return Text(name, style="" if name in ("-", "none fits") else f"black on {color_of(name)}")
 
 
-__all__ = ["report_table", "sweep_table"]
+__all__ = ["plain_table", "report_table", "sweep_table"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from perexfx.views.decisions import Row
 from perexfx.views.drawing import Node
-from perexfx.views.palette import CLIP, CUT, FAINT, FORMAT, INK, MODEL, NORM, color_of
+from perexfx.views.palette import CLIP, CUT, FAINT, FORMAT, INK, MODEL, NORM, REWRITTEN, color_of
 from perexfx.views.words import counted
 
 
@@ -32,6 +32,8 @@ def style_of(node: Node, row: Row | None) -> Style:
             return Style("box", FORMAT, "#9a8fd0", INK, (node.label,))
         case "cut":
             return Style("box", CUT, "#3d8f8b", INK, (node.label,))
+        case "rewritten":
+            return Style("box", REWRITTEN, "#b08b2e", INK, (node.label, *_lines(node.note)))
         case "culprit":
             return Style("box", CLIP, "#7a0c12", "#ffffff", (node.label, "refused"))
         case "input" | "output":
@@ -47,3 +49,9 @@ def style_of(node: Node, row: Row | None) -> Style:
         case _:
             parameters = (node.site,) if node.site else ()
             return Style("box", MODEL, "#475467" if node.site else "#b6bcc6", INK, (node.label, *parameters))
+
+
+def _lines(note: str) -> tuple[str, ...]:
+    """What a rewrite made of a node."""
+    _, arrow, after = note.partition(" -> ")
+    return (f"-> {after}",) if arrow else ()

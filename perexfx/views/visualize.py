@@ -11,11 +11,13 @@ from pathlib import Path
 from torch import nn
 
 from perexfx.ir.errors import ArgumentError, RefusedError
+from perexfx.rewrites import Rewritten
 from perexfx.views.dot import render, to_dot
 from perexfx.views.drawing import drawing_of
 from perexfx.views.files import write_file
 from perexfx.views.graph_page import graph_page
 from perexfx.views.model_explorer import write_model_explorer
+from perexfx.views.rewritten_drawing import drawing_of_rewrite
 
 SUFFIXES = (".html", ".dot", ".svg", ".png", ".json")
 
@@ -30,7 +32,8 @@ def visualize(subject: nn.Module | RefusedError, path: str | Path, *, depth: int
       predicted seconds and bytes: `graph.strategy.json`, `graph.seconds.json`, `graph.bytes.json`.
 
     Args:
-        subject: From `perexfx.transform`; or the error by which it refused a model: the culprits are marked.
+        subject: From `perexfx.transform`; or what a rewrite returned, as `perexfx.downsample`; or the error by which a
+            model was refused: the culprits are marked.
         path: The file to write; its suffix is the format.
         depth: How many levels of modules are unfolded in pictures, and when a page opens. None: as many as can be read
             at once.
@@ -47,7 +50,7 @@ def visualize(subject: nn.Module | RefusedError, path: str | Path, *, depth: int
         raise ArgumentError(f"`path` should end in one of {', '.join(SUFFIXES)}. Found {str(path)!r}.")
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
         raise ArgumentError(f"`depth` should be a number of levels, or None. Found {depth!r}.")
-    drawing = drawing_of(subject)
+    drawing = drawing_of_rewrite(subject) if isinstance(subject, Rewritten) else drawing_of(subject)
     match target.suffix:
         case ".html":
             write_file(target, graph_page(drawing, depth))

@@ -33,7 +33,7 @@ function contents() {
   const row = node.site ? data.rows[node.site] : undefined;
   const heading = [element("h3", {}, node.site || node.label), element("div", { class: "soft" }, words[node.role]?.(node) ?? node.label)];
   const place = [
-    ["module", node.module], ["source", node.source], ["value", node.shape], ["reads", reads(node.parameters ?? [])], ["node", node.id],
+    ["module", node.module], ["source", node.source], ["value", node.shape], ["reads", reads(node.parameters ?? [])], ["note", node.role === "rewritten" ? "" : node.note], ["node", node.id],
   ];
   const refusal = node.refusal ? [element("div", { class: "refusal" }, node.refusal)] : [];
   if (!row) return [...heading, ...refusal, facts(place)];
@@ -54,6 +54,7 @@ const words = {
   number: () => "a size, or computed of sizes",
   unused: (node) => `${node.label}: the output does not depend on it`,
   culprit: (node) => `${node.label}: refused`,
+  rewritten: (node) => `${node.label}: ${node.note}`,
 };
 
 function ofRow(row) {
@@ -130,7 +131,7 @@ function showLegend() {
       element("i", { style: `background:${data.colors[name] ?? data.colors[""]}` }), name, element("span", {}, `${rows.length} · ${ms(sum)} ms`));
   });
   const roles = new Set([...last.nodes.values()].map((node) => node.role));
-  const marks = [["clip", "clip", "clip node"], ["norm", "norm", "norm node"], ["format", "format", "memory format"], ["cut", "cut", "second run"], ["culprit", "clip", "refused"]];
+  const marks = [["clip", "clip", "clip node"], ["norm", "norm", "norm node"], ["format", "format", "memory format"], ["cut", "cut", "second run"], ["rewritten", "rewritten", "changed or added"], ["culprit", "clip", "refused"]];
   for (const [role, part, name] of marks) {
     if (roles.has(role)) entries.push(element("div", { class: "entry" }, element("i", { style: `background:${data.parts[part]}` }), name));
   }
