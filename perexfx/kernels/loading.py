@@ -58,11 +58,15 @@ _SIGNATURES = {
     "kernel_gradient_pieces": (_SIZE, (POINTER(Slide), _SIZE, _INT)),
     "product_gradients": (None, (*_IMAGE, *_IMAGE, _POINTER, _POINTER, *[_SIZE] * 5, _INT)),
     "product_gradient_blocks": (_SIZE, (*[_SIZE] * 5, _INT)),
+    "thin_product": (None, (*[_POINTER] * 3, *[_SIZE] * 3, _INT)),
+    "thin_product_most": (_SIZE, (_SIZE,)),
     "weighted_sum": (None, (POINTER(_POINTER), _POINTER, _POINTER, _SIZE, _SIZE, _INT)),
     "shifted_squares": (None, (*_IMAGE, *_IMAGE, _POINTER, _POINTER, POINTER(Slide), _INT)),
 }
 """Functions, without their dtype -> what they return, and their arguments."""
-_UNTYPED = ("lstm_steps_back", "kernel_gradient_pieces", "product_gradient_blocks", "gram_ranges")
+_UNTYPED = (
+    *("lstm_steps_back", "kernel_gradient_pieces", "product_gradient_blocks", "gram_ranges", "thin_product_most"),
+)
 """Those that there is one of."""
 
 FOLDER = Path(__file__).parent / "cpp"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from perexfx.kernels.thin import thin_product
 from perexfx.kernels.watched import is_watched
 
 SIDES = (0, 1)
@@ -84,7 +85,8 @@ def pooled_kernel(weight: Tensor, side: Tensor, slides: Slides) -> Tensor:
         places = _places_of(side, slides).to(weight)
     else:
         places = _known_places(tuple(side.tolist()), slides, weight.dtype, weight.device)
-    return (weight.flatten(2) @ places).reshape(*weight.shape[:2], *(axis.size for axis in coarse_axes(slides)))
+    sizes = [axis.size for axis in coarse_axes(slides)]
+    return thin_product(weight.flatten(2), places).reshape(*weight.shape[:2], *sizes)
 
 
 def averaged_kernel(weight: Tensor, side: Tensor, slides: Slides) -> Tensor:
@@ -110,7 +112,7 @@ def mean_of_sides(weight: Tensor, slides: Slides) -> Tensor:
         return handle_torch_function(mean_of_sides, (weight,), weight, slides)
     sizes = [mean_axis(slide)[1] for slide in slides]
     places = _places_of_mean(slides).to(weight) if is_watched() else _known_mean(slides, weight.dtype, weight.device)
-    return (weight.flatten(2) @ places).reshape(*weight.shape[:2], *sizes)
+    return thin_product(weight.flatten(2), places).reshape(*weight.shape[:2], *sizes)
 
 
 def mean_axis(slide: tuple[int, int, int, int]) -> tuple[int, int, int]:
