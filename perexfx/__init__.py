@@ -22,6 +22,7 @@ from perexfx.ir.errors import (
 from perexfx.ir.rule import Rule
 from perexfx.ir.strategy import Strategy
 from perexfx.passes.replace_batchnorm import replace_batchnorm
+from perexfx.rewrites import guide_logits, parallel_columns
 from perexfx.steps import compile_step, gradient_gram, per_example_grads, per_example_norms, step_graph
 from perexfx.views.onnx import export_onnx
 from perexfx.views.report import report
@@ -47,6 +48,8 @@ __all__ = [
     "engines",
     "export_onnx",
     "gradient_gram",
+    "guide_logits",
+    "parallel_columns",
     "per_example_grads",
     "per_example_norms",
     "profile",

@@ -33,6 +33,7 @@ from perexfx.planning import (
     with_shared_inputs,
 )
 from perexfx.rehearsal import Rehearsed
+from perexfx.rewrites import refuse_batch_tables
 from perexfx.runtime import PerExample, Runtime, Settings, Transformed, rewrite
 from perexfx.sites import (
     confirm,
@@ -267,6 +268,7 @@ def _check_arguments(model: nn.Module, settings: Settings) -> None:
         raise ArgumentError("`model` is a scripted module, whose code cannot be traced. Transform the original model.")
     if any(isinstance(module, PerExample) for module in model.modules()):
         raise ArgumentError("`model` was transformed already. Transform the original model instead.")
+    refuse_batch_tables(model)
     if lazy := [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]:
         raise ArgumentError(
             f"Parameter `{lazy[0]}` has no shape yet. Call the model once, which gives lazy modules their shapes, "

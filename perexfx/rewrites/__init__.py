@@ -4,7 +4,23 @@ In comes a model; out goes a `Rewritten` one, a GraphModule that computes someth
 and drawn as any other. Open `rewritten.py` first; then one file for each rewrite.
 """
 
+from perexfx.rewrites.guide import Guidance, Guide, refuse_batch_tables
+from perexfx.rewrites.guide_logits import guide_logits
+from perexfx.rewrites.parallel_columns import ParallelColumns, parallel_columns
 from perexfx.rewrites.rewritten import Change, Rewriting, Rewritten, rewritten
 from perexfx.rewrites.subject import Subject, subject_of
 
-__all__ = ["Change", "Rewriting", "Rewritten", "Subject", "rewritten", "subject_of"]
+__all__ = [
+    "Change",
+    "Guidance",
+    "Guide",
+    "ParallelColumns",
+    "Rewriting",
+    "Rewritten",
+    "Subject",
+    "guide_logits",
+    "parallel_columns",
+    "refuse_batch_tables",
+    "rewritten",
+    "subject_of",
+]

@@ -1,0 +1,378 @@
+"""Where a graph merges the logits of parallel pathways.
+
+Promises: a merge is found as a whole, nested additions and all; its terms are computed side by side, none from another,
+so that a residual addition is no merge. What looks like a merge and is none has a reason.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from perexfx.capture import IN_PLACE_FUNCTIONS
+from perexfx.ir.node import info_of
+
+
+@dataclass(frozen=True)
+class Term:
+    """What one pathway adds to a merge.
+
+    Attributes:
+        value: The node that is added.
+        reader: The node that reads the value: the addition, or what stands for it.
+        logits: The pathway's own logits, without the merge's weight.
+        logits_reader: The node that reads the logits: where they have a weight, the multiplication by it.
+        factor: A number that the merge multiplies the value by.
+    """
+
+    value: fx.Node
+    reader: fx.Node
+    logits: fx.Node
+    logits_reader: fx.Node
+    factor: float
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A place where pathways' logits are merged.
+
+    Attributes:
+        node: Whose value is the merge; the output where heads are returned apart.
+        terms: By pathway.
+        kind: "sum", "mean", or "heads" where they are returned apart.
+        parts: The additions that it is made of, without the last one.
+    """
+
+    node: fx.Node
+    terms: tuple[Term, ...]
+    kind: str
+    parts: frozenset[fx.Node] = frozenset()
+
+    def __str__(self) -> str:
+        names = ", ".join(f"`{term.logits.name}`" for term in self.terms)
+        return f"{len(self.terms)} heads, {names}" if self.kind == "heads" else f"the {self.kind} of {names}"
+
+
+@dataclass(frozen=True)
+class Miss:
+    """What is no merge, though it looks like one.
+
+    Attributes:
+        node: Where.
+        reason: Why not, as the rest of a sentence that begins with the node.
+    """
+
+    node: fx.Node
+    reason: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found in a graph, in its order."""
+
+    merges: tuple[Merge, ...]
+    misses: tuple[Miss, ...]
+
+
+@dataclass(frozen=True)
+class Logits:
+    """How logits are told from other values.
+
+    Attributes:
+        shapes: Of the graph's tensors by node; None where they are not known.
+        shape: Of logits, examples first.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]] | None
+    shape: tuple[int, int]
+
+
+def find_merges(graph: fx.Graph, module: nn.Module, logits: Logits, named: str | None = None) -> Found:
+    """The merges of a graph.
+
+    With shapes, a pathway's logits have that of logits. Without, a merge counts where its value is what the model
+    returns, but for scaling and reshaping.
+
+    Args:
+        graph: In functional form.
+        module: Holds the modules that it names.
+        logits: How they are told.
+        named: Only at this node, which then need not be what the model returns.
+    """
+    search = _Search(graph, module, logits)
+    inner: set[fx.Node] = set()
+    merges, misses = [], []
+    for node in reversed(graph.nodes):  # from the outside in: additions inside of a merge are part of it
+        if (named is not None and node.name != named) or node in inner:
+            continue
+        if named is None and logits.shapes is None and not _is_returned(node, search.carrying):
+            continue
+        found = search.at(node)
+        if isinstance(found, Merge):
+            merges.append(found)
+            inner |= found.parts
+        elif found is not None:
+            misses.append(found)
+    return Found(tuple(reversed(merges)), tuple(reversed(misses)))
+
+
+@dataclass(frozen=True)
+class _Added:
+    """One value of a sum: what, by which addition, how many times."""
+
+    value: Any
+    reader: fx.Node
+    factor: float = 1.0
+
+
+class _Search:
+    """Looks at nodes for merges."""
+
+    def __init__(self, graph: fx.Graph, module: nn.Module, logits: Logits) -> None:
+        self.module, self.logits = module, logits
+        self.carrying = carriers(graph)
+        self.order = {node: at for at, node in enumerate(graph.nodes)}
+        self.before: dict[fx.Node, set[fx.Node]] = {}
+
+    def at(self, node: fx.Node) -> Merge | Miss | None:
+        """The merge at a node; why there is none; None where nothing looks like one."""
+        if node.op == "output":
+            return self._checked(node, self._heads(node), "heads", frozenset())
+        if (stacked := _stacked(node, self._rank)) is not None:
+            values, kind = stacked
+            factor = 1 / len(values) if kind == "mean" else 1.0
+            stack = node.all_input_nodes[0]
+            return self._checked(node, [_Added(value, stack, factor) for value in values], kind, frozenset())
+        if _addends(node) is None:
+            return None
+        added, parts = self._taken_apart(node)
+        return self._checked(node, added, "sum", frozenset(parts))
+
+    def _rank(self, node: fx.Node) -> int:
+        """The rank of a node's value; that of logits where it is not known."""
+        return len(self._shape(node) or self.logits.shape)
+
+    def _shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        """The shape of a node's value, where it is known."""
+        return None if self.logits.shapes is None else self.logits.shapes.get(node.name)
+
+    def _is_logits(self, value: Any) -> bool:
+        """Whether a value carries examples, and has the shape of logits where shapes are known."""
+        if not isinstance(value, fx.Node) or value not in self.carrying:
+            return False
+        return self.logits.shapes is None or self._shape(value) == self.logits.shape
+
+    def _taken_apart(self, root: fx.Node) -> tuple[list[_Added], set[fx.Node]]:
+        """What a sum adds, and the additions inside of it.
+
+        An addition inside is a pathway's own, and not taken apart, where it adds a bias or what is computed from its
+        other value.
+        """
+        found: list[_Added] = []
+        parts: set[fx.Node] = set()
+        for value, factor in _addends(root) or []:
+            whole = _Added(value, root, factor)
+            if not self._is_logits(value) or _addends(value) is None:
+                found.append(whole)
+                continue
+            inside, inner = self._taken_apart(value)
+            logits = [each.value for each in inside if self._is_logits(each.value)]
+            has_bias = any(isinstance(each.value, fx.Node) and not self._is_logits(each.value) for each in inside)
+            if self._dependent(logits) or (len(logits) < 2 and has_bias):
+                found.append(whole)
+                continue
+            found += [_Added(each.value, each.reader, factor * each.factor) for each in inside]
+            parts |= {value, *inner}
+        return found, parts
+
+    def _heads(self, output: fx.Node) -> list[_Added]:
+        """What is returned in a container, where all of it are logits."""
+        returned: Any = output.args[0]
+        if isinstance(returned, fx.Node) and returned.op == "call_function" and _is_dict(returned.target):
+            returned = (returned.args, returned.kwargs)
+        if isinstance(returned, fx.Node):
+            return []
+        parts = [leaf for leaf in pytree.tree_leaves(returned) if isinstance(leaf, fx.Node)]
+        if not all(self._is_logits(part) for part in parts):
+            return []
+        return [_Added(part, output, 1 / len(parts)) for part in parts]
+
+    def _checked(self, node: fx.Node, added: list[_Added], kind: str, parts: frozenset[fx.Node]) -> Merge | Miss | None:
+        """A merge of what is added; why it is none; None where fewer than two are logits."""
+        terms = tuple(self._term(each, node) for each in added if self._is_logits(each.value))
+        if len(terms) < 2:
+            return None
+        reason = self._why_not(terms) or self._read_again(node, parts)
+        return Miss(node, reason) if reason else Merge(node, terms, kind, parts)
+
+    def _term(self, added: _Added, merge: fx.Node) -> Term:
+        """A term, and its logits without the weights that the merge gives it: those written where it is."""
+        logits, reader = added.value, added.reader
+        while info_of(logits).module == info_of(merge).module:
+            scaled = _scaled(logits, self.carrying)
+            if scaled is None or not self._is_logits(scaled):
+                break
+            logits, reader = scaled, logits
+        return Term(added.value, added.reader, logits, reader, added.factor)
+
+    def _why_not(self, terms: tuple[Term, ...]) -> str:
+        """Why terms are not those of parallel pathways; ""."""
+        logits = [term.logits for term in terms]
+        for at, own in enumerate(logits):
+            if own in logits[:at]:
+                return f"merges `{own.name}` with itself"
+            if _is_of_probabilities(own, self.module):
+                return f"merges `{own.name}`, which are probabilities and not logits"
+        if pair := self._dependent(logits):
+            return f"merges `{pair[0].name}` with `{pair[1].name}`, which is computed from it"
+        return ""
+
+    def _dependent(self, nodes: list[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
+        """Two nodes of which the second is computed from the first."""
+        for node in nodes:
+            if node not in self.before:
+                self.before[node] = ancestors(node)
+            for other in nodes:
+                if other in self.before[node]:
+                    return other, node
+        return None
+
+    def _read_again(self, node: fx.Node, parts: frozenset[fx.Node]) -> str:
+        """Whether what a merge is written over is read after it."""
+        for addition in (node, *parts):
+            written = addition.args[0] if addition.op != "output" and writes(addition, self.module) else None
+            if isinstance(written, fx.Node) and any(self.order[user] > self.order[node] for user in written.users):
+                return f"is written over `{written.name}`, which is read again after it"
+        return ""
+
+
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
+_ADDING_METHODS = ("add", "add_")
+
+
+def _addends(node: fx.Node) -> list[tuple[Any, float]] | None:
+    """What an addition adds, each with its factor; None for other nodes."""
+    is_function = node.op == "call_function" and node.target in _ADDITIONS
+    if not is_function and not (node.op == "call_method" and node.target in _ADDING_METHODS):
+        return None
+    given = {**dict(zip(("input", "other"), node.args, strict=False)), **node.kwargs}
+    alpha = given.get("alpha", 1)
+    if "input" not in given or "other" not in given or "out" in given or not isinstance(alpha, int | float):
+        return None
+    return [(given["input"], 1.0), (given["other"], float(alpha))]
+
+
+def writes(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a node may write in place, by its name or its arguments."""
+    if node.op == "call_module":
+        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    name = getattr(node.target, "__name__", "")
+    in_place = node.target in IN_PLACE_FUNCTIONS or name.endswith("_")
+    return node.op == "call_function" and (in_place or any(arg is True for arg in (*node.args, *node.kwargs.values())))
+
+
+_REDUCTIONS = {torch.sum: "sum", torch.mean: "mean", "sum": "sum", "mean": "mean"}
+
+
+def _stacked(node: fx.Node, rank: Any) -> tuple[list[fx.Node], str] | None:
+    """What a sum or mean over the axis of a stack merges, and which of them it is; None for other nodes."""
+    kind = _REDUCTIONS.get(node.target) if node.op in ("call_function", "call_method") else None
+    if kind is None:
+        return None
+    given = {**dict(zip(("input", "dim", "keepdim"), node.args, strict=False)), **node.kwargs}
+    stack, dim = given.get("input"), given.get("dim", given.get("axis"))
+    if isinstance(dim, list | tuple) and len(dim) == 1:
+        dim = dim[0]
+    if not (isinstance(stack, fx.Node) and stack.op == "call_function" and stack.target is torch.stack):
+        return None
+    inside = {**dict(zip(("tensors", "dim"), stack.args, strict=False)), **stack.kwargs}
+    tensors, own = inside.get("tensors"), inside.get("dim", 0)
+    if given.get("keepdim") or given.get("dtype") or not isinstance(dim, int) or not isinstance(own, int):
+        return None
+    if not isinstance(tensors, list | tuple) or not all(isinstance(each, fx.Node) for each in tensors):
+        return None
+    axes = rank(tensors[0]) + 1 if tensors else 1
+    return (list(tensors), kind) if dim % axes == own % axes else None  # pyright: ignore[reportReturnType]
+
+
+_SCALINGS = (operator.mul, operator.imul, operator.truediv, operator.itruediv, torch.mul, torch.div, "mul", "div")
+_MOVES = frozenset("to float double half bfloat16 type_as contiguous clone view reshape squeeze unsqueeze".split())
+
+
+def _scaled(node: fx.Node, carrying: set[fx.Node]) -> fx.Node | None:
+    """What a node multiplies or divides by something without examples; None for other nodes."""
+    if node.target not in _SCALINGS or len(node.args) != 2 or node.kwargs:
+        return None
+    first, second = node.args
+    divides = node.target in (operator.truediv, operator.itruediv, torch.div, "div")
+    if isinstance(first, fx.Node) and first in carrying and second not in carrying:
+        return first
+    if not divides and isinstance(second, fx.Node) and second in carrying and first not in carrying:
+        return second
+    return None
+
+
+def _is_returned(node: fx.Node, carrying: set[fx.Node]) -> bool:
+    """Whether the model returns a value, but for scaling and reshaping."""
+    if node.op == "output":
+        return isinstance(node.args[0], fx.Node)  # what a container holds is told by shapes alone
+    for user in node.users:
+        if user.op == "output":
+            return True
+        moves = (user.op == "call_method" and user.target in _MOVES) or _scaled(user, carrying) is node
+        if moves and _is_returned(user, carrying):
+            return True
+    return False
+
+
+_PROBABILITIES = (torch.softmax, torch.sigmoid, F.softmax, F.sigmoid, "softmax", "sigmoid")
+
+
+def _is_of_probabilities(node: fx.Node, module: nn.Module) -> bool:
+    if node.op == "call_module":
+        return isinstance(module.get_submodule(str(node.target)), nn.Softmax | nn.Sigmoid)
+    return node.target in _PROBABILITIES
+
+
+def _is_dict(target: Any) -> bool:
+    return isinstance(target, type) and issubclass(target, dict)
+
+
+_WITHOUT_VALUES = frozenset("size dim numel new_zeros new_ones new_full new_empty".split())
+_LIKE = (torch.zeros_like, torch.ones_like, torch.full_like)
+
+
+def carriers(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose values follow from those of the inputs, and not from their sizes alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        reads_shape = (node.op == "call_method" and node.target in _WITHOUT_VALUES) or (
+            node.op == "call_function"
+            and (node.target in _LIKE or (node.target is getattr and node.args[1] in ("shape", "dtype", "device")))
+        )
+        if node.op == "placeholder" or (not reads_shape and found.intersection(node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """All that a node is computed from, without itself."""
+    found, stack = set(), list(node.all_input_nodes)
+    while stack:
+        current = stack.pop()
+        if current not in found:
+            found.add(current)
+            stack += current.all_input_nodes
+    return found
+
+
+__all__ = ["Found", "Logits", "Merge", "Miss", "Term", "ancestors", "carriers", "find_merges", "writes"]
