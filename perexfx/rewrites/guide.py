@@ -11,11 +11,13 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import ArgumentError
 from perexfx.kernels.watched import is_watched
@@ -258,7 +260,18 @@ _EXAMPLE_SCORES = {"loss": _loss, "error": _error, "probability": _probability}
 """From logits `[P, n, C]` and targets `[P, n]` to `[P, n]`."""
 
 
-@fx.wrap
+def _one_node(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function that graphs have as one node, whoever traces it: it looks at what tracing does not know."""
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        traced = next((leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, fx.Proxy)), None)
+        return function(*args) if traced is None else traced.tracer.create_proxy("call_function", call, args, {})
+
+    return call
+
+
+@_one_node
 def stack_pathways(logits: Sequence[Tensor], num_classes: int) -> Tensor:
     """Pathways' logits as one tensor, `[P, n, C]`.
 
@@ -276,7 +289,7 @@ def stack_pathways(logits: Sequence[Tensor], num_classes: int) -> Tensor:
     return torch.stack(list(logits))
 
 
-@fx.wrap
+@_one_node
 def of_targets(offsets: Tensor, terms: Tensor, targets: Tensor | None, training: bool) -> Tensor:
     """The columns of a table `[P, C]` that examples' targets name, `[P, n]`; a column of zeros in eval.
 
