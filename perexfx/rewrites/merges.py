@@ -67,10 +67,12 @@ class Miss:
     Attributes:
         node: Where.
         reason: Why not, as the rest of a sentence that begins with the node.
+        parts: The additions that it is made of, which are no merges either.
     """
 
     node: fx.Node
     reason: str
+    parts: frozenset[fx.Node]
 
 
 @dataclass(frozen=True)
@@ -108,16 +110,18 @@ def find_merges(graph: fx.Graph, module: nn.Module, logits: Logits, named: str |
     """
     search = _Search(graph, module, logits)
     inner: set[fx.Node] = set()
-    merges, misses = [], []
+    merges: list[Merge] = []
+    misses: list[Miss] = []
     for node in reversed(graph.nodes):  # from the outside in: additions inside of a merge are part of it
         if (named is not None and node.name != named) or node in inner:
             continue
         if named is None and logits.shapes is None and not _is_returned(node, search.carrying):
             continue
         found = search.at(node)
+        if found is not None:
+            inner |= found.parts
         if isinstance(found, Merge):
             merges.append(found)
-            inner |= found.parts
         elif found is not None:
             misses.append(found)
     return Found(tuple(reversed(merges)), tuple(reversed(misses)))
@@ -172,8 +176,8 @@ class _Search:
     def _taken_apart(self, root: fx.Node) -> tuple[list[_Added], set[fx.Node]]:
         """What a sum adds, and the additions inside of it.
 
-        An addition inside is a pathway's own, and not taken apart, where it adds a bias or what is computed from its
-        other value.
+        An addition inside is not taken apart where it is a pathway's own, by a bias or by what is computed from its
+        other value, and where something is computed from it.
         """
         found: list[_Added] = []
         parts: set[fx.Node] = set()
@@ -185,7 +189,8 @@ class _Search:
             inside, inner = self._taken_apart(value)
             logits = [each.value for each in inside if self._is_logits(each.value)]
             has_bias = any(isinstance(each.value, fx.Node) and not self._is_logits(each.value) for each in inside)
-            if self._dependent(logits) or (len(logits) < 2 and has_bias):
+            others = [other for other, _ in _addends(root) or [] if isinstance(other, fx.Node)]
+            if self._dependent(logits) or (len(logits) < 2 and has_bias) or self._dependent([value, *others]):
                 found.append(whole)
                 continue
             found += [_Added(each.value, each.reader, factor * each.factor) for each in inside]
@@ -210,7 +215,7 @@ class _Search:
         if len(terms) < 2:
             return None
         reason = self._why_not(terms) or self._read_again(node, parts)
-        return Miss(node, reason) if reason else Merge(node, terms, kind, parts)
+        return Miss(node, reason, parts) if reason else Merge(node, terms, kind, parts)
 
     def _term(self, added: _Added, merge: fx.Node) -> Term:
         """A term, and its logits without the weights that the merge gives it: those written where it is."""
@@ -324,7 +329,7 @@ def _scaled(node: fx.Node, carrying: set[fx.Node]) -> fx.Node | None:
 def _is_returned(node: fx.Node, carrying: set[fx.Node]) -> bool:
     """Whether the model returns a value, but for scaling and reshaping."""
     if node.op == "output":
-        return isinstance(node.args[0], fx.Node)  # what a container holds is told by shapes alone
+        return False  # what a container holds is told by shapes alone
     for user in node.users:
         if user.op == "output":
             return True
