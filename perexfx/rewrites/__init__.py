@@ -4,7 +4,8 @@ In comes a model; out goes a `Rewritten` one, a GraphModule that computes someth
 and drawn as any other. Open `rewritten.py` first; then one file for each rewrite.
 """
 
-from perexfx.rewrites.guide import Guidance, Guide, refuse_batch_tables
+from perexfx.rewrites.guidance import Guidance
+from perexfx.rewrites.guide import Guide, refuse_batch_tables
 from perexfx.rewrites.guide_logits import guide_logits
 from perexfx.rewrites.parallel_columns import ParallelColumns, parallel_columns
 from perexfx.rewrites.rewritten import Change, Rewriting, Rewritten, rewritten

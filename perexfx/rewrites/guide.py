@@ -8,77 +8,24 @@ neither enters the table nor is hidden.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import ArgumentError
 from perexfx.kernels.watched import is_watched
+from perexfx.rewrites.guidance import Guidance
 
 _logger = logging.getLogger("perexfx")
 
-SCORES = ("loss", "error", "probability")
-CHOICES = ("soft", "weakest")
-GRANULARITIES = ("class", "target")
-SOURCES = ("batch", "given")
-SMALLEST_TEMPERATURE = 1e-3
-"""Below, the logarithm over the temperature leaves float32; `choose="weakest"` is the limit."""
-
 _FLOOR = 1e-3
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How a merge is guided.
-
-    Attributes:
-        num_classes: C, at least 2.
-        score: "loss", "error" or "probability".
-        choose: "soft" or "weakest".
-        per: "class" or "target".
-        temperature: Of the soft choice, at least 0.001.
-        momentum: Of the table, in [0, 1).
-        table_from: "batch" or "given".
-
-    Raises:
-        ArgumentError: One of these is something else.
-    """
-
-    num_classes: int
-    score: str = "loss"
-    choose: str = "soft"
-    per: str = "class"
-    temperature: float = 1.0
-    momentum: float = 0.9
-    table_from: str = "batch"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.num_classes, bool) or not isinstance(self.num_classes, int) or self.num_classes < 2:
-            raise ArgumentError(f"`num_classes` should be a number of classes, at least 2. Found {self.num_classes!r}.")
-        for name, known in (("score", SCORES), ("choose", CHOICES), ("per", GRANULARITIES), ("table_from", SOURCES)):
-            if getattr(self, name) not in known:
-                allowed = " or ".join(f'"{value}"' for value in known)
-                raise ArgumentError(f"`{name}` should be {allowed}. Found {getattr(self, name)!r}.")
-        if not (_is_number(self.temperature) and SMALLEST_TEMPERATURE <= self.temperature < math.inf):
-            raise ArgumentError(
-                f"`temperature` should be a finite number, at least {SMALLEST_TEMPERATURE}. "
-                f'Found {self.temperature!r}. Colder than that is `choose="weakest"`.'
-            )
-        if not (_is_number(self.momentum) and 0 <= self.momentum < 1):
-            raise ArgumentError(
-                f"`momentum` should be a number from 0 up to, not including, 1. Found {self.momentum!r}."
-            )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+"""Below all scores, so that a pathway without errors keeps a share."""
 
 
 class Guide(nn.Module):
@@ -244,6 +191,11 @@ def _inside_a_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _is_inside_a_vmap() -> bool:
+    """Whether a transform of torch.func is at work around: values cannot be looked at."""
+    return peek_interpreter_stack() is not None
+
+
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:
     return -torch.log_softmax(logits, -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
@@ -322,7 +274,7 @@ def check_targets(targets: Any, n: int, num_classes: int) -> None:
         raise ArgumentError(f"{expected} Found shape {list(targets.shape)}.")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ArgumentError(f"{expected} Found {targets.dtype}.")
-    if targets.numel() == 0 or torch.compiler.is_compiling() or is_watched():
+    if targets.numel() == 0 or torch.compiler.is_compiling() or is_watched() or _is_inside_a_vmap():
         return
     low, high = (int(value) for value in torch.aminmax(targets))
     if low < 0 or high >= num_classes:
@@ -345,4 +297,4 @@ def refuse_batch_tables(model: nn.Module) -> None:
             )
 
 
-__all__ = ["Guidance", "Guide", "of_targets", "refuse_batch_tables", "stack_pathways"]
+__all__ = ["Guide", "of_targets", "refuse_batch_tables", "stack_pathways"]

@@ -20,8 +20,10 @@ from perexfx.ir.errors import ArgumentError, RefusedError
 from perexfx.ir.inputs import GivenInputs, batch_sizes, bind_inputs, by_name, named_leaves
 from perexfx.ir.node import NodeInfo, annotate, info_of, place_of
 from perexfx.ir.refusal import Refusal
-from perexfx.rewrites.guide import Guidance, Guide, stack_pathways
-from perexfx.rewrites.merges import Found, Logits, Merge, Miss, find_merges, writes
+from perexfx.rewrites.guidance import Guidance
+from perexfx.rewrites.guide import Guide, stack_pathways
+from perexfx.rewrites.merges import Found, Logits, Merge, Miss, find_merges
+from perexfx.rewrites.operands import writes
 from perexfx.rewrites.rewritten import Change, Rewritten, rewritten
 from perexfx.rewrites.subject import Subject, subject_of
 
@@ -164,33 +166,31 @@ def _several(merges: Sequence[Merge]) -> list[Refusal]:
     ]
 
 
+_WANTED = "A merge adds or averages logits of parallel pathways, which are computed side by side."
+_BY_SHAPES = (
+    "Pass `example_inputs`, with which merges anywhere, and heads that are returned apart, are found by their shapes; "
+    'or name a node, `merge="<node>"`.'
+)
+
+
 def _none(subject: Subject, found: Found, logits: Logits, named: str) -> list[Refusal]:
     """Why there is nothing to guide: near misses, or the output."""
-    n, C = logits.shape
-    wanted = "logits of parallel pathways, which are computed side by side"
     if found.misses:
-        return [_refusal_of(miss, wanted) for miss in found.misses]
+        return [_refusal_of(miss, logits) for miss in found.misses]
+    n, C = logits.shape
+    where = f"nothing adds or averages two or more values of shape [{n}, {C}]"
+    remedy = "Check `num_classes`: it should be the size of the last axis of every pathway's logits."
     if logits.shapes is None:
-        where = "what the model returns is no sum or mean of two values or more that carry examples"
-        remedy = (
-            "Pass `example_inputs`, with which merges anywhere and heads returned apart are found by their shapes, or "
-            '`merge="<node>"`.'
-        )
-    else:
-        where = f"nothing adds or averages two values of shape [{n}, {C}] or more"
-        remedy = "Check `num_classes`: it should be the size of the last axis of every pathway's logits."
+        where, remedy = "the model returns no sum or mean of two or more values that carry examples", _BY_SHAPES
     what = "No merge of pathways' logits was found" if named == "auto" else f"`{named}` merges no pathways' logits"
-    output = next(node for node in subject.graph.nodes if node.op == "output" or node.name == named)
-    return [Refusal(f"{what}: {where}.", f"A merge adds or averages {wanted}.", remedy, place_of(output))]
+    place = next(node for node in subject.graph.nodes if node.op == "output" or node.name == named)
+    return [Refusal(f"{what}: {where}.", _WANTED, remedy, place_of(place))]
 
 
-def _refusal_of(miss: Miss, wanted: str) -> Refusal:
-    return Refusal(
-        f"{place_of(miss.node)} is no merge that can be guided: it {miss.reason}.",
-        f"A merge adds or averages {wanted}.",
-        "Merge the pathways' own logits.",
-        place_of(miss.node),
-    )
+def _refusal_of(miss: Miss, logits: Logits) -> Refusal:
+    remedy = "Merge the pathways' own logits." if logits.shapes else f"Merge the pathways' own logits. {_BY_SHAPES}"
+    what = f"{place_of(miss.node)} is no merge that can be guided: it {miss.reason}."
+    return Refusal(what, _WANTED, remedy, place_of(miss.node))
 
 
 def _guide_for(twin: nn.Module, pathways: int, guidance: Guidance, training: bool) -> Guide:

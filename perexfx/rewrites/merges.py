@@ -6,18 +6,24 @@ so that a residual addition is no merge. What looks like a merge and is none has
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from perexfx.capture import IN_PLACE_FUNCTIONS
 from perexfx.ir.node import info_of
+from perexfx.rewrites.operands import (
+    addends,
+    ancestors,
+    carriers,
+    is_dict,
+    is_of_probabilities,
+    scaled,
+    stacked,
+    writes,
+)
 
 
 @dataclass(frozen=True)
@@ -149,12 +155,12 @@ class _Search:
         """The merge at a node; why there is none; None where nothing looks like one."""
         if node.op == "output":
             return self._checked(node, self._heads(node), "heads", frozenset())
-        if (stacked := _stacked(node, self._rank)) is not None:
-            values, kind = stacked
+        if (of_stack := stacked(node, self._rank)) is not None:
+            values, kind = of_stack
             factor = 1 / len(values) if kind == "mean" else 1.0
             stack = node.all_input_nodes[0]
             return self._checked(node, [_Added(value, stack, factor) for value in values], kind, frozenset())
-        if _addends(node) is None:
+        if addends(node) is None:
             return None
         added, parts = self._taken_apart(node)
         return self._checked(node, added, "sum", frozenset(parts))
@@ -181,15 +187,15 @@ class _Search:
         """
         found: list[_Added] = []
         parts: set[fx.Node] = set()
-        for value, factor in _addends(root) or []:
+        for value, factor in addends(root) or []:
             whole = _Added(value, root, factor)
-            if not self._is_logits(value) or _addends(value) is None:
+            if not self._is_logits(value) or addends(value) is None:
                 found.append(whole)
                 continue
             inside, inner = self._taken_apart(value)
             logits = [each.value for each in inside if self._is_logits(each.value)]
             has_bias = any(isinstance(each.value, fx.Node) and not self._is_logits(each.value) for each in inside)
-            others = [other for other, _ in _addends(root) or [] if isinstance(other, fx.Node)]
+            others = [other for other, _ in addends(root) or [] if isinstance(other, fx.Node)]
             if self._dependent(logits) or (len(logits) < 2 and has_bias) or self._dependent([value, *others]):
                 found.append(whole)
                 continue
@@ -200,7 +206,7 @@ class _Search:
     def _heads(self, output: fx.Node) -> list[_Added]:
         """What is returned in a container, where all of it are logits."""
         returned: Any = output.args[0]
-        if isinstance(returned, fx.Node) and returned.op == "call_function" and _is_dict(returned.target):
+        if isinstance(returned, fx.Node) and returned.op == "call_function" and is_dict(returned.target):
             returned = (returned.args, returned.kwargs)
         if isinstance(returned, fx.Node):
             return []
@@ -221,10 +227,10 @@ class _Search:
         """A term, and its logits without the weights that the merge gives it: those written where it is."""
         logits, reader = added.value, added.reader
         while info_of(logits).module == info_of(merge).module:
-            scaled = _scaled(logits, self.carrying)
-            if scaled is None or not self._is_logits(scaled):
+            inner = scaled(logits, self.carrying)
+            if inner is None or not self._is_logits(inner):
                 break
-            logits, reader = scaled, logits
+            logits, reader = inner, logits
         return Term(added.value, added.reader, logits, reader, added.factor)
 
     def _why_not(self, terms: tuple[Term, ...]) -> str:
@@ -233,7 +239,7 @@ class _Search:
         for at, own in enumerate(logits):
             if own in logits[:at]:
                 return f"merges `{own.name}` with itself"
-            if _is_of_probabilities(own, self.module):
+            if is_of_probabilities(own, self.module):
                 return f"merges `{own.name}`, which are probabilities and not logits"
         if pair := self._dependent(logits):
             return f"merges `{pair[0].name}` with `{pair[1].name}`, which is computed from it"
@@ -258,72 +264,7 @@ class _Search:
         return ""
 
 
-_ADDITIONS = (operator.add, operator.iadd, torch.add)
-_ADDING_METHODS = ("add", "add_")
-
-
-def _addends(node: fx.Node) -> list[tuple[Any, float]] | None:
-    """What an addition adds, each with its factor; None for other nodes."""
-    is_function = node.op == "call_function" and node.target in _ADDITIONS
-    if not is_function and not (node.op == "call_method" and node.target in _ADDING_METHODS):
-        return None
-    given = {**dict(zip(("input", "other"), node.args, strict=False)), **node.kwargs}
-    alpha = given.get("alpha", 1)
-    if "input" not in given or "other" not in given or "out" in given or not isinstance(alpha, int | float):
-        return None
-    return [(given["input"], 1.0), (given["other"], float(alpha))]
-
-
-def writes(node: fx.Node, module: nn.Module) -> bool:
-    """Whether a node may write in place, by its name or its arguments."""
-    if node.op == "call_module":
-        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    name = getattr(node.target, "__name__", "")
-    in_place = node.target in IN_PLACE_FUNCTIONS or name.endswith("_")
-    return node.op == "call_function" and (in_place or any(arg is True for arg in (*node.args, *node.kwargs.values())))
-
-
-_REDUCTIONS = {torch.sum: "sum", torch.mean: "mean", "sum": "sum", "mean": "mean"}
-
-
-def _stacked(node: fx.Node, rank: Any) -> tuple[list[fx.Node], str] | None:
-    """What a sum or mean over the axis of a stack merges, and which of them it is; None for other nodes."""
-    kind = _REDUCTIONS.get(node.target) if node.op in ("call_function", "call_method") else None
-    if kind is None:
-        return None
-    given = {**dict(zip(("input", "dim", "keepdim"), node.args, strict=False)), **node.kwargs}
-    stack, dim = given.get("input"), given.get("dim", given.get("axis"))
-    if isinstance(dim, list | tuple) and len(dim) == 1:
-        dim = dim[0]
-    if not (isinstance(stack, fx.Node) and stack.op == "call_function" and stack.target is torch.stack):
-        return None
-    inside = {**dict(zip(("tensors", "dim"), stack.args, strict=False)), **stack.kwargs}
-    tensors, own = inside.get("tensors"), inside.get("dim", 0)
-    if given.get("keepdim") or given.get("dtype") or not isinstance(dim, int) or not isinstance(own, int):
-        return None
-    if not isinstance(tensors, list | tuple) or not all(isinstance(each, fx.Node) for each in tensors):
-        return None
-    axes = rank(tensors[0]) + 1 if tensors else 1
-    return (list(tensors), kind) if dim % axes == own % axes else None  # pyright: ignore[reportReturnType]
-
-
-_SCALINGS = (operator.mul, operator.imul, operator.truediv, operator.itruediv, torch.mul, torch.div, "mul", "div")
 _MOVES = frozenset("to float double half bfloat16 type_as contiguous clone view reshape squeeze unsqueeze".split())
-
-
-def _scaled(node: fx.Node, carrying: set[fx.Node]) -> fx.Node | None:
-    """What a node multiplies or divides by something without examples; None for other nodes."""
-    if node.target not in _SCALINGS or len(node.args) != 2 or node.kwargs:
-        return None
-    first, second = node.args
-    divides = node.target in (operator.truediv, operator.itruediv, torch.div, "div")
-    if isinstance(first, fx.Node) and first in carrying and second not in carrying:
-        return first
-    if not divides and isinstance(second, fx.Node) and second in carrying and first not in carrying:
-        return second
-    return None
 
 
 def _is_returned(node: fx.Node, carrying: set[fx.Node]) -> bool:
@@ -333,51 +274,10 @@ def _is_returned(node: fx.Node, carrying: set[fx.Node]) -> bool:
     for user in node.users:
         if user.op == "output":
             return True
-        moves = (user.op == "call_method" and user.target in _MOVES) or _scaled(user, carrying) is node
+        moves = (user.op == "call_method" and user.target in _MOVES) or scaled(user, carrying) is node
         if moves and _is_returned(user, carrying):
             return True
     return False
 
 
-_PROBABILITIES = (torch.softmax, torch.sigmoid, F.softmax, F.sigmoid, "softmax", "sigmoid")
-
-
-def _is_of_probabilities(node: fx.Node, module: nn.Module) -> bool:
-    if node.op == "call_module":
-        return isinstance(module.get_submodule(str(node.target)), nn.Softmax | nn.Sigmoid)
-    return node.target in _PROBABILITIES
-
-
-def _is_dict(target: Any) -> bool:
-    return isinstance(target, type) and issubclass(target, dict)
-
-
-_WITHOUT_VALUES = frozenset("size dim numel new_zeros new_ones new_full new_empty".split())
-_LIKE = (torch.zeros_like, torch.ones_like, torch.full_like)
-
-
-def carriers(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose values follow from those of the inputs, and not from their sizes alone."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        reads_shape = (node.op == "call_method" and node.target in _WITHOUT_VALUES) or (
-            node.op == "call_function"
-            and (node.target in _LIKE or (node.target is getattr and node.args[1] in ("shape", "dtype", "device")))
-        )
-        if node.op == "placeholder" or (not reads_shape and found.intersection(node.all_input_nodes)):
-            found.add(node)
-    return found
-
-
-def ancestors(node: fx.Node) -> set[fx.Node]:
-    """All that a node is computed from, without itself."""
-    found, stack = set(), list(node.all_input_nodes)
-    while stack:
-        current = stack.pop()
-        if current not in found:
-            found.add(current)
-            stack += current.all_input_nodes
-    return found
-
-
-__all__ = ["Found", "Logits", "Merge", "Miss", "Term", "ancestors", "carriers", "find_merges", "writes"]
+__all__ = ["Found", "Logits", "Merge", "Miss", "Term", "find_merges"]

@@ -303,7 +303,7 @@ def test_a_form_is_found_and_guided(name: str, known: bool) -> None:
         assert g.guide.pathways == pathways
         plain = net(x)
         if name in OF_SHAPES and not isinstance(plain, Tensor):
-            plain = torch.stack([leaf for leaf in torch.utils._pytree.tree_leaves(plain)]).mean(0)
+            plain = torch.stack(torch.utils._pytree.tree_leaves(plain)).mean(0)
         torch.testing.assert_close(g(x, targets=y), plain, rtol=0, atol=0)
         g.guide.weakness.copy_(torch.rand(pathways, C) + 0.1)
         g.guide.pending_classes.zero_()
@@ -395,52 +395,52 @@ def test_values_are_taken_before_they_are_written_over(source: str) -> None:
         torch.testing.assert_close(g.guide.pending[:, c], torch.tensor(expected))
 
 
-@miss("nothing adds or averages two values of shape [5, 4] or more. A merge adds or averages logits of parallel")
+@miss("nothing adds or averages two or more values of shape [5, 4]. A merge adds or averages logits of parallel")
 def one_head(net: Any, x: Tensor) -> Any:
     return net.heads[0](x)
 
 
-@miss("nothing adds or averages two values of shape [5, 4]")
+@miss("nothing adds or averages two or more values of shape [5, 4]")
 def one_head_and_a_bias(net: Any, x: Tensor) -> Any:
     return net.heads[0](x) + net.bias
 
 
-@miss("nothing adds or averages two values of shape [5, 4]")
+@miss("nothing adds or averages two or more values of shape [5, 4]")
 def difference(net: Any, x: Tensor) -> Any:
     return net.heads[0](x) - net.heads[1](x)
 
 
-@miss("nothing adds or averages two values of shape [5, 4]")
+@miss("nothing adds or averages two or more values of shape [5, 4]")
 def product(net: Any, x: Tensor) -> Any:
     return net.heads[0](x) * net.heads[1](x)
 
 
-@miss("nothing adds or averages two values of shape [5, 4]")
+@miss("nothing adds or averages two or more values of shape [5, 4]")
 def concatenated(net: Any, x: Tensor) -> Any:
     return torch.cat(net.each(x), 1)
 
 
-@miss("nothing adds or averages two values of shape [5, 4]")
+@miss("nothing adds or averages two or more values of shape [5, 4]")
 def stacked_over_another_axis(net: Any, x: Tensor) -> Any:
     return torch.stack(net.each(x)).mean(1)
 
 
-@miss("nothing adds or averages two values of shape [5, 4]")
+@miss("nothing adds or averages two or more values of shape [5, 4]")
 def stack_with_its_axis_kept(net: Any, x: Tensor) -> Any:
     return torch.stack(net.each(x)).mean(0, keepdim=True)
 
 
-@miss("nothing adds or averages two values of shape [5, 4]")
+@miss("nothing adds or averages two or more values of shape [5, 4]")
 def stack_over_all(net: Any, x: Tensor) -> Any:
     return torch.stack(net.each(x)).sum() * x
 
 
-@miss("nothing adds or averages two values of shape [5, 4]")
+@miss("nothing adds or averages two or more values of shape [5, 4]")
 def features(net: Any, x: Tensor) -> Any:
     return net.trunk(x) + net.trunk(x.tanh())
 
 
-@miss("nothing adds or averages two values of shape [5, 4]")
+@miss("nothing adds or averages two or more values of shape [5, 4]")
 def heads_of_other_shapes(net: Any, x: Tensor) -> Any:
     return [net.heads[0](x), net.trunk(x)]
 
@@ -469,7 +469,7 @@ def twice_with_weights(net: Any, x: Tensor) -> Any:
     return 0.5 * a + net.heads[1](x) + 0.25 * a
 
 
-@miss("it merges `linear` with `linear_2`, which is computed from it.")
+@miss("it merges `linear` with `linear_3`, which is computed from it.")
 def corrected(net: Any, x: Tensor) -> Any:
     a, b, _ = net.each(x)
     return a + b + net.last(a)

@@ -67,7 +67,7 @@ TRUNK = nn.Linear(4, 4)
         (
             [nn.Sequential(TRUNK, nn.Linear(4, 3)), nn.Sequential(nn.Identity(), TRUNK)],
             "sum",
-            "`models[0]` and `models[1]` share a parameter, `0.weight` and `1.weight`. Columns are networks of their own",
+            "`models[0]` and `models[1]` share a parameter, `0.weight` and `1.weight`. Columns are networks",
         ),
         ([ONE, copy.deepcopy(ONE)], "max", '`merge` should be "sum" or "mean". Found \'max\'.'),
     ],
