@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import perexfx
+from tests.support.oracle import Batch, norms_of, one_at_a_time
 
 WIDTH, C, N = 6, 4, 5
 
@@ -310,6 +311,30 @@ def test_a_form_is_found_and_guided(name: str, known: bool) -> None:
         first = torch.utils._pytree.tree_leaves(g(x, targets=y))[0]
         assert not torch.equal(first, torch.utils._pytree.tree_leaves(plain)[0])
         torch.testing.assert_close(g.eval()(x), plain, rtol=0, atol=0)
+
+
+def loss_of(output: Any, targets: Tensor) -> Tensor:
+    first = torch.utils._pytree.tree_leaves(output)[0]
+    return F.cross_entropy(first.flatten(1), targets, reduction="sum")
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("per", ["class", "target"])
+def test_a_guided_form_is_transformed_exactly(name: str, per: str) -> None:
+    function, pathways = FORMS[name]
+    net, x, y = Net(function).double(), torch.randn(N, WIDTH, dtype=torch.float64), torch.randint(C, (N,))
+    g = perexfx.guide_logits(net, x, num_classes=C, per=per, table_from="given")
+    g.guide.weakness.copy_(torch.rand(pathways, C) + 0.1)
+    rows = one_at_a_time(g, Batch((x, y), y), loss_of)
+    t = perexfx.transform(g, {"x": x, "targets": y}, clip_norm=0.5, loss_reduction="sum")
+    loss_of(t(x, targets=y), y).backward()
+    norms = norms_of(rows)
+    torch.testing.assert_close(t.perexfx.norms, norms, rtol=1e-9, atol=1e-9)
+    factors = (0.5 / norms).clamp(max=1)
+    for parameter_name, parameter in t.named_parameters():
+        expected = torch.einsum("n,n...->...", factors, rows[parameter_name])
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 WEIGHTED = {
