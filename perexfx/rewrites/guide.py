@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._C._functorch import peek_interpreter_stack
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from perexfx.ir.errors import ArgumentError
@@ -136,8 +135,7 @@ class Guide(nn.Module):
 
     def _move_on(self, logits: Tensor, targets: Tensor | None) -> None:
         """The scores of the last training forward go into the table, and those of this one wait for the next."""
-        compiles = torch.compiler.is_compiling()
-        if not self.training or (not compiles and (_inside_a_backward() or isinstance(logits, FakeTensor))):
+        if not self.training or (not torch.compiler.is_compiling() and _inside_a_backward()):
             return
         if targets is not None:
             check_targets(targets, logits.shape[1], self.guidance.num_classes)
@@ -153,7 +151,6 @@ class Guide(nn.Module):
         """Mean scores by pathway and class, `[P, C]`, and the classes that have some, all finite, `[C]`."""
         logits, targets = logits.detach().to(self.weakness), targets.to(self.weakness.device, torch.long)
         scores = _EXAMPLE_SCORES[self.guidance.score](logits, targets.expand(logits.shape[:2]))
-        scores = scores.to(self.weakness).masked_fill(logits.isnan().any(-1), torch.nan)
         counts = torch.zeros_like(self.weakness[0]).index_add_(0, targets, torch.ones_like(scores[0]))
         means = torch.zeros_like(self.weakness).index_add_(1, targets, scores) / counts.clamp(min=1)
         finite = means.isfinite().all(0)
@@ -197,19 +194,19 @@ def _is_inside_a_vmap() -> bool:
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return -torch.log_softmax(logits, -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return logits.logsumexp(-1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def _error(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.argmax(-1) != targets
+    return (logits.argmax(-1) != targets).to(logits).masked_fill(logits.isnan().any(-1), torch.nan)
 
 
 def _probability(logits: Tensor, targets: Tensor) -> Tensor:
-    return 1 - torch.softmax(logits, -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return 1 - torch.exp(-_loss(logits, targets))
 
 
 _EXAMPLE_SCORES = {"loss": _loss, "error": _error, "probability": _probability}
-"""From logits `[P, n, C]` and targets `[P, n]` to `[P, n]`."""
+"""From logits `[P, n, C]` and targets `[P, n]` to `[P, n]`; no numbers where logits are none."""
 
 
 def _one_node(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -22,7 +22,7 @@ from perexfx.ir.node import NodeInfo, annotate, info_of, place_of
 from perexfx.ir.refusal import Refusal
 from perexfx.rewrites.guidance import Guidance
 from perexfx.rewrites.guide import Guide, stack_pathways
-from perexfx.rewrites.merges import Found, Logits, Merge, Miss, find_merges
+from perexfx.rewrites.merges import Found, Logits, Merge, find_merges
 from perexfx.rewrites.operands import writes
 from perexfx.rewrites.rewritten import Change, Rewritten, rewritten
 from perexfx.rewrites.subject import Subject, subject_of
@@ -55,7 +55,8 @@ def guide_logits(
     plain one.
 
     Guided are sums (`a + b`, `sum([...])`, `torch.stack([...]).sum(0)`), means and weighted sums of pathways' logits.
-    Of a model that returns its heads in a list, tuple or dict, their mean is guided and returned.
+    Of a model that returns its heads in a list, tuple or dict, their mean is guided and returned. BatchNorm keeps the
+    mode that it was captured in: evaluate such a model itself, whose merge and statistics are the same.
 
     Args:
         model: Any module that `perexfx.transform` can capture, with two pathways or more.
@@ -141,8 +142,7 @@ def _choose(subject: Subject, logits: Logits, named: str) -> Merge:
         RefusedError: There is no merge, or there are several.
     """
     if named != "auto" and named not in [node.name for node in subject.graph.nodes]:
-        names = [merge.node.name for merge in find_merges(subject.graph, subject.twin, logits).merges]
-        there = f"Merges are at {', '.join(f'`{name}`' for name in names)}." if names else "No merge was found."
+        there = _list(find_merges(subject.graph, subject.twin, logits).merges)
         raise ArgumentError(f'`merge` should be the name of a node of the graph, or "auto". Found {named!r}. {there}')
     found = find_merges(subject.graph, subject.twin, logits, None if named == "auto" else named)
     if len(found.merges) == 1:
@@ -175,22 +175,37 @@ _BY_SHAPES = (
 
 def _none(subject: Subject, found: Found, logits: Logits, named: str) -> list[Refusal]:
     """Why there is nothing to guide: near misses, or the output."""
+    by_shapes = "" if logits.shapes else f" {_BY_SHAPES}"
     if found.misses:
-        return [_refusal_of(miss, logits) for miss in found.misses]
-    n, C = logits.shape
-    where = f"nothing adds or averages two or more values of shape [{n}, {C}]"
-    remedy = "Check `num_classes`: it should be the size of the last axis of every pathway's logits."
+        return [
+            Refusal(
+                f"{place_of(miss.node)} is no merge that can be guided: it {miss.reason}.",
+                _WANTED,
+                miss.remedy + by_shapes,
+                place_of(miss.node),
+            )
+            for miss in found.misses
+        ]
+    values = "two or more values " + (
+        "of shape [{}, {}]".format(*logits.shape) if logits.shapes else "that carry examples"
+    )
+    if named != "auto":
+        there = find_merges(subject.graph, subject.twin, logits).merges
+        place = place_of(next(node for node in subject.graph.nodes if node.name == named))
+        return [Refusal(f"{place} neither adds nor averages {values}.", _WANTED, _list(there), place)]
+    what, remedy = (
+        f"nothing adds or averages {values}",
+        "Check `num_classes`: it should be the size of their last axis.",
+    )
     if logits.shapes is None:
-        where, remedy = "the model returns no sum or mean of two or more values that carry examples", _BY_SHAPES
-    what = "No merge of pathways' logits was found" if named == "auto" else f"`{named}` merges no pathways' logits"
-    place = next(node for node in subject.graph.nodes if node.op == "output" or node.name == named)
-    return [Refusal(f"{what}: {where}.", _WANTED, remedy, place_of(place))]
+        what, remedy = f"what the model returns neither adds nor averages {values}", _BY_SHAPES
+    place = place_of(next(node for node in subject.graph.nodes if node.op == "output"))
+    return [Refusal(f"No merge of pathways' logits was found: {what}.", _WANTED, remedy, place)]
 
 
-def _refusal_of(miss: Miss, logits: Logits) -> Refusal:
-    remedy = "Merge the pathways' own logits." if logits.shapes else f"Merge the pathways' own logits. {_BY_SHAPES}"
-    what = f"{place_of(miss.node)} is no merge that can be guided: it {miss.reason}."
-    return Refusal(what, _WANTED, remedy, place_of(miss.node))
+def _list(merges: Sequence[Merge]) -> str:
+    names = ", ".join(f"`{merge.node.name}`" for merge in merges)
+    return f"Merges are at {names}." if names else "No merge was found."
 
 
 def _guide_for(twin: nn.Module, pathways: int, guidance: Guidance, training: bool) -> Guide:
@@ -208,10 +223,14 @@ def _insert(subject: Subject, merge: Merge, guide: Guide) -> None:
         targets = graph.create_node("placeholder", TARGETS, (None,))
     with graph.inserting_before(merge.node if merge.kind == "heads" else merge.node.next):
         values = [_as_read(subject, merge, term.value, term.reader) for term in merge.terms]
-        terms = _stack(graph, [_times(graph, v, t.factor) for v, t in zip(values, merge.terms, strict=True)], guide)
-        merged = graph.call_method("mean", (_stack(graph, values, guide), 0)) if merge.kind == "heads" else merge.node
+        stacked = _stack(graph, values, guide)
+        merged = graph.call_method("mean", (stacked, 0)) if merge.kind == "heads" else merge.node
+        terms = _weighted(graph, values, stacked, merge, guide)
         if guide.guidance.table_from == "batch":
-            alone = _stack(graph, [_as_read(subject, merge, t.logits, t.logits_reader) for t in merge.terms], guide)
+            alone = stacked
+            if any(term.logits is not term.value for term in merge.terms):
+                logits = [_as_read(subject, merge, term.logits, term.logits_reader) for term in merge.terms]
+                alone = _stack(graph, logits, guide)
             guided = graph.call_module(GUIDE, (merged, terms, alone, targets))
         else:
             guided = _inlined(graph, guide, {"merged": merged, "terms": terms, "targets": targets})
@@ -234,8 +253,12 @@ def _as_read(subject: Subject, merge: Merge, value: fx.Node, reader: fx.Node) ->
         return subject.graph.call_method("clone", (value,))
 
 
-def _times(graph: fx.Graph, value: fx.Node, factor: float) -> fx.Node:
-    return value if factor == 1 else graph.call_function(operator.mul, (value, factor))
+def _weighted(graph: fx.Graph, values: list[fx.Node], stacked: fx.Node, merge: Merge, guide: Guide) -> fx.Node:
+    """Stacked values, each times its factor."""
+    factors = [term.factor for term in merge.terms]
+    if factors == [factors[0]] * len(factors):
+        return stacked if factors[0] == 1 else graph.call_function(operator.mul, (stacked, factors[0]))
+    return _stack(graph, [graph.call_function(operator.mul, pair) for pair in zip(values, factors, strict=True)], guide)
 
 
 def _stack(graph: fx.Graph, values: list[fx.Node], guide: Guide) -> fx.Node:

@@ -73,11 +73,13 @@ class Miss:
     Attributes:
         node: Where.
         reason: Why not, as the rest of a sentence that begins with the node.
+        remedy: What to do about it.
         parts: The additions that it is made of, which are no merges either.
     """
 
     node: fx.Node
     reason: str
+    remedy: str
     parts: frozenset[fx.Node]
 
 
@@ -174,8 +176,8 @@ class _Search:
         return None if self.logits.shapes is None else self.logits.shapes.get(node.name)
 
     def _is_logits(self, value: Any) -> bool:
-        """Whether a value carries examples, and has the shape of logits where shapes are known."""
-        if not isinstance(value, fx.Node) or value not in self.carrying:
+        """Whether a value is computed from examples, and has the shape of logits where shapes are known."""
+        if not isinstance(value, fx.Node) or value not in self.carrying or value.op == "placeholder":
             return False
         return self.logits.shapes is None or self._shape(value) == self.logits.shape
 
@@ -221,7 +223,7 @@ class _Search:
         if len(terms) < 2:
             return None
         reason = self._why_not(terms) or self._read_again(node, parts)
-        return Miss(node, reason, parts) if reason else Merge(node, terms, kind, parts)
+        return Miss(node, *reason, parts) if reason else Merge(node, terms, kind, parts)
 
     def _term(self, added: _Added, merge: fx.Node) -> Term:
         """A term, and its logits without the weights that the merge gives it: those written where it is."""
@@ -233,17 +235,18 @@ class _Search:
             logits, reader = inner, logits
         return Term(added.value, added.reader, logits, reader, added.factor)
 
-    def _why_not(self, terms: tuple[Term, ...]) -> str:
-        """Why terms are not those of parallel pathways; ""."""
+    def _why_not(self, terms: tuple[Term, ...]) -> tuple[str, str] | None:
+        """Why terms are not those of parallel pathways, and what to do; None where they are."""
         logits = [term.logits for term in terms]
         for at, own in enumerate(logits):
             if own in logits[:at]:
-                return f"merges `{own.name}` with itself"
+                return f"merges `{own.name}` with itself", "Write it once, with its weight."
             if is_of_probabilities(own, self.module):
-                return f"merges `{own.name}`, which are probabilities and not logits"
+                return f"merges `{own.name}`, which are probabilities", "Merge the logits that they are made of."
         if pair := self._dependent(logits):
-            return f"merges `{pair[0].name}` with `{pair[1].name}`, which is computed from it"
-        return ""
+            reason = f"merges `{pair[0].name}` with `{pair[1].name}`, which is computed from it"
+            return reason, "Merge the pathways' own logits, or name another merge by `merge`."
+        return None
 
     def _dependent(self, nodes: list[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
         """Two nodes of which the second is computed from the first."""
@@ -255,13 +258,14 @@ class _Search:
                     return other, node
         return None
 
-    def _read_again(self, node: fx.Node, parts: frozenset[fx.Node]) -> str:
-        """Whether what a merge is written over is read after it."""
+    def _read_again(self, node: fx.Node, parts: frozenset[fx.Node]) -> tuple[str, str] | None:
+        """Whether what a merge is written over is read after it: there it would be the plain merge."""
         for addition in (node, *parts):
             written = addition.args[0] if addition.op != "output" and writes(addition, self.module) else None
             if isinstance(written, fx.Node) and any(self.order[user] > self.order[node] for user in written.users):
-                return f"is written over `{written.name}`, which is read again after it"
-        return ""
+                reason = f"is written over `{written.name}`, which is read again after it"
+                return reason, "Write `z = a + b` in the place of `a += b`."
+        return None
 
 
 _MOVES = frozenset("to float double half bfloat16 type_as contiguous clone view reshape squeeze unsqueeze".split())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import perexfx
+from perexfx.rewrites import subject_of
 from tests.support.oracle import Batch, norms_of, one_at_a_time
 
 WIDTH, N = 5, 6
@@ -380,6 +381,18 @@ def test_half_precision_keeps_a_precise_table() -> None:
         model.to(torch.bfloat16)
 
 
+@pytest.mark.parametrize("source", ["batch", "given"])
+def test_looking_at_shapes_moves_no_table(source: str) -> None:
+    x, y = batch(4)
+    g = perexfx.guide_logits(Columns(3, 4, total), num_classes=4, table_from=source)
+    trained(g, x, y, 2)
+    before = copy.deepcopy(g.state_dict())
+    shapes = subject_of(g, {"x": x, "targets": y}).shapes
+    assert shapes is not None
+    assert shapes["guide" if source == "batch" else "sub_2"] == (N, 4)
+    assert all(torch.equal(g.state_dict()[name], value) for name, value in before.items())
+
+
 @pytest.mark.parametrize("per", ["class", "target"])
 def test_a_given_table_goes_through_vmap(per: str) -> None:
     model, (x, y) = Columns(3, 4, weighted, torch.float64), batch(4, torch.float64)
@@ -591,9 +604,10 @@ def test_a_merge_by_its_name() -> None:
     )
     with pytest.raises(perexfx.RefusedError) as other:
         perexfx.guide_logits(model, x, num_classes=4, merge="linear")
-    assert str(other.value).startswith(
-        "`linear` merges no pathways' logits: nothing adds or averages two or more values"
-    )
+    said = str(other.value)
+    assert said.startswith("`linear` in module `heads.0` (")
+    assert "neither adds nor averages two or more values of shape [6, 4]. A merge adds or averages logits" in said
+    assert said.endswith("Merges are at `add`, `add_1`, `output`.")
     assert other.value.refusals[0].place is not None
     assert other.value.refusals[0].place.node == "linear"
 

@@ -119,7 +119,7 @@ def augmented_from_zero(net: Any, x: Tensor) -> Any:
 
 @form(3)
 def augmented_from_zeros(net: Any, x: Tensor) -> Any:
-    z = torch.zeros(x.shape[0], C)
+    z = torch.zeros(x.size(0), C)
     for head in net.heads:
         z += head(x)
     return z
@@ -470,6 +470,11 @@ def heads_of_other_shapes(net: Any, x: Tensor) -> Any:
     return [net.heads[0](x), net.trunk(x)]
 
 
+@miss("nothing adds or averages two or more values of shape [5, 4]")
+def with_an_input(net: Any, x: Tensor) -> Any:
+    return net.heads[0](x.repeat(1, 2)[:, :WIDTH]) + x
+
+
 @miss("it merges `linear` with `linear_1`, which is computed from it.")
 def residual(net: Any, x: Tensor) -> Any:
     a = net.heads[0](x)
@@ -500,17 +505,17 @@ def corrected(net: Any, x: Tensor) -> Any:
     return a + b + net.last(a)
 
 
-@miss("it merges `softmax`, which are probabilities and not logits.")
+@miss("it merges `softmax`, which are probabilities. A merge")
 def probabilities(net: Any, x: Tensor) -> Any:
     return sum(F.softmax(z, -1) for z in net.each(x)) / 3
 
 
-@miss("it merges `softmax`, which are probabilities and not logits.")
+@miss("it merges `softmax`, which are probabilities. A merge")
 def probabilities_of_a_module(net: Any, x: Tensor) -> Any:
     return torch.stack([net.softmax(z) for z in net.each(x)]).mean(0)
 
 
-@miss("it is written over `identity`, which is read again after it.")
+@miss("it is written over `identity`, which is read again after it. A merge adds")
 def written_over_and_read_again(net: Any, x: Tensor) -> Any:
     a = net.identity(net.heads[0](x))
     z = a
@@ -521,7 +526,7 @@ def written_over_and_read_again(net: Any, x: Tensor) -> Any:
 @pytest.mark.parametrize("name", MISSES)
 def test_what_is_no_merge(name: str) -> None:
     function, said = MISSES[name]
-    net, x = Net(function), torch.randn(N, WIDTH)
+    net, x = Net(function), torch.randn(N, C if name == "with_an_input" else WIDTH)
     net(x)
     with pytest.raises(perexfx.RefusedError) as error:
         perexfx.guide_logits(net, x, num_classes=C)
