@@ -1,8 +1,8 @@
 """The guide of a merge: which pathway learns how much of which class.
 
 Promises: with equal scores a guided merge is the plain one, value and gradients, to the last bit; in eval its value
-always is. Within a step the table is constant, also where a checkpoint runs the forward again. What is not finite
-neither enters the table nor is hidden.
+always is. From one forward to the next the table is constant, also where a checkpoint runs the forward again. What is
+not finite neither enters the table nor is hidden.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ def guide_logits(
     The result shares the model's parameters and takes its arguments and `targets`, the classes `[n]` of the examples:
     `g(x, targets=y)` in training. Its submodule `guide` holds the table `g.guide.weakness`, `[P, C]`: how badly each
     pathway alone does on each class. In training a table from the batch takes up the scores of every forward with
-    targets, and they count from the next forward on; without targets it is used as it is. In eval the merge is the
-    plain one.
+    targets, and they count from the next forward on; without targets it is used as it is. Targets that neither the
+    table nor `per` asks for are left unread. In eval the merge is the plain one.
 
     Guided are sums (`a + b`, `sum([...])`, `torch.stack([...]).sum(0)`), means and weighted sums of pathways' logits.
     Of a model that returns its heads in a list, tuple or dict, their mean is guided and returned. BatchNorm keeps the
