@@ -238,9 +238,8 @@ def _insert(subject: Subject, merge: Merge, guide: Guide) -> None:
         merge.node.args = (guided,)
     for reader in readers:
         reader.replace_input_with(merge.node, guided)
-    info = info_of(merge.node)
     for node in set(graph.nodes) - old:
-        annotate(node, NodeInfo() if node is targets else NodeInfo(info.module, info.source))
+        annotate(node, NodeInfo() if node is targets else NodeInfo(GUIDE, info_of(merge.node).source))
 
 
 def _as_read(subject: Subject, merge: Merge, value: fx.Node, reader: fx.Node) -> fx.Node:

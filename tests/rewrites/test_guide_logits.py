@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import perexfx
+from perexfx.ir.node import info_of
 from perexfx.rewrites import subject_of
 from perexfx.views.drawing import drawing_of
 from tests.support.oracle import Batch, norms_of, one_at_a_time
@@ -223,7 +224,11 @@ def test_what_a_guided_model_says_of_itself() -> None:
     assert change.before == "the sum of `linear`, `linear_1`"
     assert change.after == "guided: score error, soft choice, per class, table from the batch"
     assert "targets" not in [node.name for node in g.rewriting.before.nodes]
-    assert "add_1" in [node.name for node in g.graph.nodes]
+    before = [node.name for node in g.rewriting.before.nodes]
+    added = [node for node in g.graph.nodes if node.name not in (*before, "targets")]
+    assert [node.name for node in g.graph.nodes if node not in added] == ["x", "targets", *before[1:]]
+    assert {info_of(node).module for node in added} == {"guide"}
+    assert {info_of(node).source for node in added} == {change.place.source}
 
 
 def trained(g: nn.Module, x: Tensor, y: Tensor, steps: int) -> nn.Module:
