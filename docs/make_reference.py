@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 GROUPS = {
     "The transform": "transform Rule Strategy replace_batchnorm",
     "The papers' methods": "engines",
+    "Rewrites": "guide_logits parallel_columns",
     "Without training": "per_example_norms per_example_grads gradient_gram",
     "Whole steps": "step_graph compile_step",
     "Is it right?": "check verify",
@@ -23,6 +24,7 @@ GROUPS = {
 }
 VALUES = {
     "transform": "perexfx.runtime.face.PerExample",
+    "guide_logits": "perexfx.rewrites.guide.Guide",
     "compile_step": "perexfx.steps.compiled.CompiledStep",
     "check": "perexfx.inspecting.check.result.CheckResult",
     "verify": "perexfx.inspecting.proof.verify.Proof",

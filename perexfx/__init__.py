@@ -22,7 +22,7 @@ from perexfx.ir.errors import (
 from perexfx.ir.rule import Rule
 from perexfx.ir.strategy import Strategy
 from perexfx.passes.replace_batchnorm import replace_batchnorm
-from perexfx.rewrites import downsample, interleave
+from perexfx.rewrites import downsample, guide_logits, interleave, parallel_columns
 from perexfx.steps import compile_step, gradient_gram, per_example_grads, per_example_norms, step_graph
 from perexfx.views.onnx import export_onnx
 from perexfx.views.report import report
@@ -49,7 +49,9 @@ __all__ = [
     "engines",
     "export_onnx",
     "gradient_gram",
+    "guide_logits",
     "interleave",
+    "parallel_columns",
     "per_example_grads",
     "per_example_norms",
     "profile",

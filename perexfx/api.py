@@ -33,7 +33,7 @@ from perexfx.planning import (
     with_shared_inputs,
 )
 from perexfx.rehearsal import Rehearsed
-from perexfx.rewrites import Interleaved
+from perexfx.rewrites import Interleaved, refuse_batch_tables
 from perexfx.runtime import PerExample, Runtime, Settings, Transformed, check_settings, rewrite
 from perexfx.sites import (
     confirm,
@@ -295,6 +295,7 @@ def _check_parts(model: nn.Module) -> None:
         )
     if any(isinstance(module, PerExample) for module in model.modules()):
         raise ArgumentError("`model` was transformed already. Transform the original model instead.")
+    refuse_batch_tables(model)
 
 
 def _several(name: str, given: Iterable[T]) -> tuple[T, ...]:
