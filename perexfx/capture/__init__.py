@@ -14,7 +14,7 @@ from perexfx.capture.forward import capture, stop_gradient
 from perexfx.capture.functional import IN_PLACE_FUNCTIONS
 from perexfx.capture.graph_module import OF_GRAPH_MODULES, CapturedModule, WholeGraphModule, twin_of
 from perexfx.capture.leaf import LeafModule
-from perexfx.capture.modes import modes_kept
+from perexfx.capture.modes import modes_kept, release_norms
 from perexfx.capture.places import line_of, reason_of
 from perexfx.capture.quiet import quiet
 from perexfx.capture.tracer import TRACING, same_einsums
@@ -37,6 +37,7 @@ __all__ = [
     "nonlinear_in",
     "quiet",
     "reason_of",
+    "release_norms",
     "same_einsums",
     "stop_gradient",
     "twin_of",

@@ -25,7 +25,7 @@ from perexfx.capture.export import export
 from perexfx.capture.functional import IN_PLACE_FUNCTIONS, out_of_place
 from perexfx.capture.graph_module import CapturedModule
 from perexfx.capture.lower_recurrent import lower_recurrent
-from perexfx.capture.modes import different_work, fixed_by_statistics, make_live, other_mode
+from perexfx.capture.modes import different_work, fix_norms, fixed_by_statistics, make_live, other_mode
 from perexfx.capture.places import line_of, reason_of
 from perexfx.capture.traceable.recurrent import PACKED, packs_sequences
 from perexfx.capture.tracer import TRACING, NoRandomConstants, Tracer, loose_sizes, record_custom, unchanged
@@ -53,7 +53,8 @@ def capture(
     """
     _refuse_hooks(model)
     if isinstance(model, CapturedModule):
-        return model.captured
+        captured = model.captured
+        return replace(captured, fixed_modes={**captured.fixed_modes, **fix_norms(captured.graph, model)})
     try:
         return _traced(model, inputs)
     except CaptureError as error:

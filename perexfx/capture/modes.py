@@ -6,11 +6,13 @@ where the two modes differ in anything else the graph is left as it is, and the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -26,6 +28,60 @@ def fixed_by_statistics(model: nn.Module) -> dict[str, bool]:
         for path, module in model.named_modules()
         if isinstance(module, _BatchNorm | _InstanceNorm) and module.track_running_stats
     }
+
+
+def release_norms(graph: fx.Graph) -> set[str]:
+    """Has normalisations over the batch that keep statistics follow the mode of their layer.
+
+    Args:
+        graph: Is changed.
+
+    Returns:
+        Paths of the layers: they need no fixed mode any more.
+    """
+    paths = set()
+    for node, given in _batch_norms(graph):
+        if given.get("running_mean") is None:
+            continue
+        path = info_of(node).module
+        with graph.inserting_before(node):
+            flag = annotate(graph.create_node("get_attr", f"{path}.training" if path else "training"), info_of(node))
+        given["training"] = flag
+        node.args, node.kwargs = (given.pop("input"),), given
+        paths.add(path)
+    return paths
+
+
+def fix_norms(graph: fx.Graph, model: nn.Module) -> dict[str, bool]:
+    """Undoes `release_norms`: writes the mode of each layer into the graph.
+
+    Args:
+        graph: Is changed.
+        model: Holds the layers.
+
+    Returns:
+        The layers' modes, by path.
+    """
+    modes: dict[str, bool] = {}
+    for node, given in _batch_norms(graph):
+        flag = given.get("training")
+        if not isinstance(flag, fx.Node):
+            continue
+        path = str(flag.target).rpartition("training")[0].removesuffix(".")
+        given["training"] = modes[path] = model.get_submodule(path).training
+        node.args, node.kwargs = (given.pop("input"),), given
+        if not flag.users:
+            graph.erase_node(flag)
+    return modes
+
+
+def _batch_norms(graph: fx.Graph) -> list[tuple[fx.Node, dict[str, Any]]]:
+    """The nodes that normalise over the batch, and their arguments by name."""
+    return [
+        (node, dict(inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs).arguments))
+        for node in graph.nodes
+        if node.target is F.batch_norm
+    ]
 
 
 @contextmanager

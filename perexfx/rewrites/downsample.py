@@ -17,7 +17,7 @@ from torch import fx, nn
 from perexfx.capture import Conditions, WholeGraphModule
 from perexfx.ir.errors import ArgumentError
 from perexfx.ir.inputs import GivenInputs
-from perexfx.ir.node import annotate, info_of
+from perexfx.ir.node import info_of
 from perexfx.rewrites.coarse import SIDES, Coarsening
 from perexfx.rewrites.coarse_operations import HANDLERS
 from perexfx.rewrites.rewritten import Rewriting, Rewritten, rewritten
@@ -76,7 +76,7 @@ def downsample(
     _check(model, example_inputs, factor, kernel, pool)
     subject = subject_of(model, example_inputs)
     before = copy.deepcopy(subject.graph)
-    live = with_live_batch_norms(subject.graph)
+    _keep_statistics(subject.graph)
     if SIDES in dict(subject.twin.named_children()) or hasattr(model, SIDES):
         raise ArgumentError(f"The model has an attribute `{SIDES}`: it was reduced already. Reduce the original model.")
     coarsening = Coarsening(subject, HANDLERS, kernel, pool, _last(subject, until))
@@ -88,9 +88,8 @@ def downsample(
         )
     if coarsening.drawn:
         subject.twin.add_module(SIDES, Sides(coarsening.drawn, 2).train(model.training))
-    modes = {path: mode for path, mode in subject.captured.fixed_modes.items() if path not in live}
     conditions = _for_these_sizes(subject, coarsening)
-    captured = replace(subject.captured, graph=graph, fixed_modes=modes, conditions=conditions)
+    captured = replace(subject.captured, graph=graph, conditions=conditions)
     of = "" if until is None else f" until `{until}`"
     summary = f"Images at half the resolution{of}, kernels by {kernel!r}; {coarsening.drawn} sides are drawn."
     rewriting = Rewriting("downsample", summary, before, tuple(coarsening.changes), subject.sizes)
@@ -149,30 +148,13 @@ def _last(subject: Subject, until: str | None) -> fx.Node | None:
     return inside[-1]
 
 
-def with_live_batch_norms(graph: fx.Graph) -> set[str]:
-    """Has normalisations over the batch follow the mode of their layer, and keep no statistics.
-
-    Args:
-        graph: Is changed.
-
-    Returns:
-        Paths of the layers.
-    """
-    paths = set()
-    for node in list(graph.nodes):
-        if node.target is not F.batch_norm:
-            continue
-        bound = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
-        path = info_of(node).module
-        given = dict(bound.arguments)
-        if given.get("running_mean") is None:
-            continue
-        with graph.inserting_before(node):
-            flag = annotate(graph.create_node("get_attr", f"{path}.training" if path else "training"), info_of(node))
-        given.update(training=flag, momentum=0.0)
-        node.args, node.kwargs = (given.pop("input"),), given
-        paths.add(path)
-    return paths
+def _keep_statistics(graph: fx.Graph) -> None:
+    """Has normalisations over the batch leave the model's statistics as they are: means move by no part."""
+    for node in graph.nodes:
+        if node.target is F.batch_norm:
+            given = dict(inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs).arguments)
+            given["momentum"] = 0.0
+            node.args, node.kwargs = (given.pop("input"),), given
 
 
-__all__ = ["downsample", "with_live_batch_norms"]
+__all__ = ["downsample"]

@@ -55,8 +55,7 @@ def guide_logits(
     table nor `per` asks for are left unread. In eval the merge is the plain one.
 
     Guided are sums (`a + b`, `sum([...])`, `torch.stack([...]).sum(0)`), means and weighted sums of pathways' logits.
-    Of a model that returns its heads in a list, tuple or dict, their mean is guided and returned. BatchNorm keeps the
-    mode that it was captured in: evaluate such a model itself, whose merge and statistics are the same.
+    Of a model that returns its heads in a list, tuple or dict, their mean is guided and returned.
 
     Args:
         model: Any module that `perexfx.transform` can capture, with two pathways or more.

@@ -6,13 +6,13 @@ Promises: the model is left as it was, and its Parameters, buffers and values ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
 
 from perexfx.analysis import Call, record
-from perexfx.capture import OF_GRAPH_MODULES, Captured, capture, twin_of
+from perexfx.capture import OF_GRAPH_MODULES, Captured, capture, release_norms, twin_of
 from perexfx.ir.errors import ArgumentError, RefusedError
 from perexfx.ir.inputs import GivenInputs, Inputs, arguments_of, batch_sizes, bind_inputs, by_name, named_leaves
 
@@ -69,6 +69,9 @@ def subject_of(model: nn.Module, example_inputs: GivenInputs | None) -> Subject:
         )
     inputs = None if example_inputs is None else by_name(bind_inputs(model, example_inputs, "example_inputs"))
     captured = capture(model, inputs)
+    live = release_norms(captured.graph)
+    modes = {path: mode for path, mode in captured.fixed_modes.items() if path not in live}
+    captured = replace(captured, fixed_modes=modes)
     twin = twin_of(model, captured.constants)
     if inputs is None:
         return Subject(captured, twin, None)

@@ -426,7 +426,7 @@ def test_autocast_is_left_to_the_model(source: str) -> None:
         assert torch.equal(unequal(g).eval()(x), model(x))
 
 
-def test_batch_norm_keeps_its_mode_and_its_statistics_are_the_models() -> None:
+def test_batch_norm_follows_the_mode_and_its_statistics_are_the_models() -> None:
     model = nn.Sequential(nn.BatchNorm1d(WIDTH), Columns(3, 4, total))
     x, y = batch(4)
     twin = copy.deepcopy(model)
@@ -434,8 +434,8 @@ def test_batch_norm_keeps_its_mode_and_its_statistics_are_the_models() -> None:
     for _ in range(2):
         assert torch.equal(g(x, targets=y), twin(x))
     assert torch.equal(model[0].running_var, twin[0].running_var)
-    with pytest.raises(perexfx.ModeError, match="use the original model for eval mode"):
-        g.eval()(x)
+    assert torch.equal(g.eval()(x), twin.eval()(x))
+    assert torch.equal(g.train()(x), twin.train()(x))
 
 
 def test_compiled_it_is_the_same() -> None:
