@@ -37,6 +37,8 @@ class Expression:
         parameters: Names of the parameters it depends on.
         constants: Names of the graph nodes it reads besides (sizes, position ids).
         function: `(*parameters, *constants) -> value`; None where the value is the parameter itself.
+        transpose: `(gradient, *constants) -> gradient of the parameter`, where it is a linear map of one parameter and
+            that is known by itself; None where autograd finds it, by way of the value.
         lengths: Of its rows, where they are orthogonal: norms at its value are then norms at its parameters. None
             where that is not known.
     """
@@ -45,6 +47,7 @@ class Expression:
     constants: tuple[str, ...] = ()
     function: fx.GraphModule | None = None
     lengths: RowLengths | None = RowLengths((), None)
+    transpose: fx.GraphModule | None = None
 
 
 @dataclass(frozen=True)

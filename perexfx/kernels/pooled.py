@@ -89,6 +89,22 @@ def pooled_kernel(weight: Tensor, side: Tensor, slides: Slides) -> Tensor:
     return thin_product(weight.flatten(2), places).reshape(*weight.shape[:2], *sizes)
 
 
+def spread_kernel(gradient: Tensor, side: Tensor, slides: Slides) -> Tensor:
+    """The transpose of `pooled_kernel`: every tap gets the gradient of the place that it went to.
+
+    Args:
+        gradient: Shape `[..., O, C, *coarse kernel]`.
+        side: As for `pooled_kernel`.
+        slides: As for `pooled_kernel`.
+    """
+    if is_watched():
+        places = _places_of(side, slides).to(gradient)
+    else:
+        places = _known_places(tuple(side.tolist()), slides, gradient.dtype, gradient.device)
+    spread = thin_product(gradient.flatten(-len(slides)), places.t())
+    return spread.reshape(*gradient.shape[: -len(slides)], *(slide[0] for slide in slides))
+
+
 def averaged_kernel(weight: Tensor, side: Tensor, slides: Slides) -> Tensor:
     """As `pooled_kernel`, with the mean of the taps of each coarse pixel in the place of their sum.
 
@@ -191,5 +207,6 @@ __all__ = [
     "mean_axis",
     "mean_of_sides",
     "pooled_kernel",
+    "spread_kernel",
     "taps_of_each",
 ]

@@ -23,6 +23,8 @@ def pull_back(tape: Tape, key: tuple[str, str], expression: Expression, gradient
     """The gradient of an expression's parameters from that of its value."""
     if expression.function is None:
         return {expression.parameters[0]: gradient}
+    if expression.transpose is not None:
+        return {expression.parameters[0]: expression.transpose(gradient, *tape.constants[key])}
     value, leaves = _evaluated(tape, key, expression)
     found = torch.autograd.grad(value, leaves, gradient, materialize_grads=True)
     return dict(zip(expression.parameters, found, strict=True))
@@ -35,6 +37,8 @@ def pull_back_each(tape: Tape, key: tuple[str, str], expression: Expression, gra
     if gradients.shape[0] == 0:
         values = {name: tape.parameters[name] for name in expression.parameters}
         return {name: value.new_zeros(0, *value.shape) for name, value in values.items()}
+    if expression.transpose is not None:
+        return {expression.parameters[0]: expression.transpose(gradients, *tape.constants[key])}
     value, leaves = _evaluated(tape, key, expression)
 
     def pulled(gradient: Tensor) -> tuple[Tensor, ...]:

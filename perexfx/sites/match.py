@@ -23,7 +23,7 @@ from perexfx.ir.refusal import Refusal
 from perexfx.ir.rule import Rule, Target
 from perexfx.ir.site import Expression, Operand, Site
 from perexfx.sites.classify import State, classify
-from perexfx.sites.row_lengths import row_lengths, shapes_without_inputs
+from perexfx.sites.row_lengths import row_lengths, shapes_without_inputs, transpose_of
 
 
 def match(
@@ -277,6 +277,7 @@ class _Matcher:
             tuple(n.name for n in constants),
             fx.GraphModule(root, inner, class_name="Expression"),
             row_lengths(value, nodes, parameters, constants, self._shape_of),
+            transpose_of(value, constants),
         )
 
     def _shape_of(self, node: fx.Node) -> tuple[int, ...] | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from perexfx.ir.site import RowLengths
-from perexfx.kernels.pooled import pooled_kernel, taps_of_each
+from perexfx.kernels.pooled import pooled_kernel, spread_kernel, taps_of_each
 
 Shape = tuple[int, ...]
 
@@ -73,6 +73,24 @@ def row_lengths(
             return None
         reader.rows[node] = found
     return reader.written(reader.rows[value])
+
+
+def transpose_of(value: fx.Node, constants: Sequence[fx.Node]) -> fx.GraphModule | None:
+    """The transpose of an expression as a function `(gradient, *constants)`: of one that only pools a kernel.
+
+    Args:
+        value: The node of the expression's value.
+        constants: What it reads besides its parameters.
+    """
+    if value.target is not pooled_kernel or not isinstance(value.args[0], fx.Node) or value.args[0].op != "get_attr":
+        return None
+    graph = fx.Graph()
+    gradient = graph.placeholder("gradient")
+    given = {node: graph.placeholder(node.name) for node in constants}
+    _, side, slides = value.args
+    assert isinstance(side, fx.Node)
+    graph.output(graph.call_function(spread_kernel, (gradient, given[side], slides)))
+    return fx.GraphModule({}, graph, class_name="Transpose")
 
 
 def _is_read_once(inside: Sequence[fx.Node], parameters: Sequence[fx.Node]) -> bool:
@@ -272,4 +290,4 @@ def _squares(value: Tensor, divides: bool) -> Tensor:
     return found.reshape(-1) if found.numel() > 1 else found.reshape(())
 
 
-__all__ = ["row_lengths", "shapes_without_inputs"]
+__all__ = ["row_lengths", "shapes_without_inputs", "transpose_of"]
