@@ -131,6 +131,20 @@ def mean_of_sides(weight: Tensor, slides: Slides) -> Tensor:
     return thin_product(weight.flatten(2), places).reshape(*weight.shape[:2], *sizes)
 
 
+def spread_mean(gradient: Tensor, slides: Slides) -> Tensor:
+    """The transpose of `mean_of_sides`.
+
+    Args:
+        gradient: Shape `[..., O, C, *size]`.
+        slides: How the fine kernel slides.
+    """
+    places = (
+        _places_of_mean(slides).to(gradient) if is_watched() else _known_mean(slides, gradient.dtype, gradient.device)
+    )
+    spread = thin_product(gradient.flatten(-len(slides)), places.t())
+    return spread.reshape(*gradient.shape[: -len(slides)], *(slide[0] for slide in slides))
+
+
 def mean_axis(slide: tuple[int, int, int, int]) -> tuple[int, int, int]:
     """Of the mean over both sides: the first coarse pixel that it reads, its taps, and its dilation."""
     axis = coarse_axis(*slide)
@@ -208,5 +222,6 @@ __all__ = [
     "mean_of_sides",
     "pooled_kernel",
     "spread_kernel",
+    "spread_mean",
     "taps_of_each",
 ]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from perexfx.ir.site import RowLengths
-from perexfx.kernels.pooled import pooled_kernel, spread_kernel, taps_of_each
+from perexfx.kernels.pooled import mean_of_sides, pooled_kernel, spread_kernel, spread_mean, taps_of_each
 
 Shape = tuple[int, ...]
 
@@ -82,14 +82,15 @@ def transpose_of(value: fx.Node, constants: Sequence[fx.Node]) -> fx.GraphModule
         value: The node of the expression's value.
         constants: What it reads besides its parameters.
     """
-    if value.target is not pooled_kernel or not isinstance(value.args[0], fx.Node) or value.args[0].op != "get_attr":
+    transposed = {pooled_kernel: spread_kernel, mean_of_sides: spread_mean}.get(value.target)  # pyright: ignore[reportArgumentType]
+    weight = value.args[0] if value.args else None
+    if transposed is None or not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return None
     graph = fx.Graph()
     gradient = graph.placeholder("gradient")
     given = {node: graph.placeholder(node.name) for node in constants}
-    _, side, slides = value.args
-    assert isinstance(side, fx.Node)
-    graph.output(graph.call_function(spread_kernel, (gradient, given[side], slides)))
+    how = fx.map_arg(value.args[1:], given.__getitem__)
+    graph.output(graph.call_function(transposed, (gradient, *how)))
     return fx.GraphModule({}, graph, class_name="Transpose")
 
 

@@ -17,6 +17,8 @@ from perexfx.kernels.pooled import (
     mean_axis,
     mean_of_sides,
     pooled_kernel,
+    spread_kernel,
+    spread_mean,
     taps_of_each,
 )
 
@@ -105,3 +107,18 @@ def test_even_dilations_pool_nothing() -> None:
     assert coarse_axis(3, 1, 4, 4).dilation == 2
     assert not coarse_axis(3, 1, 3, 3).is_whole
     assert coarse_axis(1, 2, 0, 1).lows == (0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("slide", [(3, 1, 1, 1), (4, 2, 1, 1), (7, 2, 3, 1), (1, 2, 0, 1), (3, 1, 3, 3)])
+def test_spreading_is_the_transpose_of_pooling(slide: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    slides, side = (slide, (5, 1, 2, 1)), torch.tensor([1, 0])
+    weight = torch.randn(3, 2, slide[0], 5, dtype=dtype, requires_grad=True)
+    for pool, spread in (
+        (lambda w: pooled_kernel(w, side, slides), lambda g: spread_kernel(g, side, slides)),
+        (lambda w: mean_of_sides(w, slides), lambda g: spread_mean(g, slides)),
+    ):
+        value = pool(weight)
+        gradient = torch.randn(4, *value.shape, dtype=dtype)
+        each = [torch.autograd.grad(value, weight, g, retain_graph=True)[0] for g in gradient]
+        torch.testing.assert_close(spread(gradient), torch.stack(each))
