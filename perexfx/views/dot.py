@@ -16,12 +16,16 @@ from perexfx.ir.errors import PerexError
 from perexfx.views.decisions import Row
 from perexfx.views.drawing import CLIP, Drawing, Node, Side
 from perexfx.views.files import write_file
+from perexfx.views.heat_maps import HeatMap
 from perexfx.views.palette import BOX, EDGE, FOLDED, FRAME, SOFT, color_of
 from perexfx.views.palette import CLIP as RED
 from perexfx.views.styles import style_of
 
 SHOWN = 60
 """Nodes of a graph that are drawn one by one, unless more is asked for."""
+
+HEAT_COLUMNS = 24
+"""Columns of a table that a picture has room for."""
 
 CLIPPED = 14
 """Norm nodes, up to which the edges of the clip node are drawn: more of them hide the graph."""
@@ -61,7 +65,27 @@ def _heading(drawing: Drawing) -> str:
         rows.append(
             f'<td><table border="0" cellborder="0" cellspacing="6" cellpadding="3"><tr>{keys}</tr></table></td>'
         )
+    rows += [part for heat in drawing.heat_maps for part in _heat_map(heat)]
     return f'<table border="0" cellspacing="0" cellpadding="2">{"".join(f"<tr>{row}</tr>" for row in rows)}</table>'
+
+
+def _heat_map(heat: HeatMap) -> Iterator[str]:
+    """Title, table and caption; wide tables have no room in a picture, and are said to be left out."""
+    small = f'<td><font point-size="11" color="{SOFT}">{{}}</font></td>'
+    yield small.format(escape(heat.title))
+    if len(heat.columns) > HEAT_COLUMNS:
+        yield small.format(f"{len(heat.columns)} columns: see the page or the report")
+        return
+    cell = '<td bgcolor="{}"><font point-size="10"> {} </font></td>'
+    head = "".join(cell.format("#ffffff", escape(name)) for name in ("", *heat.columns))
+    body = [
+        cell.format("#ffffff", escape(name)) + "".join(cell.format(*pair) for pair in zip(colors, cells, strict=True))
+        for name, colors, cells in zip(heat.rows, heat.colors, heat.cells, strict=True)
+    ]
+    table = "".join(f"<tr>{row}</tr>" for row in (head, *body))
+    yield f'<td><table border="0" cellborder="0" cellspacing="1" cellpadding="2">{table}</table></td>'
+    for sentence in heat.caption.split(". "):
+        yield small.format(escape(sentence.removesuffix(".") + "."))
 
 
 def _fitting_depth(drawing: Drawing) -> int:

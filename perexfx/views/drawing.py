@@ -22,6 +22,7 @@ from perexfx.ir.refusal import Refusal
 from perexfx.runtime import Runtime, clip, cut, runtime_of
 from perexfx.sites import reads_shape_only
 from perexfx.views.decisions import Row, rows_of
+from perexfx.views.heat_maps import HeatMap, heat_maps_of
 from perexfx.views.words import clipping_in_words, counted
 
 CLIP = "perexfx_clip"
@@ -95,6 +96,7 @@ class Drawing:
         boxes: Path of a module -> its class.
         rows: Those of the report; none where there is no plan.
         refusals: Why the model was refused.
+        heat_maps: Tables that the model holds.
     """
 
     title: str
@@ -104,6 +106,7 @@ class Drawing:
     boxes: Mapping[str, str]
     rows: tuple[Row, ...]
     refusals: tuple[str, ...]
+    heat_maps: tuple[HeatMap, ...] = ()
 
     @property
     def strategies(self) -> tuple[str, ...]:
@@ -139,6 +142,7 @@ def drawing_of(subject: nn.Module | RefusedError) -> Drawing:
         boxes={path: class_of(subject, path) for path in boxes},
         rows=rows,
         refusals=(),
+        heat_maps=heat_maps_of(subject),
     )
 
 

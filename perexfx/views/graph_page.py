@@ -52,6 +52,7 @@ def _data(drawing: Drawing, depth: int | None) -> dict[str, Any]:
         "parts": PARTS,
         "strategies": list(drawing.strategies),
         "refusals": list(drawing.refusals),
+        "heat_maps": [{**asdict(heat), "cells": heat.cells, "colors": heat.colors} for heat in drawing.heat_maps],
     }
 
 

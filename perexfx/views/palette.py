@@ -45,6 +45,14 @@ def color_of(strategy: str) -> str:
     return STRATEGIES.get(strategy, OTHER)
 
 
+def heat_of(share: float) -> str:
+    """From white to red, with black text readable on all of it; what is no number is grey."""
+    if not 0 <= share <= 1:
+        return OTHER
+    light = (255, 255, 255), (242, 139, 117)
+    return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in zip(*light, strict=True))
+
+
 PARTS = {
     "clip": CLIP,
     "norm": NORM,
@@ -78,4 +86,5 @@ __all__ = [
     "SOFT",
     "STRATEGIES",
     "color_of",
+    "heat_of",
 ]

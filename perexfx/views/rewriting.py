@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from perexfx.capture import modes_kept
 from perexfx.machine import current
 from perexfx.rewrites import Rewritten
 from perexfx.views.cells import Cells
+from perexfx.views.heat_maps import HeatMap, heat_maps_of
 from perexfx.views.pages import Viewed
 from perexfx.views.step_time import step_seconds
 from perexfx.views.words import aligned, counted
@@ -55,6 +56,7 @@ class RewriteReport(Viewed):
         machine: The machine profile.
         seconds: Predicted, of an ordinary step of the rewritten model.
         seconds_before: Predicted, of an ordinary step of the model.
+        heat_maps: The tables of a guided merge, as they are now.
     """
 
     schema = "perexfx.rewrite/1"
@@ -67,6 +69,7 @@ class RewriteReport(Viewed):
     machine: str = ""
     seconds: float | None = None
     seconds_before: float | None = None
+    heat_maps: tuple[HeatMap, ...] = ()
 
     @property
     def title(self) -> str:
@@ -87,9 +90,10 @@ class RewriteReport(Viewed):
             return (self.summary,)
         predicted = (
             f"Predicted by the {self.machine} for a batch of {self.batch_size}: an ordinary step takes "
-            f"{self.seconds * 1e3:.1f} ms, that of the model {self.seconds_before * 1e3:.1f} ms: r = {self.ratio:.2f}. "
-            f"A training with a share f of such batches saves f (1 - {self.ratio:.2f}) of its time."
+            f"{self.seconds * 1e3:.1f} ms, that of the model {self.seconds_before * 1e3:.1f} ms: r = {self.ratio:.2f}."
         )
+        if self.ratio < 1:
+            predicted += f" A training with a share f of such batches saves f (1 - {self.ratio:.2f}) of its time."
         return self.summary, predicted
 
     @property
@@ -100,12 +104,15 @@ class RewriteReport(Viewed):
 
     def __str__(self) -> str:
         table = self.table
-        return "\n".join([self.title, *self.totals, "", *aligned([table.headings, *table.rows], is_headed=True)])
+        lines = [self.title, *self.totals, "", *aligned([table.headings, *table.rows], is_headed=True)]
+        for heat_map in self.heat_maps:
+            lines += ["", str(heat_map)]
+        return "\n".join(lines)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Group]:
         from perexfx.views.rich_tables import plain_table  # noqa: PLC0415 (rich itself is what calls this)
 
-        yield plain_table(self.table, self.totals)
+        yield plain_table(self.table, self.totals, list(map(str, self.heat_maps)))
 
 
 def report_of_rewrite(module: Rewritten) -> RewriteReport:
@@ -115,7 +122,7 @@ def report_of_rewrite(module: Rewritten) -> RewriteReport:
         ChangedNode(change.place.node, change.place.module, change.place.source, change.before, change.after)
         for change in rewriting.changes
     )
-    found = RewriteReport(rewriting.name, rewriting.summary, rows)
+    found = RewriteReport(rewriting.name, rewriting.summary, rows, heat_maps=heat_maps_of(module))
     if rewriting.sizes is None:
         return found
     kind, n = rewriting.sizes
@@ -124,7 +131,7 @@ def report_of_rewrite(module: Rewritten) -> RewriteReport:
         warnings.simplefilter("ignore")
         after = step_seconds(module.graph, module, kind, n, machine)
         before = step_seconds(rewriting.before, module, kind, n, machine)
-    return RewriteReport(found.name, found.summary, rows, n, machine.name, after, before)
+    return replace(found, batch_size=n, machine=machine.name, seconds=after, seconds_before=before)
 
 
 __all__ = ["ChangedNode", "RewriteReport", "report_of_rewrite"]

@@ -14,6 +14,7 @@ from perexfx.analysis import record
 from perexfx.ir.inputs import Inputs
 from perexfx.rewrites import Rewritten
 from perexfx.views.drawing import Drawing, Side, boxed, boxes_of, captured_side, class_of
+from perexfx.views.heat_maps import heat_maps_of
 from perexfx.views.words import counted
 
 
@@ -40,6 +41,7 @@ def drawing_of_rewrite(module: Rewritten) -> Drawing:
         boxes={path: class_of(module, path) for path in boxes},
         rows=(),
         refusals=(),
+        heat_maps=heat_maps_of(module),
     )
 
 

@@ -68,11 +68,11 @@ def _with_room(table: Cells, width: int) -> list[str]:
     return shown
 
 
-def plain_table(table: Cells, notes: Sequence[str]) -> Group:
-    """A table of words, with sentences above it."""
+def plain_table(table: Cells, notes: Sequence[str], below: Sequence[str] = ()) -> Group:
+    """A table of words, with sentences above it, and what follows."""
     found = _plain(table)
     found.title = None
-    return Group(Text(table.title, style="italic"), *map(Text, notes), found)
+    return Group(Text(table.title, style="italic"), *map(Text, notes), found, *map(Text, below))
 
 
 def _plain(table: Cells) -> Table:

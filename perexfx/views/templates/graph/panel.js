@@ -110,7 +110,15 @@ function overview() {
   const rows = Object.values(data.rows);
   const refusals = data.refusals.map((text) => element("div", { class: "refusal" }, text));
   const hint = "Click a node for its row of the report; double-click a module to fold or unfold it; drag and scroll to move.";
-  return [...refusals, element("p", { class: "soft" }, hint), facts([["sites", rows.length ? `${rows.length}` : ""], ...sums(rows)]), ...listOf(rows)];
+  const heat = data.heat_maps.flatMap(heatMap);
+  return [...refusals, element("p", { class: "soft" }, hint), facts([["sites", rows.length ? `${rows.length}` : ""], ...sums(rows)]), ...listOf(rows), ...heat];
+}
+
+function heatMap(map) {
+  const table = element("table", { class: "heat" }, element("tr", {}, element("th"), ...map.columns.map((name) => element("th", { class: "number" }, name))));
+  map.rows.forEach((name, row) => table.append(element("tr", {}, element("td", {}, name),
+    ...map.cells[row].map((cell, at) => element("td", { class: "number", style: `background:${map.colors[row][at]};color:#14171a` }, cell)))));
+  return [element("h3", {}, map.title), element("div", { class: "scroll" }, table), element("p", { class: "soft" }, map.caption)];
 }
 
 // The legend
