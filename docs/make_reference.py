@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 GROUPS = {
     "The transform": "transform Rule Strategy replace_batchnorm",
     "The papers' methods": "engines",
-    "Rewrites": "guide_logits parallel_columns",
+    "Rewrites": "downsample interleave schedules guide_logits parallel_columns",
     "Without training": "per_example_norms per_example_grads gradient_gram",
     "Whole steps": "step_graph compile_step",
     "Is it right?": "check verify",
@@ -24,12 +24,15 @@ GROUPS = {
 }
 VALUES = {
     "transform": "perexfx.runtime.face.PerExample",
+    "downsample": "perexfx.rewrites.rewritten.Rewriting perexfx.rewrites.rewritten.Change",
+    "interleave": "perexfx.rewrites.interleave.Interleaved",
+    "schedules": "perexfx.schedules.Every perexfx.schedules.Random perexfx.schedules.Then",
     "guide_logits": "perexfx.rewrites.guide.Guide",
     "compile_step": "perexfx.steps.compiled.CompiledStep",
     "check": "perexfx.inspecting.check.result.CheckResult",
     "verify": "perexfx.inspecting.proof.verify.Proof",
     "profile": "perexfx.inspecting.profile.Profile",
-    "report": "perexfx.views.report.Report perexfx.views.sweep.Sweep perexfx.views.decisions.Row "
+    "report": "perexfx.views.report.Report perexfx.views.sweep.Sweep perexfx.views.rewriting.RewriteReport perexfx.views.decisions.Row "
     "perexfx.views.decisions.Choice perexfx.views.decisions.Option",
 }
 """Public function -> the classes of what it gives, which are documented below it."""
@@ -49,6 +52,11 @@ def reference() -> str:
         for name in names.split():
             if name == "engines":
                 lines += _engines(package[name])
+                continue
+            if name == "schedules":
+                lines += ["", "### `perexfx.schedules`", "", *_docstring(package[name])]
+                for value in VALUES[name].split():
+                    lines += _described(value.rpartition(".")[2], package[value.removeprefix("perexfx.")], level=4)
                 continue
             found = package[name]  # a module where a function has the name of its module
             lines += _described(f"perexfx.{name}", found[name] if found.is_module else found, level=3)
