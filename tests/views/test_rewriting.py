@@ -123,3 +123,19 @@ def test_many_classes_fit(tmp_path: Path) -> None:
     g = perexfx.guide_logits(perexfx.parallel_columns(columns, merge="sum"), torch.randn(3, 6), num_classes=40)
     assert "and 28 more columns" in str(perexfx.report(g))
     assert "40 columns: see the page or the report" in perexfx.visualize(g, tmp_path / "graph.dot").read_text()
+
+
+def test_both_rewrites_export_to_onnx(tmp_path: Path) -> None:
+    """Checked, and run by onnxruntime, as a file is written; a reduced model in evaluation, where nothing is drawn."""
+    x = torch.randn(2, 3, 10, 10)
+    gm = perexfx.transform(perexfx.downsample(UNet(), x), x)
+    with pytest.raises(perexfx.ExportError, match="random"):
+        perexfx.export_onnx(gm, tmp_path / "reduced.onnx", x)
+    assert perexfx.export_onnx(gm.eval(), tmp_path / "reduced.onnx", x).exists()
+    columns = [nn.Linear(6, 4) for _ in range(2)]
+    g = perexfx.guide_logits(perexfx.parallel_columns(columns, merge="sum"), num_classes=4, table_from="given")
+    x, y = torch.randn(3, 6), torch.tensor([0, 2, 1])
+    g.guide.update([column(x) for column in columns], y)  # pyright: ignore[reportCallIssue]
+    gm = perexfx.transform(g, x)
+    for graph, given in (("forward", {}), ("step", {"loss_fn": F.cross_entropy, "targets": y})):
+        assert perexfx.export_onnx(gm, tmp_path / f"{graph}.onnx", x, graph=graph, **given).exists()
