@@ -30,17 +30,12 @@ def captured(model: nn.Module) -> CapturedModule:
     return CapturedModule.around(twin_of(model, found.constants), found)
 
 
-def exported() -> nn.Module:
-    return nn.Sequential(torch.export.export(net(), BATCH.inputs).module())
-
-
 MODELS = {
     "traced": lambda: fx.symbolic_trace(net()),
     "inside another": lambda: nn.Sequential(fx.symbolic_trace(net())),
     "captured": lambda: captured(net()),
     "captured, inside another": lambda: nn.Sequential(captured(net())),
     "captured twice": lambda: captured(captured(net())),
-    "exported, inside another": exported,
 }
 
 
@@ -58,8 +53,16 @@ def test_a_graph_module_is_a_model(name: str) -> None:
 
 
 def test_an_exported_root_has_a_hook_and_a_way_out() -> None:
+    exported = torch.export.export(net(), BATCH.inputs).module()
     with pytest.raises(perexfx.CaptureError, match="make the model a submodule of another"):
-        perexfx.transform(torch.export.export(net(), BATCH.inputs).module(), BATCH.inputs)
+        perexfx.transform(exported, BATCH.inputs)
+    with pytest.raises(perexfx.RefusedError, match="the graph does not hold for every batch size"):
+        perexfx.transform(nn.Sequential(exported), BATCH.inputs)
+    batches = {0: torch.export.Dim("examples", min=2, max=64)}
+    model = nn.Sequential(torch.export.export(net(), BATCH.inputs, dynamic_shapes=(batches,)).module())
+    gm = perexfx.transform(model, BATCH.inputs)
+    train_step(gm, BATCH, squares)
+    torch.testing.assert_close(gm.perexfx.norms, norms_of(one_at_a_time(net(), BATCH, squares)))
 
 
 def test_a_captured_module_keeps_what_its_model_had() -> None:
