@@ -61,6 +61,22 @@ def grow(image: Tensor, size: Size) -> Tensor:
 
 
 @_one_node
+def pooled_tokens(table: Tensor, size: Size, prefix: int) -> Tensor:
+    """A table of tokens at half the resolution: means over blocks of two by two.
+
+    Args:
+        table: Shape `[..., prefix + T, d]`.
+        size: Of the map that the tokens are of, T in all.
+        prefix: How many tokens before them are of no place.
+    """
+    first, tokens = table[..., :prefix, :], table[..., prefix:, :]
+    lead, d = tokens.shape[:-2], tokens.shape[-1]
+    images = tokens.transpose(-1, -2).reshape(-1, d, *size)
+    pooled = F.avg_pool2d(images, 2, ceil_mode=True).flatten(2).transpose(1, 2).reshape(*lead, -1, d)
+    return torch.cat([first, pooled], -2) if prefix else pooled
+
+
+@_one_node
 def at_side(image: Tensor, side: Tensor, slides: Slides, out: Size) -> Tensor:
     """What a pooled kernel slides over, from the first pixel that it reads to the last, with zeros around the image.
 
@@ -188,5 +204,6 @@ __all__ = [
     "grow",
     "half",
     "pool_windows",
+    "pooled_tokens",
     "shrink",
 ]

@@ -40,6 +40,10 @@ class Coarsening:
         graph: What is written.
         changes: What became of nodes, in graph order.
         drawn: How many convolutions have sides.
+        keeps_tokens: Whether maps that are flattened into tokens stay coarse.
+        of_tokens: The nodes that are computed of such tokens.
+        grid: Fine size of the map that they are of.
+        with_tokens: Writes a node that reads them.
         kernel: "side", "galerkin" or "average".
         pool: How input images are shrunk: "average" or "max".
 
@@ -65,6 +69,10 @@ class Coarsening:
         self.drawn = 0
         self.sides: fx.Node | None = None
         self.last, self.is_over = last, False
+        self.keeps_tokens = False
+        self.of_tokens: set[fx.Node] = set()
+        self.grid: tuple[int, ...] | None = None
+        self.with_tokens: Callable[[Coarsening, fx.Node], None] | None = None
 
     def run(self) -> fx.Graph:
         """The graph over coarse images."""
@@ -123,6 +131,9 @@ class Coarsening:
 
     def _add(self, node: fx.Node) -> None:
         read = [value for value in node.all_input_nodes if value in self.coarse]
+        if self.with_tokens is not None and not read and self.of_tokens.intersection(node.all_input_nodes):
+            self.with_tokens(self, node)
+            return
         handler = self.handlers.get(_kind_of(node, self.subject)) if read and not self.is_over else None
         if read and (handler is None or not handler(self, node)):
             self._on_whole(node)
@@ -158,6 +169,10 @@ class Coarsening:
         shape = self.shapes.get(value.name, ())
         fine = self.shapes.get(reader.name, ())
         return len(shape) == IMAGE and shape[2:] == fine[2:] and max(shape[2:]) > 1
+
+    def is_of_parameters(self, node: fx.Node) -> bool:
+        """Whether a value is made of parameters, buffers and constants alone."""
+        return node.op != "placeholder" and all(map(self.is_of_parameters, node.all_input_nodes))
 
     def whole(self, value: fx.Node) -> fx.Node:
         """A coarse value at its fine size."""
@@ -227,18 +242,11 @@ def works_on_either(node: fx.Node, c: Coarsening) -> bool:
                 return False
         elif shape is not None and len(shape) >= 2 and max(shape[-2:]) > 1:
             is_plain = len(shape) < IMAGE and shape[-1] == 1 == shape[-2]
-            if not is_plain and not (c.is_table(value, node) and _is_of_parameters(value)):
+            if not is_plain and not (c.is_table(value, node) and c.is_of_parameters(value)):
                 return False
         elif shape is not None and len(shape) == 1 and shape[0] > 1:
             return False
     return True
-
-
-def _is_of_parameters(node: fx.Node) -> bool:
-    """Whether a value is made of parameters, buffers and constants alone."""
-    if node.op == "placeholder":
-        return False
-    return all(map(_is_of_parameters, node.all_input_nodes))
 
 
 __all__ = ["SIDES", "Coarsening", "Handler", "by", "label", "works_on_either"]

@@ -20,6 +20,7 @@ from perexfx.ir.inputs import GivenInputs
 from perexfx.ir.node import info_of
 from perexfx.rewrites.coarse import SIDES, Coarsening
 from perexfx.rewrites.coarse_operations import HANDLERS
+from perexfx.rewrites.coarse_tokens import NoTokensError, add_of_tokens, fits, flatten
 from perexfx.rewrites.rewritten import Rewriting, Rewritten, rewritten
 from perexfx.rewrites.sides import Sides
 from perexfx.rewrites.subject import Subject, subject_of
@@ -42,7 +43,8 @@ def downsample(
     Inputs `[n, C, H, W]` are shrunk, and every convolution on them runs with a pooled kernel, whose taps are summed
     coarse pixel by coarse pixel. A network's first layers then cost about a fourth of their pixels, and less than half
     of their taps. What is known of other operations (pools, normalisations, residual sums, resizes, tables of
-    positions) works on coarse images as well; what is not reads them grown to their fine size, as flattening heads do.
+    positions) works on coarse images as well; what is not reads them grown to their fine size, as flattening heads do. A
+    map of patches that is flattened into tokens gives a fourth of them, where the model takes none by its place.
 
     It is for some of the batches of a training: see `perexfx.interleave`. Normalisations over the batch keep no
     statistics in it. After `perexfx.transform`, per-example gradients reach the model's own parameters through the
@@ -79,21 +81,37 @@ def downsample(
     _keep_statistics(subject.graph)
     if SIDES in dict(subject.twin.named_children()) or hasattr(model, SIDES):
         raise ArgumentError(f"The model has an attribute `{SIDES}`: it was reduced already. Reduce the original model.")
-    coarsening = Coarsening(subject, HANDLERS, kernel, pool, _last(subject, until))
-    graph = coarsening.run()
+    coarsening, graph = _coarsened(subject, kernel, pool, _last(subject, until), model.training)
     if not coarsening.coarse:
         raise ArgumentError(
             "None of the example inputs is an image `[n, C, H, W]` of floating-point numbers, so there is nothing to "
             "reduce."
         )
-    if coarsening.drawn:
-        subject.twin.add_module(SIDES, Sides(coarsening.drawn, 2).train(model.training))
     conditions = _for_these_sizes(subject, coarsening)
     captured = replace(subject.captured, graph=graph, conditions=conditions)
     of = "" if until is None else f" until `{until}`"
     summary = f"Images at half the resolution{of}, kernels by {kernel!r}; {coarsening.drawn} sides are drawn."
     rewriting = Rewriting("downsample", summary, before, tuple(coarsening.changes), subject.sizes)
     return rewritten(subject.twin, captured, rewriting)
+
+
+def _coarsened(
+    subject: Subject, kernel: str, pool: str, last: fx.Node | None, training: bool
+) -> tuple[Coarsening, fx.Graph]:
+    """The graph over coarse images; with fewer tokens where the model allows it, and their sides in its twin."""
+    handlers = {**HANDLERS, "flatten": flatten}
+    for keeps_tokens in (True, False):
+        coarsening = Coarsening(subject, handlers, kernel, pool, last)
+        coarsening.keeps_tokens, coarsening.with_tokens = keeps_tokens, add_of_tokens
+        try:
+            graph = coarsening.run()
+        except NoTokensError:
+            continue
+        if coarsening.drawn:
+            subject.twin.add_module(SIDES, Sides(coarsening.drawn, 2).train(training))
+        if not coarsening.of_tokens or fits(coarsening, graph, subject):
+            break
+    return coarsening, graph  # pyright: ignore[reportPossiblyUnbound] (without tokens nothing is raised)
 
 
 def _check(model: nn.Module, example_inputs: GivenInputs | None, factor: int, kernel: str, pool: str) -> None:

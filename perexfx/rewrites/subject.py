@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
-from perexfx.analysis import Call, record
+from perexfx.analysis import Call, leaves_of, record
 from perexfx.capture import OF_GRAPH_MODULES, Captured, capture, release_norms, twin_of
 from perexfx.ir.errors import ArgumentError, RefusedError
 from perexfx.ir.inputs import GivenInputs, Inputs, arguments_of, batch_sizes, bind_inputs, by_name, named_leaves
@@ -28,6 +28,7 @@ class Subject:
         captured: Its graph, in functional form, and what that holds for.
         twin: A module tree of its own around the model's parameters and buffers.
         shapes: Of every node whose value is a tensor, for the batch of the example inputs; None without them.
+        outputs: Shapes of the tensors that it returns.
         sizes: The kind of the example inputs, and their number of examples; None without them.
         pointwise: Names of the nodes that compute every entry from entries at its place.
         floating: Names of the nodes whose value is a tensor of floating-point numbers.
@@ -36,6 +37,7 @@ class Subject:
     captured: Captured
     twin: nn.Module
     shapes: Mapping[str, tuple[int, ...]] | None
+    outputs: tuple[tuple[int, ...], ...] = ()
     sizes: tuple[Inputs, int] | None = None
     pointwise: frozenset[str] = frozenset()
     floating: frozenset[str] = frozenset()
@@ -87,7 +89,8 @@ def subject_of(model: nn.Module, example_inputs: GivenInputs | None) -> Subject:
     others = {call.node.name for call in run.calls if not _is_pointwise(call)}
     called = {node.name for node in captured.graph.nodes if node.op.startswith("call")}
     floating = {k for k, value in run.values.items() if isinstance(value, Tensor) and value.is_floating_point()}
-    return Subject(captured, twin, shapes, (kind, n), frozenset(called - others), frozenset(floating))
+    outputs = tuple(tuple(leaf.shape) for leaf in leaves_of(run.values["output"]))
+    return Subject(captured, twin, shapes, outputs, (kind, n), frozenset(called - others), frozenset(floating))
 
 
 def _is_pointwise(call: Call) -> bool:
