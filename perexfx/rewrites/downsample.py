@@ -43,8 +43,8 @@ def downsample(
     Inputs `[n, C, H, W]` are shrunk, and every convolution on them runs with a pooled kernel, whose taps are summed
     coarse pixel by coarse pixel. A network's first layers then cost about a fourth of their pixels, and less than half
     of their taps. What is known of other operations (pools, normalisations, residual sums, resizes, tables of
-    positions) works on coarse images as well; what is not reads them grown to their fine size, as flattening heads do. A
-    map of patches that is flattened into tokens gives a fourth of them, where the model takes none by its place.
+    positions) works on coarse images as well; what is not reads them grown to their fine size, as flattening heads do.
+    A map of patches that is flattened into tokens gives a fourth of them, where the model takes none by its place.
 
     It is for some of the batches of a training: see `perexfx.interleave`. Normalisations over the batch keep no
     statistics in it. After `perexfx.transform`, per-example gradients reach the model's own parameters through the
