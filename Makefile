@@ -29,7 +29,7 @@ $(VENV)/.installed-demo: $(VENV)/bin/python $(BUILT_FROM)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/bin/python $(BUILT_FROM)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,bench,onnx,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,bench,examples,onnx,dev]'
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/bin/python $(BUILT_FROM)
