@@ -32,8 +32,8 @@ VALUES = {
     "check": "perexfx.inspecting.check.result.CheckResult",
     "verify": "perexfx.inspecting.proof.verify.Proof",
     "profile": "perexfx.inspecting.profile.Profile",
-    "report": "perexfx.views.report.Report perexfx.views.sweep.Sweep perexfx.views.rewriting.RewriteReport perexfx.views.decisions.Row "
-    "perexfx.views.decisions.Choice perexfx.views.decisions.Option",
+    "report": "perexfx.views.report.Report perexfx.views.sweep.Sweep perexfx.views.rewriting.RewriteReport "
+    "perexfx.views.decisions.Row perexfx.views.decisions.Choice perexfx.views.decisions.Option",
 }
 """Public function -> the classes of what it gives, which are documented below it."""
 
