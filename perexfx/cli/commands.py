@@ -21,7 +21,7 @@ from perexfx.views.files import make_folder
 DISAGREES = 1
 """Exit code of a check or proof that fails."""
 
-TABLES = ("suite", "peers", "layers", "scale", "rochette", "leekifer")
+TABLES = ("suite", "peers", "layers", "scale", "downsample", "rochette", "leekifer")
 PAPERS = ("rochette", "leekifer")
 SIZES = ("small", "medium", "full")
 ROUNDS = 15
@@ -135,27 +135,22 @@ def bench(options: argparse.Namespace) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ArgumentError("`--device` should be one that torch sees. Found 'cuda', and torch sees no CUDA device.")
     try:
-        from perexfx.bench import layers, leekifer, peers, rochette, scale, suite  # noqa: PLC0415 (extras)
+        from perexfx.bench import downsampled, layers, leekifer, peers, rochette, scale, suite  # noqa: PLC0415 (extras)
     except ModuleNotFoundError as error:
         raise _missing(error, "bench") from None
     if options.out is not None:
         make_folder(options.out)  # before anything is measured
-    device, size = torch.device(options.device), options.size or "small"
+    device = torch.device(options.device)
     given = (options.rounds or ROUNDS, device, options.out)
-    workloads = [WORKLOADS[name] for name in names or WORKLOADS]
-    match table:
-        case "suite":
-            suite.run(workloads, *given)
-        case "peers":
-            peers.run(workloads, *given)
-        case "layers":
-            layers.run(*given)
-        case "rochette":
-            rochette.run(size, device, options.out)
-        case "leekifer":
-            leekifer.run(size, device, options.out)
-        case _:
-            scale.run(*given)
+    of_workloads = {"suite": suite.run, "peers": peers.run}
+    of_papers = {"rochette": rochette.run, "leekifer": leekifer.run}
+    others = {"layers": layers.run, "scale": scale.run, "downsample": downsampled.run}
+    if table in of_workloads:
+        of_workloads[table]([WORKLOADS[name] for name in names or WORKLOADS], *given)
+    elif table in of_papers:
+        of_papers[table](options.size or "small", device, options.out)
+    else:
+        others[table](*given)
     return 0
 
 
