@@ -34,6 +34,8 @@ GROWTH = {"losses": 2}
 """Method -> power of the batch size that its time grows with, where it is not 1: B backwards through B examples."""
 TOO_LONG = 60.0
 """Seconds of a step that is predicted and not run, but in full runs."""
+LIMIT = 20.0
+"""Seconds for which a method is timed at one point of a medium run: slow steps are timed one by one, once at least."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ SIZES = {
         Trials(1, 2),
         TOO_LONG,
     ),
-    "medium": Size({name: _ALL for name in MODELS if name not in _LARGE}, Trials(3, 3), TOO_LONG),
+    "medium": Size({name: _ALL for name in MODELS if name not in _LARGE}, Trials(3, 3, LIMIT), TOO_LONG),
     "full": Size(dict.fromkeys(MODELS, _ALL), Trials(10, 20), None),
 }
 
@@ -159,10 +161,10 @@ def run(
     with progress_bar() as progress:
         task = progress.add_task("", total=sum(map(len, asked.batches.values())))
         for name, sizes in asked.batches.items():
-            progress.update(task, description=f"{name}, batches of {', '.join(map(str, sizes))}")
+            progress.update(task, description=name)
             for measured in of_model(MODELS[name], sizes, asked, device):
                 found.append(measured)
-                progress.advance(task)
+                progress.update(task, advance=1, description=f"{name}, batch of {measured.n}")
     publish(_sheet(found, size, asked.how), partial(_draw, found), device, out)
     return found
 

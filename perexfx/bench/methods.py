@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -49,10 +51,19 @@ class Trials:
     Attributes:
         trials: How many times a run of steps is timed.
         batches: Steps in a run.
+        limit: Seconds of one method: where its first step says that all would take longer, it is timed by single steps,
+            as many as fit, and one at least.
     """
 
     trials: int
     batches: int
+    limit: float = math.inf
+
+    def of(self, seconds: float) -> tuple[int, int]:
+        """Trials, and batches in each, of steps that take so long."""
+        if seconds * self.trials * self.batches <= self.limit:
+            return self.trials, self.batches
+        return max(1, min(self.trials, int(self.limit / seconds))), 1
 
 
 @dataclass(frozen=True)
@@ -90,16 +101,21 @@ def in_trials(runs: Mapping[str, Run], how: Trials, device: torch.device) -> dic
     """
     found: dict[str, list[float]] = {}
     problems: dict[str, str] = {}
+    first: dict[str, float] = {}
     for name, run in runs.items():
+        start = time.perf_counter()
         if problem := failure_of(run):
             problems[name] = problem
         else:
-            found[name] = []
-    for _ in range(how.trials):
+            found[name], first[name] = [], time.perf_counter() - start
+    for trial in range(how.trials):
         for name, seconds in found.items():
-            if not seconds or seconds[-1] < SETTLED:
+            trials, batches = how.of(first[name])
+            if trial >= trials:
+                continue
+            if first[name] < 2 * SETTLED:  # the first step of a method is slower than others
                 _settle(runs[name], device)
-            seconds.append(seconds_of(lambda run=runs[name]: _several(run, how.batches), device) / how.batches)
+            seconds.append(seconds_of(lambda run=runs[name], b=batches: _several(run, b), device) / batches)
     return {name: Taken(problem=problems[name]) if name in problems else Taken(tuple(found[name])) for name in runs}
 
 

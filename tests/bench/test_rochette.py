@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from functools import partial
 from pathlib import Path
 
@@ -106,6 +107,21 @@ def test_what_fails_has_its_reason() -> None:
     assert found["c"].problem.startswith("out of memory: ")
     with pytest.raises(RuntimeError, match="other"):
         in_trials({"d": lambda: (_ for _ in ()).throw(RuntimeError("other"))}, Trials(1, 1), CPU)
+
+
+def test_slow_steps_are_timed_one_by_one() -> None:
+    how = Trials(3, 3, limit=20.0)
+    assert how.of(0.1) == (3, 3)
+    assert how.of(2.0) == (3, 3)
+    assert how.of(4.0) == (3, 1)
+    assert how.of(9.0) == (2, 1)
+    assert how.of(55.0) == (1, 1)
+    assert Trials(10, 20).of(1e6) == (10, 20)
+    calls: list[int] = []
+    slow = Trials(3, 3, limit=-1.0)
+    found = in_trials({"a": lambda: calls.append(1) or time.sleep(0.5)}, slow, CPU)
+    assert len(found["a"].seconds) == 1
+    assert len(calls) == 2
 
 
 def test_methods_have_the_papers_names() -> None:
