@@ -49,7 +49,7 @@ class Row:
         accuracies: One per seed.
         to_full: Against full training.
         to_skip: Against the control at the same relative time; None outside of its range.
-        equal_at: Relative time at which the control is as accurate in the mean, or a bound.
+        equal_at: Relative time at which the control is as accurate in the mean, or a bound; empty for itself.
     """
 
     net: str
@@ -63,11 +63,16 @@ class Row:
     equal_at: str
 
     @property
+    def is_control(self) -> bool:
+        """Whether all of its steps are full ones."""
+        return not self.equal_at
+
+    @property
     def cells(self) -> tuple[str, ...]:
         """As in `HEADINGS`."""
         spread = f" ± {100 * statistics.stdev(self.accuracies):.2f}" if len(self.accuracies) > 1 else ""
         accuracy = f"{100 * statistics.mean(self.accuracies):.2f}{spread}"
-        reduced = (f"{self.fraction:.2f}", f"{self.ratio:.2f}") if self.fraction else ("", "")
+        reduced = ("", "") if self.is_control else (f"{self.fraction:.2f}", f"{self.ratio:.2f}")
         differences = (*_cells(self.to_full), *_cells(self.to_skip))
         return self.setting, *reduced, f"{self.relative_time:.2f}", accuracy, *differences, self.equal_at
 
@@ -183,11 +188,9 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     colors = {"random": "tab:orange", "then": "tab:green", "every": "tab:purple"}
     for net, panel in zip(nets, panels[0], strict=True):
         of_net = [row for row in rows if row.net == net]
-        control = sorted(
-            (row.relative_time, 100 * statistics.mean(row.accuracies)) for row in of_net if not row.fraction
-        )
+        control = sorted((row.relative_time, 100 * statistics.mean(row.accuracies)) for row in of_net if row.is_control)
         panel.plot(*zip(*control, strict=True), "o-", color="black", label="full steps only, fewer of them")
-        for number, row in enumerate((row for row in of_net if row.fraction), start=1):
+        for number, row in enumerate((row for row in of_net if not row.is_control), start=1):
             x, y = row.relative_time, 100 * statistics.mean(row.accuracies)
             color = colors[row.setting.split()[0]]
             marker = "s" if "until" in row.setting else "^" if "galerkin" in row.setting else "o"

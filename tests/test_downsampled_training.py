@@ -33,15 +33,15 @@ def report(script: ModuleType) -> ModuleType:
 
 
 def test_runs_of_a_seed_are_paired_and_their_times_are_shares(script: ModuleType, tmp_path: Path) -> None:
-    given = f"--seeds 1 --steps 4 --digits 64 --rounds 1 --nets vgg --private --out {tmp_path}"
+    given = f"--seeds 1 --steps 4 --digits 64 --rounds 1 --nets vgg --settings .5 --private --out {tmp_path}"
     runs, rows = script.main(given.split())
     of_nets = {net: [run for run in runs if run.net == net] for net in ("vgg", "private resnet")}
-    assert [len(some) for some in of_nets.values()] == [14, 4]
+    assert [len(some) for some in of_nets.values()] == [5, 4]
     starts = [{run.start for run in some} for some in of_nets.values()]
     assert [len(some) for some in starts] == [1, 1]
     assert starts[0] != starts[1]
     assert [(run.steps, run.share) for run in of_nets["vgg"][:4]] == [(4, 1.0), (3, 0.75), (2, 0.5), (4, 1.0)]
-    assert {row.setting: row.fraction for row in rows if row.net == "vgg"}["every 2, side"] == 0.5
+    assert {row.setting: row.fraction for row in rows if row.net == "vgg"}["then .5, side"] == 0.5
     assert {row.relative_time for row in rows if row.setting == "skip, 50% of steps"} == {0.5}
     assert all(0 < row.relative_time < 1.5 for row in rows)
     assert all(row.relative_time == pytest.approx(1 - row.fraction * (1 - row.ratio)) for row in rows if row.fraction)
