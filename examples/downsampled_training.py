@@ -258,6 +258,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[list[Run], list[Row]]:
     parser.add_argument("--rounds", type=int, default=10, help="of step times, for each seed")
     parser.add_argument("--tune", action="store_true", help="compare learning rates on the digits held out, and end")
     parser.add_argument("--out", type=Path, help="folder for results")
+    parser.add_argument("--name", default="downsampling", help="of the files with results")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     cheap = [setting for setting in CHEAP if args.settings in setting.name]
@@ -282,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[list[Run], list[Row]]:
         rows = rows_of([asdict(run) for run in runs], medians)
         if args.out is not None:
             about = {"seeds": seed + 1, "steps": args.steps, "rates": RATES, "seconds": medians}
-            write(args.out, rows, about, [asdict(run) for run in runs])
+            write(args.out / args.name, rows, about, [asdict(run) for run in runs])
     progress.close()
     Console(width=150).print(table(rows))
     return runs, rows

@@ -160,12 +160,12 @@ def machine() -> str:
     return f"{processor()}, {os.cpu_count()} cores, one thread, torch {torch.__version__}"
 
 
-def write(folder: Path, rows: Sequence[Row], about: dict[str, Any], runs: Sequence[dict[str, Any]]) -> None:
-    """Writes `downsampling.json`, `downsampling_results.md` and `downsampling.png`."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write(path: Path, rows: Sequence[Row], about: dict[str, Any], runs: Sequence[dict[str, Any]]) -> None:
+    """Writes `PATH.json`, `PATH_results.md` and `PATH.png`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     about = {"machine": machine(), **about}
     content = {**about, "rows": [asdict(row) for row in rows], "runs": list(runs)}
-    (folder / "downsampling.json").write_text(json.dumps(content, indent=1) + "\n")
+    path.with_name(f"{path.name}.json").write_text(json.dumps(content, indent=1) + "\n")
     lines = [
         "# Downsampled batches: results",
         "",
@@ -177,8 +177,8 @@ def write(folder: Path, rows: Sequence[Row], about: dict[str, Any], runs: Sequen
         lines += ["", f"## {net}: a full step takes {full:.1f} ms", "", f"| {' | '.join(HEADINGS)} |"]
         lines += ["|---" + "|---:" * (len(HEADINGS) - 1) + "|"]
         lines += [f"| {' | '.join(row.cells)} |" for row in rows if row.net == net]
-    (folder / "downsampling_results.md").write_text("\n".join(lines) + "\n")
-    plot(folder / "downsampling.png", rows)
+    path.with_name(f"{path.name}_results.md").write_text("\n".join(lines) + "\n")
+    plot(path.with_name(f"{path.name}.png"), rows)
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
