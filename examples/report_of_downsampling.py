@@ -81,7 +81,13 @@ def _cells(difference: Difference | None) -> tuple[str, str]:
     if difference is None:
         return "", ""
     error = "" if difference.error is None else f" ± {100 * difference.error:.2f}"
-    return f"{100 * difference.mean:+.2f}{error}", "" if difference.p is None else f"{difference.p:.3f}"
+    return f"{100 * difference.mean:+.2f}{error}", _p(difference.p)
+
+
+def _p(p: float | None) -> str:
+    if p is None:
+        return ""
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
