@@ -166,7 +166,6 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
     names = chosen.data.split(",")
     if unknown := set(names) - set(DATA):
         parser.error(f"--data: unknown {', '.join(sorted(unknown))}; there are {', '.join(DATA)}")
-    logging.getLogger("perexfx").setLevel(logging.ERROR)  # the weakest choice warns of what is measured here
     runs: list[Run] = []
     with tqdm(total=len(names) * chosen.seeds * len(METHODS), disable=None) as bar:
         for data in names:
@@ -185,4 +184,5 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
 
 
 if __name__ == "__main__":
+    logging.getLogger("perexfx").setLevel(logging.ERROR)  # the weakest choice warns of what is measured here
     main()

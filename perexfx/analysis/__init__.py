@@ -8,5 +8,16 @@ call is followed (`follow.py`) by the rules of `axes/`: a reshape is judged in `
 from perexfx.analysis.analyze import Analysis, analyze
 from perexfx.analysis.failures import without_numbers
 from perexfx.analysis.fake_run import Call, FakeInterpreter, fake_inputs, leaves_of, record
+from perexfx.analysis.in_place_writes import written_by
 
-__all__ = ["Analysis", "Call", "FakeInterpreter", "analyze", "fake_inputs", "leaves_of", "record", "without_numbers"]
+__all__ = [
+    "Analysis",
+    "Call",
+    "FakeInterpreter",
+    "analyze",
+    "fake_inputs",
+    "leaves_of",
+    "record",
+    "without_numbers",
+    "written_by",
+]

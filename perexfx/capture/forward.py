@@ -198,6 +198,12 @@ def _refuse_hooks(model: nn.Module) -> None:
             f"`{type(model).__name__}` has forward hooks of its own, which are not part of its forward: what they do "
             "would not be checked. Remove them, or make the model a submodule of another and transform that."
         )
+    if "forward" in vars(model) and not type(model).__module__.startswith("torch._dynamo"):
+        raise CaptureError(
+            f"This `{type(model).__name__}` has a `forward` of its own beside that of its class, which would not be "
+            "captured: it was assigned, by hand or by a library that wraps it. Transform the model before it is "
+            "wrapped, or make it a submodule of another and transform that."
+        )
     for path, module in model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             raise CaptureError(

@@ -56,6 +56,10 @@ OF_GRAPH_MODULES = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - fr
 """What a GraphModule keeps of its own graph, beside what every module has."""
 
 
+_OWN_FORWARDS = ("forward", "_compiled_call_impl")
+"""What an instance may have that hides the forward of its class: it is in the graph, and would run past it."""
+
+
 class WholeGraphModule(fx.GraphModule):
     """A GraphModule with every attribute of the module it was made from.
 
@@ -68,7 +72,7 @@ class WholeGraphModule(fx.GraphModule):
     def __init__(self, body: Mapping[str, Any], graph: fx.Graph, class_name: str) -> None:
         super().__init__({}, fx.Graph(), class_name)
         for name, value in body.items():
-            if name not in OF_GRAPH_MODULES:
+            if name not in OF_GRAPH_MODULES and name not in _OWN_FORWARDS:
                 self.__dict__[name] = value
         self.graph = graph
 

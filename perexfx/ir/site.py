@@ -17,7 +17,7 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class RowLengths:
-    """Squared lengths of the rows of a linear map, which are orthogonal: what squares at its value count in a norm.
+    """Lengths of the rows of a linear map, which are orthogonal: their squares are what squares at its value count.
 
     Attributes:
         axes: Of the value, along which they differ.

@@ -25,8 +25,8 @@ class Weighed:
 
     Attributes:
         factors: The gradients.
-        scale: Squared length of all rows, but for what the axes say. A scalar.
-        lengths: Axis of the value -> squared lengths along it, `[size]`.
+        scale: Length of all rows, but for what the axes say. A scalar, in float64.
+        lengths: Axis of the value -> lengths along it, `[size]`.
     """
 
     factors: Factors
@@ -54,7 +54,7 @@ class Weighed:
         """What a strategy finds: squared norms at the parameters, and what to hold for sums at the value."""
         scaled, undo = self._scaled()
         squared, held = strategy.squared_norms(scaled)
-        squared = squared * self.scale.to(squared.dtype)
+        squared = (squared.to(torch.float64) * self.scale.square()).to(squared.dtype)
         if held is scaled:
             return squared, self.factors
         return squared, held if undo is None else Rescaled(held, undo)
@@ -71,7 +71,7 @@ class Weighed:
             return _scaled_product(factors, self.lengths), self._outer(len(factors.shape), self.lengths)
         assert isinstance(factors, Convolution)
         rank = len(factors.shape) - 2
-        taps = tuple(self.lengths.get(axis) for axis in range(2, 2 + rank))
+        taps = tuple(None if (own := self.lengths.get(axis)) is None else own.square() for axis in range(2, 2 + rank))
         features = {axis: value for axis, value in self.lengths.items() if axis < 2}
         scaled = replace(factors, tap_weights=taps if any(found is not None for found in taps) else None)
         if not features:
@@ -80,8 +80,8 @@ class Weighed:
 
     @staticmethod
     def _outer(rank: int, lengths: Mapping[int, Tensor]) -> Tensor:
-        """The roots of some lengths, multiplied, as they broadcast to a value of some rank."""
-        roots = [value.sqrt().reshape(-1, *[1] * (rank - 1 - axis)) for axis, value in lengths.items()]
+        """Some lengths, multiplied, as they broadcast to a value of some rank."""
+        roots = [value.reshape(-1, *[1] * (rank - 1 - axis)) for axis, value in lengths.items()]
         return math.prod(roots[1:], start=roots[0])
 
 
@@ -89,9 +89,9 @@ def _scaled_product(product: Product, lengths: Mapping[int, Tensor]) -> Product:
     """Axis 0 of a matrix is that of the right factor, axis 1 that of the left one."""
     left, right = product.left, product.right
     if 0 in lengths:
-        right = right * lengths[0].sqrt().to(right.dtype)
+        right = right * lengths[0].to(right.dtype)
     if 1 in lengths:
-        left = left * lengths[1].sqrt().to(left.dtype)
+        left = left * lengths[1].to(left.dtype)
     return replace(product, left=left, right=right, left_gram=None, right_gram=None)
 
 
@@ -100,9 +100,9 @@ def _scaled_channels(convolution: Convolution, lengths: Mapping[int, Tensor]) ->
     layer_input, grad_output = convolution.layer_input, convolution.grad_output
     after = [1] * len(convolution.shape[2:])
     if 0 in lengths:
-        grad_output = grad_output * lengths[0].sqrt().to(grad_output.dtype).reshape(-1, *after)
+        grad_output = grad_output * lengths[0].to(grad_output.dtype).reshape(-1, *after)
     if 1 in lengths:
-        by = lengths[1].sqrt().to(layer_input.dtype).repeat(convolution.geometry.groups)
+        by = lengths[1].to(layer_input.dtype).repeat(convolution.geometry.groups)
         layer_input = layer_input * by.reshape(-1, *after)
     return replace(convolution, layer_input=layer_input, grad_output=grad_output)
 

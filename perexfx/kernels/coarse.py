@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from perexfx.kernels.pooled import Slides, coarse_axes, coarse_axis
-from perexfx.kernels.watched import is_watched
+from perexfx.kernels.pooled import Slides, coarse_axes, coarse_axis, is_traced
 
 Size = tuple[int, ...]
 Windows = tuple[tuple[int, int, int], ...]
@@ -88,7 +87,7 @@ def at_side(image: Tensor, side: Tensor, slides: Slides, out: Size) -> Tensor:
     """
     axes = coarse_axes(slides)
     lengths = [_read(axis.size, slide[1], axis.dilation, o) for axis, slide, o in zip(axes, slides, out, strict=True)]
-    if not is_watched():
+    if not is_traced():
         sides = side.tolist()
         first = [axis.lows[b] for axis, b in zip(axes, sides, strict=True)]
         return _cut(image, first, lengths)
@@ -134,7 +133,7 @@ def at_side_of(image: Tensor, side: Tensor, slides: Slides, out: Size) -> Tensor
         out: Size of the image.
     """
     axes = coarse_axes(slides)
-    if not is_watched():
+    if not is_traced():
         return _cut(image, [-axis.lows[b] for axis, b in zip(axes, side.tolist(), strict=True)], out)
     least = [-max(axis.lows) for axis in axes]
     spare = [max(axis.lows) - min(axis.lows) for axis in axes]

@@ -64,6 +64,11 @@ Slides = tuple[tuple[int, int, int, int], ...]
 """Taps, stride, padding and dilation of the fine kernel, by axis."""
 
 
+def is_traced() -> bool:
+    """Whether whoever runs this makes a graph of it, which must hold for every draw."""
+    return is_watched() or torch.compiler.is_compiling()
+
+
 def coarse_axes(slides: Slides) -> tuple[CoarseAxis, ...]:
     """How a kernel slides over the coarse image."""
     return tuple(coarse_axis(*slide) for slide in slides)
@@ -81,7 +86,7 @@ def pooled_kernel(weight: Tensor, side: Tensor, slides: Slides) -> Tensor:
     """
     if has_torch_function((weight, side)):
         return handle_torch_function(pooled_kernel, (weight, side), weight, side, slides)
-    if is_watched():
+    if is_traced():
         places = _places_of(side, slides).to(weight)
     else:
         places = _known_places(tuple(side.tolist()), slides, weight.dtype, weight.device)
@@ -97,7 +102,7 @@ def spread_kernel(gradient: Tensor, side: Tensor, slides: Slides) -> Tensor:
         side: As for `pooled_kernel`.
         slides: As for `pooled_kernel`.
     """
-    if is_watched():
+    if is_traced():
         places = _places_of(side, slides).to(gradient)
     else:
         places = _known_places(tuple(side.tolist()), slides, gradient.dtype, gradient.device)
@@ -127,7 +132,7 @@ def mean_of_sides(weight: Tensor, slides: Slides) -> Tensor:
     if has_torch_function((weight,)):
         return handle_torch_function(mean_of_sides, (weight,), weight, slides)
     sizes = [mean_axis(slide)[1] for slide in slides]
-    places = _places_of_mean(slides).to(weight) if is_watched() else _known_mean(slides, weight.dtype, weight.device)
+    places = _places_of_mean(slides).to(weight) if is_traced() else _known_mean(slides, weight.dtype, weight.device)
     return thin_product(weight.flatten(2), places).reshape(*weight.shape[:2], *sizes)
 
 
@@ -139,7 +144,7 @@ def spread_mean(gradient: Tensor, slides: Slides) -> Tensor:
         slides: How the fine kernel slides.
     """
     places = (
-        _places_of_mean(slides).to(gradient) if is_watched() else _known_mean(slides, gradient.dtype, gradient.device)
+        _places_of_mean(slides).to(gradient) if is_traced() else _known_mean(slides, gradient.dtype, gradient.device)
     )
     spread = thin_product(gradient.flatten(-len(slides)), places.t())
     return spread.reshape(*gradient.shape[: -len(slides)], *(slide[0] for slide in slides))
@@ -173,22 +178,22 @@ def _places_of_mean(slides: Slides) -> Tensor:
 
 
 def taps_of_each(side: Tensor, slides: Slides, at: int) -> Tensor:
-    """How many taps go to each place of the coarse kernel along one axis, `[coarse size]`.
+    """How many taps go to each place of the coarse kernel along one axis, `[coarse size]`, in float64.
 
     Args:
         side: As for `pooled_kernel`.
         slides: As for `pooled_kernel`.
         at: Which of them.
     """
-    if is_watched():
-        return _one_axis(side, slides, at).sum(0)
+    if is_traced():
+        return _one_axis(side, slides, at).sum(0).to(torch.float64)
     return _known_counts(int(side[at]), slides[at], side.device)
 
 
 @lru_cache(maxsize=1024)
 def _known_counts(side: int, slide: tuple[int, int, int, int], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # what is kept may be read in a backward
-        return _one_axis(torch.tensor([side]), (slide,), 0).sum(0).to(device)
+        return _one_axis(torch.tensor([side]), (slide,), 0).sum(0).to(device, torch.float64)
 
 
 @lru_cache(maxsize=1024)
@@ -218,6 +223,7 @@ __all__ = [
     "averaged_kernel",
     "coarse_axes",
     "coarse_axis",
+    "is_traced",
     "mean_axis",
     "mean_of_sides",
     "pooled_kernel",

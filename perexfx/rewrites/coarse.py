@@ -62,7 +62,7 @@ class Coarsening:
         self.subject, self.shapes, self.handlers = subject, subject.shapes, handlers
         self.kernel, self.pool = kernel, pool
         self.graph = fx.Graph()
-        self.new: dict[fx.Node, fx.Node] = {}
+        self.new: dict[fx.Node, Any] = {}
         self.coarse: set[fx.Node] = set()
         self.grown: dict[fx.Node, fx.Node] = {}
         self.changes: list[Change] = []
@@ -91,6 +91,12 @@ class Coarsening:
         if not self.drawn:
             self.graph.erase_node(self.sides)
         return self.graph
+
+    @property
+    def count(self) -> int:
+        """Fine number of tokens."""
+        assert self.grid is not None
+        return self.grid[0] * self.grid[1]
 
     def is_image(self, node: fx.Node) -> bool:
         """Whether a node's value has the axes of images, and more than one pixel."""
@@ -130,7 +136,10 @@ class Coarsening:
         self.note(node, f"image of {by(size)}", f"{self.pool} of blocks of 2 x 2: {by(half(size))}")
 
     def _add(self, node: fx.Node) -> None:
+        if self._is_of_sizes(node):
+            return
         read = [value for value in node.all_input_nodes if value in self.coarse]
+        self._refuse_lost_writes(node, read)
         if self.with_tokens is not None and not read and self.of_tokens.intersection(node.all_input_nodes):
             self.with_tokens(self, node)
             return
@@ -139,6 +148,33 @@ class Coarsening:
             self._on_whole(node)
         elif not read:
             self.new[node] = self.copied(node)
+
+    def _is_of_sizes(self, node: fx.Node) -> bool:
+        """Takes a part of a shape that is a tuple of numbers and nodes here, where a node does so."""
+        shape = self.new.get(node.args[0]) if node.target is operator.getitem and node.args else None  # pyright: ignore[reportArgumentType]
+        if not isinstance(shape, tuple):
+            return False
+        self.new[node] = shape[node.args[1]]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return True
+
+    def _refuse_lost_writes(self, node: fx.Node, read: list[fx.Node]) -> None:
+        """Raises: RefusedError, where a node writes into a coarse image by way of a view of its grown copy."""
+        written = node.args[0] if node.args else None
+        if not isinstance(written, fx.Node) or written in read:
+            return
+        for value in self.coarse:
+            if node.name in self.subject.written_by.get(value.name, ()) and written.name in self.subject.written_by:
+                place = place_of(node)
+                raise RefusedError(
+                    [
+                        Refusal(
+                            what=f"{place} writes in place into `{value.name}` by way of a view of it.",
+                            why="The image is coarse, the view is of a grown copy, and the write would be lost.",
+                            remedy="Compute a new value there, or let only the stages before it be coarse (`until=`).",
+                            place=place,
+                        )
+                    ]
+                )
 
     def _on_whole(self, node: fx.Node) -> None:
         """The node on grown images, unless it works on coarse ones as on fine."""
@@ -168,7 +204,8 @@ class Coarsening:
         """Whether a value that is not coarse has the fine size of what is computed from it."""
         shape = self.shapes.get(value.name, ())
         fine = self.shapes.get(reader.name, ())
-        return len(shape) == IMAGE and shape[2:] == fine[2:] and max(shape[2:]) > 1
+        is_fine = len(shape) == IMAGE and shape[2:] == fine[2:] and max(shape[2:]) > 1
+        return is_fine and value.name in self.subject.floating
 
     def is_of_parameters(self, node: fx.Node) -> bool:
         """Whether a value is made of parameters, buffers and constants alone."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,14 +59,20 @@ def _window_of(c: Coarsening, node: fx.Node) -> tuple[Any, ...] | None:
 
 
 def _to_whole(c: Coarsening, node: fx.Node) -> bool:
-    """Adaptive pools, which make a map of a size of their own."""
+    """Adaptive pools, which make a map of a size of their own; but where a size is to follow the image."""
+    if node.op == "call_module":
+        size: Any = getattr(c.subject.twin.get_submodule(str(node.target)), "output_size", None)
+    else:
+        size = arguments_of(node, ("input", "output_size")).get("output_size")
+    if size is None or (isinstance(size, list | tuple) and None in size):
+        return False
     c.new[node] = c.copied(node)
     return True
 
 
 def _over_space(c: Coarsening, node: fx.Node) -> bool:
     """Means and extremes over both axes of space are about the same; over others nothing changes with the size."""
-    x = node.args[0]
+    x = node.args[0] if node.args else None
     axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     if x not in c.coarse or axes is None or not are_numbers(axes):
         return False
@@ -115,15 +120,13 @@ def _sizes(c: Coarsening, node: fx.Node) -> bool:
         return True
     if name not in ("shape", "size") or x.name not in c.shapes:
         return False
-    shape = c.call(node, fine_shape, c.new[x], c.size(x))
-    axis = node.args[1] if node.target == "size" and len(node.args) > 1 else None
-    c.new[node] = shape if axis is None else c.call(node, operator.getitem, shape, axis)
+    lead = [c.call(node, torch.Tensor.size, c.new[x], axis) for axis in (0, 1)]
+    for size in lead:
+        size.op, size.target = "call_method", "size"
+    shape = (*lead, *c.size(x))
+    axis: Any = node.kwargs.get("dim", node.args[1] if node.target == "size" and len(node.args) > 1 else None)
+    c.new[node] = shape if axis is None or node.target is getattr else shape[axis]
     return True
-
-
-def fine_shape(image: torch.Tensor, size: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that a coarse image has at its fine size."""
-    return (*image.shape[:2], *size)
 
 
 def _norm(c: Coarsening, node: fx.Node) -> bool:
@@ -150,9 +153,9 @@ def _along_channels(c: Coarsening, node: fx.Node) -> bool:
 
 
 def _cat(c: Coarsening, node: fx.Node) -> bool:
-    values = node.args[0]
+    values: Any = node.args[0] if node.args else node.kwargs.get("tensors")
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    are_coarse = isinstance(values, list | tuple) and all(value in c.coarse for value in values)
+    are_coarse = all(value in c.coarse for value in (values if isinstance(values, list | tuple) else (values,)))
     if not are_coarse or dim not in (1, -3):
         return False
     c.on_coarse(node)
@@ -204,4 +207,4 @@ HANDLERS: Mapping[str, Handler] = {
 }
 """Operations that are known by name -> what becomes of them; False: they read grown images."""
 
-__all__ = ["HANDLERS", "fine_shape"]
+__all__ = ["HANDLERS"]

@@ -8,6 +8,7 @@ tokens grown to their fine number instead.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -15,7 +16,7 @@ from torch import fx
 from perexfx.analysis import leaves_of, record
 from perexfx.ir.errors import RefusedError
 from perexfx.kernels.coarse import half, pooled_tokens
-from perexfx.rewrites.coarse import Coarsening, by
+from perexfx.rewrites.coarse import Coarsening, by, label
 from perexfx.rewrites.subject import Subject
 
 MOST_BEFORE = 8
@@ -28,7 +29,7 @@ class NoTokensError(Exception):
 
 def flatten(c: Coarsening, node: fx.Node) -> bool:
     """A map becomes tokens, where these may be fewer; else it is grown first, as any flattening head is."""
-    x = node.args[0]
+    x = node.args[0] if node.args else None
     start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 1 if node.op == "call_module" else 0)
     if node.op == "call_module" or not c.keeps_tokens or start != 2 or x not in c.coarse or len(node.args) > 2:
         return False
@@ -51,12 +52,12 @@ def add_of_tokens(c: Coarsening, node: fx.Node) -> None:
     assert c.grid is not None
     if _takes_by_place(node, c):
         raise NoTokensError
-    count, given = c.grid[0] * c.grid[1], dict(c.new)
+    count, given = c.count, dict(c.new)
     for value in node.all_input_nodes:
         shape = c.shapes.get(value.name, ())
         if value in c.of_tokens or len(shape) < 2 or not 0 <= shape[-2] - count <= MOST_BEFORE:
             continue
-        if not c.is_of_parameters(value):
+        if not c.is_of_parameters(value) or value.name not in c.subject.floating:
             raise NoTokensError
         given[value] = c.call(value, pooled_tokens, c.new[value], c.grid, shape[-2] - count)
         c.note(value, f"table of {by(c.grid)} tokens", f"mean of blocks: {by(half(c.grid))}")
@@ -65,35 +66,72 @@ def add_of_tokens(c: Coarsening, node: fx.Node) -> None:
 
 
 def _takes_by_place(node: fx.Node, c: Coarsening) -> bool:
-    """Whether a node takes some tokens and not others: but the first few, or all behind them."""
-    x = node.args[0] if node.args else None
+    """Whether a node takes some tokens and not others (but those of no place, or all behind them), counts them, adds
+    them up, or makes features of them.
+    """
+    name = _name(node, c)
+    if name == "einsum":
+        return True
+    x = node.args[0] if node.args else next(iter(node.all_input_nodes), None)
     shape = c.shapes.get(x.name, ()) if isinstance(x, fx.Node) else ()
-    assert c.grid is not None
-    count = c.grid[0] * c.grid[1]
-    axes = {axis for axis, size in enumerate(shape) if 0 <= size - count <= MOST_BEFORE}
-    if not axes:
+    before = {axis: size - c.count for axis, size in enumerate(shape) if 0 <= size - c.count <= MOST_BEFORE}
+    if not before:
         return False
     if node.target is operator.getitem:
         index: Any = node.args[1]
         parts = index if isinstance(index, tuple) else (index,)
         if Ellipsis in parts or None in parts:
             return True
-        return any(axis in axes and _is_by_place(part) for axis, part in enumerate(parts))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        return any(_is_by_place(part, before[axis]) for axis, part in enumerate(parts) if axis in before)
+    if name in _PRODUCTS:
+        return _sums_tokens(node, shape, before, c)
+    if name in _RESHAPES:  # features of tokens, where no axis of them is left
+        made = c.shapes.get(node.name, ())
+        return not any(size % max(1, shape[axis]) == 0 for size in made[:-1] for axis in before) and len(made) < 4
     if name not in _TAKING:
         return False
     dims = [arg for arg in (*node.args[1:], *node.kwargs.values()) if isinstance(arg, int)]
-    return name in _ANYWHERE or any(dim % len(shape) in axes for dim in dims)
+    return name in _ANYWHERE or not dims or any(dim % len(shape) in before for dim in dims)
 
 
-def _is_by_place(part: Any) -> bool:
-    places = (part.start, part.stop, part.step) if isinstance(part, slice) else (part,)
-    return any(not (place is None or (isinstance(place, int) and 0 <= place <= MOST_BEFORE)) for place in places)
+def _name(node: fx.Node, c: Coarsening) -> str:
+    return label(node, c.subject).lower()
 
 
-_ANYWHERE = frozenset("roll flip gather index_select take_along_dim masked_select unfold".split())
-_TAKING = _ANYWHERE | frozenset("chunk split unbind narrow select tensor_split split_with_sizes topk sort".split())
-"""Operations that take parts; the first along any axis."""
+def _is_by_place(part: Any, before: int) -> bool:
+    if not isinstance(part, slice):
+        return not (isinstance(part, int) and 0 <= part < before)
+    ends = (part.start, part.stop)
+    return part.step not in (None, 1) or any(
+        not (end is None or (isinstance(end, int) and 0 <= end <= before)) for end in ends
+    )
+
+
+def _sums_tokens(node: fx.Node, shape: tuple[int, ...], before: Mapping[int, int], c: Coarsening) -> bool:
+    """Whether a product adds up tokens with weights that are no softmax's: it then grows with their number."""
+    left = node.args[0] if node.args else None
+    if not isinstance(left, fx.Node):
+        return True
+    if len(shape) - 1 not in before:
+        return False
+    while isinstance(left, fx.Node) and _name(left, c) not in ("softmax",):
+        if _name(left, c) not in ("dropout", "to", "type_as", "getitem", "contiguous"):
+            return True
+        left = left.args[0] if left.args else None
+    return False
+
+
+_PRODUCTS = frozenset("matmul bmm baddbmm einsum tensordot mm".split())
+_RESHAPES = frozenset("flatten view reshape".split())
+_ANYWHERE = frozenset(
+    "roll flip gather index_select take_along_dim masked_select unfold conv1d avg_pool1d max_pool1d avgpool1d "
+    "maxpool1d interpolate conv_transpose1d adaptive_avg_pool1d lstm gru".split()
+)
+_TAKING = _ANYWHERE | frozenset(
+    "chunk split unbind narrow select tensor_split split_with_sizes topk sort argsort argmax argmin sum cumsum cumprod "
+    "prod norm normalize vector_norm logsumexp count_nonzero".split()
+)
+"""Operations that take parts of an axis, or depend on how long it is; the first along any axis."""
 
 
 def fits(c: Coarsening, graph: fx.Graph, subject: Subject) -> bool:

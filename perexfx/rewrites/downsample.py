@@ -1,7 +1,7 @@
 """`perexfx.downsample`: a model that runs on its images at half the resolution, with its own parameters.
 
-Promises: parameters and buffers are the model's own, and no buffer of it is changed; every size is ceil(N / 2) of the
-fine one, so that additions and concatenations fit; what each node became is in the report.
+Promises: parameters and buffers are the model's own, and statistics of its normalisations are left as they are; every
+size is ceil(N / 2) of the fine one, so that additions and concatenations fit; what each node became is in the report.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def downsample(
     positions) works on coarse images as well; what is not reads them grown to their fine size, as flattening heads do.
     A map of patches that is flattened into tokens gives a fourth of them, where the model takes none by its place.
 
-    It is for some of the batches of a training: see `perexfx.interleave`. Normalisations over the batch keep no
-    statistics in it. After `perexfx.transform`, per-example gradients reach the model's own parameters through the
-    pooled kernels, under the same draw.
+    It is for some of the batches of a training: see `perexfx.interleave`. BatchNorm and InstanceNorm keep no statistics
+    in it; other buffers change as they do in the model. After `perexfx.transform`, per-example gradients reach the
+    model's own parameters through the pooled kernels, under the same draw.
 
     Args:
         model: Any module that `perexfx.transform` can capture.
@@ -84,8 +84,8 @@ def downsample(
     coarsening, graph = _coarsened(subject, kernel, pool, _last(subject, until), model.training)
     if not coarsening.coarse:
         raise ArgumentError(
-            "None of the example inputs is an image `[n, C, H, W]` of floating-point numbers, so there is nothing to "
-            "reduce."
+            "None of the example inputs is an image `[n, C, H, W]` of floating-point numbers, of more than one pixel "
+            "and an argument of its own, so there is nothing to reduce."
         )
     conditions = _for_these_sizes(subject, coarsening)
     captured = replace(subject.captured, graph=graph, conditions=conditions)
@@ -167,10 +167,10 @@ def _last(subject: Subject, until: str | None) -> fx.Node | None:
 
 
 def _keep_statistics(graph: fx.Graph) -> None:
-    """Has normalisations over the batch leave the model's statistics as they are: means move by no part."""
+    """Has normalisations that keep statistics leave them as they are: means move by no part."""
     for node in graph.nodes:
-        if node.target is F.batch_norm:
-            given = dict(inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs).arguments)
+        if node.target in (F.batch_norm, F.instance_norm):
+            given = dict(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments)
             given["momentum"] = 0.0
             node.args, node.kwargs = (given.pop("input"),), given
 

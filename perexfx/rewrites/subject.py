@@ -6,12 +6,12 @@ Promises: the model is left as it was, and its Parameters, buffers and values ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
 
-from perexfx.analysis import Call, leaves_of, record
+from perexfx.analysis import Call, leaves_of, record, written_by
 from perexfx.capture import OF_GRAPH_MODULES, Captured, capture, release_norms, twin_of
 from perexfx.ir.errors import ArgumentError, RefusedError
 from perexfx.ir.inputs import GivenInputs, Inputs, arguments_of, batch_sizes, bind_inputs, by_name, named_leaves
@@ -32,6 +32,7 @@ class Subject:
         sizes: The kind of the example inputs, and their number of examples; None without them.
         pointwise: Names of the nodes that compute every entry from entries at its place.
         floating: Names of the nodes whose value is a tensor of floating-point numbers.
+        written_by: Nodes whose memory another node writes into, and which.
     """
 
     captured: Captured
@@ -41,6 +42,7 @@ class Subject:
     sizes: tuple[Inputs, int] | None = None
     pointwise: frozenset[str] = frozenset()
     floating: frozenset[str] = frozenset()
+    written_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -90,7 +92,9 @@ def subject_of(model: nn.Module, example_inputs: GivenInputs | None) -> Subject:
     called = {node.name for node in captured.graph.nodes if node.op.startswith("call")}
     floating = {k for k, value in run.values.items() if isinstance(value, Tensor) and value.is_floating_point()}
     outputs = tuple(tuple(leaf.shape) for leaf in leaves_of(run.values["output"]))
-    return Subject(captured, twin, shapes, outputs, (kind, n), frozenset(called - others), frozenset(floating))
+    writes = written_by(captured.graph, run)
+    known = (frozenset(called - others), frozenset(floating), writes)
+    return Subject(captured, twin, shapes, outputs, (kind, n), *known)
 
 
 def _is_pointwise(call: Call) -> bool:

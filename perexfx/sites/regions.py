@@ -99,7 +99,8 @@ def _region(members: Sequence[fx.Node], by_node: Mapping[str, Site]) -> Region:
 def images_of(node: fx.Node) -> Iterator[fx.Node]:
     """What a node that keeps the format takes for images: not its parameters."""
     if node.target is torch.cat:
-        given: Sequence[Any] = node.args[0] if isinstance(node.args[0], list | tuple) else ()
+        values = node.args[0] if node.args else node.kwargs.get("tensors")
+        given: Sequence[Any] = values if isinstance(values, list | tuple) else ()
     elif node.target in _BINARY or node.op == "call_method":
         given = node.args[:2]
     else:

@@ -15,17 +15,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from perexfx.ir.errors import ShapeError
 from perexfx.ir.site import RowLengths
 from perexfx.kernels.pooled import mean_of_sides, pooled_kernel, spread_kernel, spread_mean, taps_of_each
 
 Shape = tuple[int, ...]
 
 
+SMALLEST = 1e-8
+"""Numbers that are smaller, or larger than one over this, leave the range of squares in float32 too easily."""
+
+
 @dataclass(frozen=True)
 class _Rows:
-    """Squared lengths of the rows of a map: a product of numbers, constants, and a vector for some axes.
+    """Lengths of the rows of a map: a product of numbers, constants, and a vector for some axes.
 
     Attributes:
         number: Of all rows.
@@ -100,8 +106,8 @@ def _is_read_once(inside: Sequence[fx.Node], parameters: Sequence[fx.Node]) -> b
         users = [user for user in node.users if user in inside]
         taken = [user.args[1] for user in users if user.target is operator.getitem and user.args[0] is node]
         reads = sum(_reads(user, node) for user in users)
-        are_different = len(taken) == reads and len(set(map(str, taken))) == reads
-        if reads != 1 and not (_makes_several(node) and are_different and all(isinstance(t, int) for t in taken)):
+        are_different = len(taken) == reads and all(type(at) is int and at >= 0 for at in taken)
+        if reads != 1 and not (_makes_several(node) and are_different and len(set(taken)) == reads):
             return False
     return True
 
@@ -124,7 +130,12 @@ def _makes_several(node: fx.Node) -> bool:
 
 
 def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    """Of a method of tensors, or of a function of torch's or an operator; "" of others that are called alike."""
+    if isinstance(node.target, str):
+        return node.target if node.op == "call_method" else ""
+    name = getattr(node.target, "__name__", "")
+    known = (getattr(owner, name, None) for owner in (torch, F, operator))
+    return name if node.op == "call_function" and any(node.target is function for function in known) else ""
 
 
 _MOVES = frozenset(
@@ -145,17 +156,21 @@ class _Reader:
         self.inputs = {node: self.graph.placeholder(node.name) for node in (*parameters, *constants)}
         self.first, self.constants, self.shape_of = parameters[0], set(constants), shape_of
         self.rows: dict[fx.Node, _Rows] = {node: _Rows() for node in parameters}
+        self.shapes: dict[fx.Node, Shape] = {}  # of constants that say nothing but by their shape
 
-    def written(self, rows: _Rows) -> RowLengths:
+    def written(self, rows: _Rows) -> RowLengths | None:
         """The lengths as a function `(*parameters, *constants) -> (scale, *vectors)`."""
-        if rows.is_unit:
+        if rows.is_unit and not self.shapes:
             return RowLengths((), None)
+        if rows.number and not SMALLEST <= rows.number <= 1 / SMALLEST:
+            return None
+        for node, shape in self.shapes.items():
+            self.graph.call_function(check_shape, (self.inputs[node], shape))
         scale = self.graph.call_function(_scalar, (self.inputs[self.first], rows.number))
         for node in rows.constants:
             scale = self.graph.call_function(operator.mul, (scale, node))
         axes = tuple(sorted(rows.vectors))
         self.graph.output((scale, *(rows.vectors[axis] for axis in axes)))
-        self.graph.eliminate_dead_code()
         return RowLengths(axes, fx.GraphModule({}, self.graph, class_name="RowLengths"))
 
     def rows_of(self, node: fx.Node) -> _Rows | None:
@@ -170,12 +185,15 @@ class _Reader:
         if node.target is pooled_kernel:
             return self._pooled(node, rows)
         if self._moves(node, name):
-            return rows if not rows.vectors else None
-        if name in ("neg", "add", "sub", "iadd", "isub", "radd", "rsub"):
-            return rows if not node.kwargs and self._keeps_shape(node, source) else None
+            return rows if not rows.vectors and node.args[0] is source else None
+        if name == "neg":
+            return rows
+        if name in ("add", "sub", "iadd", "isub"):
+            is_plain = len(node.args) == 2 and not node.kwargs
+            return rows if is_plain and self._keeps_shape(node, source) else None
         if name in ("mul", "imul", "truediv", "div", "itruediv"):
             return self._scaled(node, source, rows, divides="div" in name)
-        if name in ("sum", "mean"):
+        if name in ("sum", "mean") and node.args and node.args[0] is source:
             return self._added_up(node, source, rows, name)
         return None
 
@@ -192,7 +210,12 @@ class _Reader:
         if len(node.all_input_nodes) == 1 and all(isinstance(arg, int | float) or arg is source for arg in node.args):
             return True
         shape = self.shape_of(node)
-        return shape is not None and shape == self.shape_of(source)
+        constants = [read for read in node.all_input_nodes if read is not source]
+        found = {read: own for read in constants if read in self.constants and (own := self.shape_of(read)) is not None}
+        if shape is None or shape != self.shape_of(source) or len(found) < len(constants):
+            return False
+        self.shapes |= found
+        return True
 
     def _of_several(self, node: fx.Node, name: str, read: Sequence[fx.Node]) -> _Rows | None:
         """Concatenations, and sums of values of different parameters."""
@@ -201,10 +224,10 @@ class _Reader:
             every = node.args[0] if node.args else None
             are_all = isinstance(every, tuple | list) and len(every) == len(read)
             return _Rows() if are_all and all(rows.is_unit for rows in found) else None
-        if name in ("add", "sub", "iadd", "isub") and len(read) == 2 and not node.kwargs:
+        if name in ("add", "sub", "iadd", "isub") and len(node.args) == len(read) == 2 and not node.kwargs:
             shapes = {self.shape_of(source) for source in read}
             if len(shapes) == 1 and None not in shapes and all(rows.is_plain for rows in found):
-                return _Rows(found[0].number + found[1].number)
+                return _Rows(math.hypot(found[0].number, found[1].number))
         return None
 
     def _scaled(self, node: fx.Node, source: fx.Node, rows: _Rows, *, divides: bool) -> _Rows | None:
@@ -213,8 +236,9 @@ class _Reader:
             return None
         by = node.args[1] if node.args[0] is source else node.args[0]
         if isinstance(by, int | float):
-            factor = 1 / by if divides and by else by
-            return replace(rows, number=rows.number * factor * factor) if by or not divides else None
+            if divides and not by:
+                return None
+            return replace(rows, number=abs(rows.number / by if divides else rows.number * by))
         if not isinstance(by, fx.Node) or by not in self.constants or not self._keeps_shape(node, source):
             return None
         shape, whole = self.shape_of(by), self.shape_of(source)
@@ -223,11 +247,11 @@ class _Reader:
         differs = [axis + len(whole) - len(shape) for axis, size in enumerate(shape) if size > 1]
         if len(differs) > 1:
             return None
-        square = self.graph.call_function(_squares, (self.inputs[by], divides))
+        factor = self.graph.call_function(_factors, (self.inputs[by], shape, divides))
         if not differs:
-            return replace(rows, constants=(*rows.constants, square))
+            return replace(rows, constants=(*rows.constants, factor))
         known = rows.vectors.get(differs[0])
-        vector = square if known is None else self.graph.call_function(operator.mul, (known, square))
+        vector = factor if known is None else self.graph.call_function(operator.mul, (known, factor))
         return replace(rows, vectors={**rows.vectors, differs[0]: vector})
 
     def _added_up(self, node: fx.Node, source: fx.Node, rows: _Rows, name: str) -> _Rows | None:
@@ -235,7 +259,8 @@ class _Reader:
         if rows.vectors or before is None or after is None or "dtype" in node.kwargs:
             return None
         count = math.prod(before) // max(1, math.prod(after))
-        return replace(rows, number=rows.number * (count if name == "sum" else 1 / max(1, count)))
+        root = math.sqrt(max(1, count))
+        return replace(rows, number=rows.number * root if name == "sum" else rows.number / root)
 
     def _pooled(self, node: fx.Node, rows: _Rows) -> _Rows | None:
         """Taps added up: as many as go to each place."""
@@ -245,10 +270,9 @@ class _Reader:
         axes = range(2, 2 + len(slides))
         if rows.vectors.keys() & set(axes):
             return None
-        counts = {
-            axis: self.graph.call_function(taps_of_each, (self.inputs[side], slides, at))
-            for at, axis in enumerate(axes)
-        }
+        of_axes = {axis: (self.inputs[side], slides, at) for at, axis in enumerate(axes)}
+        counts = {axis: self.graph.call_function(taps_of_each, how) for axis, how in of_axes.items()}
+        counts = {axis: self.graph.call_function(torch.sqrt, (count,)) for axis, count in counts.items()}
         return replace(rows, vectors={**rows.vectors, **counts})
 
 
@@ -281,14 +305,28 @@ def _is_torchs(node: fx.Node) -> bool:
 
 
 def _scalar(like: Tensor, number: float) -> Tensor:
-    return torch.full((), number, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    return torch.full((), number, dtype=torch.float64, device=like.device)
 
 
-def _squares(value: Tensor, divides: bool) -> Tensor:
-    """Of a constant that differs along one axis at most: a vector, or a scalar."""
-    found = value.detach().to(torch.promote_types(value.dtype, torch.float32)).square()
+def _factors(value: Tensor, shape: Shape, divides: bool) -> Tensor:
+    """Of a constant that differs along one axis at most: a vector, or a scalar, in float64.
+
+    Raises:
+        ShapeError: It has another shape than it had when the lengths were worked out.
+    """
+    check_shape(value, shape)
+    found = value.detach().to(torch.float64).abs()
     found = 1 / found if divides else found
     return found.reshape(-1) if found.numel() > 1 else found.reshape(())
+
+
+def check_shape(value: Tensor, shape: Shape) -> None:
+    """Raises: ShapeError, where a constant of a parameter expression has another shape than it had."""
+    if tuple(value.shape) != tuple(shape):
+        raise ShapeError(
+            f"A constant of a parameter expression was of shape {list(shape)} when the model was transformed. Found "
+            f"{list(value.shape)}. What its gradient's norm is depends on that shape: transform the model again."
+        )
 
 
 __all__ = ["row_lengths", "shapes_without_inputs", "transpose_of"]

@@ -105,3 +105,23 @@ def test_calls_that_the_graph_does_not_hold_for_are_errors() -> None:
     module.eval()
     with pytest.raises(perexfx.ModeError, match="computes something else in eval mode"):
         module(x)
+
+
+def test_a_compiled_model_is_clipped() -> None:
+    """What `compile` leaves on a module would run in the place of the graph."""
+    model = net()
+    model.compile(backend="eager")
+    for inputs in (BATCH.inputs, None):
+        gm = perexfx.transform(model, inputs, clip_norm=1e-3)
+        found = train_step(gm, BATCH, squares)
+        assert float(torch.stack([value.norm() for value in found.values()]).norm()) <= 1e-3 * (1 + 1e-9)
+        torch.testing.assert_close(gm.perexfx.norms, norms_of(one_at_a_time(net(), BATCH, squares)))
+
+
+def test_a_forward_of_the_instance_is_refused() -> None:
+    model = net()
+    old = model.forward
+    model.forward = lambda x: old(x) * 2
+    with pytest.raises(perexfx.CaptureError, match="has a `forward` of its own beside that of its class"):
+        perexfx.transform(model, BATCH.inputs)
+    assert perexfx.transform(nn.Sequential(model), BATCH.inputs)(*BATCH.inputs).shape == (5, 2)

@@ -131,3 +131,63 @@ def test_sizes_are_half(slide: tuple[int, int, int, int], kernel: str, size: tup
     reduced = perexfx.downsample(Both(), x, kernel=kernel)
     assert reduced(x).shape == (2, 8, *out)
     assert not [c for c in reduced.rewriting.changes if "grown" in c.after and c.place.node != "output"]
+
+
+SIZES_READ: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "view by the image's size": lambda h, x: h.view(h.size(0), -1)[:, :3],
+    "view by the input's size": lambda h, x: h.view(x.shape[0], -1)[:, :3],
+    "all sizes": lambda h, x: _flat(h),
+    "its own shape": lambda h, x: (h * 2).view(h.shape).mean((2, 3)),
+    "a size by name": lambda h, x: h.mean((2, 3)) * h.size(dim=2),
+    "the last sizes": lambda h, x: h.mean((2, 3)) * h.shape[-1] * h.shape[2:][0],
+    "squeeze and excitation": lambda h, x: (h * h.mean((2, 3)).view(h.shape[0], h.size(1), 1, 1)).mean((2, 3)),
+    "half of it": lambda h, x: F.interpolate(h, size=(h.shape[2] // 2, h.shape[3] // 2)).mean((2, 3)),
+    "rows alone": lambda h, x: (h * F.adaptive_avg_pool2d(h, (None, 1))).mean((2, 3)),
+    "a mask": lambda h, x: (h * torch.ones(1, 1, 14, 14, dtype=torch.bool)).mean((2, 3)),
+    "by keywords": lambda h, x: torch.mean(input=torch.cat(tensors=[h, h], dim=1), dim=(2, 3)),
+    "parts by keywords": lambda h, x: torch.cat(torch.chunk(input=h, chunks=2, dim=1), 1).mean((2, 3)),
+}
+
+
+def _flat(h: Tensor) -> Tensor:
+    b, c, height, width = h.shape
+    return h.reshape(b, c * height * width)[:, :3]
+
+
+class _Reads(nn.Module):
+    def __init__(self, read: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.read = nn.Conv2d(3, 4, 3, padding=1), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.first(x), x)
+
+
+@pytest.mark.parametrize("name", SIZES_READ)
+def test_sizes_are_read_and_examples_are_still_told_apart(name: str) -> None:
+    x, model = torch.randn(3, 3, 14, 14), _Reads(SIZES_READ[name])
+    reduced = perexfx.downsample(model, x)
+    assert reduced(x).shape == model(x).shape
+    gm = perexfx.transform(reduced, x)
+    gm(x).square().sum().backward()
+    assert gm.perexfx.norms is not None
+    assert gm(torch.randn(5, 3, 14, 14)).shape == model(torch.randn(5, 3, 14, 14)).shape
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda h: h.permute(0, 2, 3, 1).mul_(100.0), lambda h: h[:, :, 2:4].mul_(5), lambda h: h.view(2, 4, -1).add_(1)],
+)
+def test_writes_that_would_be_lost_are_refused(write: Callable[[Tensor], Tensor]) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            write(h)
+            return h.mean((2, 3))
+
+    with pytest.raises(perexfx.RefusedError, match="by way of a view of it"):
+        perexfx.downsample(Writes(), torch.randn(2, 3, 14, 14))

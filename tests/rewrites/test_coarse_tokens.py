@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,3 +92,56 @@ def test_a_table_of_tokens_is_the_mean_of_blocks() -> None:
     expected = F.avg_pool2d(images, 2, ceil_mode=True).flatten(2).transpose(1, 2)
     torch.testing.assert_close(found[:, 2:], expected)
     torch.testing.assert_close(pooled_tokens(table[0, 2:], (7, 6), 0), expected[0])
+
+
+class _OfTokens(nn.Module):
+    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.patches, self.operation = nn.Conv2d(3, 8, 4, 4), operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.operation(self.patches(x).flatten(2).transpose(1, 2))
+
+
+COUNTING: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda t: t.sum(1),
+    "gram": lambda t: (t.transpose(1, 2) @ t).flatten(1),
+    "einsum": lambda t: torch.einsum("bnc,bnd->bcd", t, t).flatten(1),
+    "linear attention": lambda t: (F.elu(t) @ (F.elu(t).transpose(1, 2) @ t)).mean(1),
+    "norm": lambda t: t.norm(dim=1),
+    "normalized": lambda t: F.normalize(t, dim=1).mean(1),
+    "cumulated": lambda t: t.cumsum(1).mean(1),
+    "log of sums": lambda t: t.logsumexp(1),
+    "every other": lambda t: t[:, ::2].mean(1),
+    "the first eight": lambda t: t[:, :8].mean(1),
+    "one": lambda t: t[:, 3],
+    "the largest's place": lambda t: t.argmax(1).to(t.dtype),
+    "windows": lambda t: F.avg_pool1d(t.transpose(1, 2), 2).mean(2),
+    "features": lambda t: t.flatten(1)[:, :8],
+}
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_what_depends_on_their_number_reads_grown_ones(name: str) -> None:
+    model, x = _OfTokens(COUNTING[name]), torch.randn(2, 3, 48, 48)
+    changes = {c.place.node: c.after for c in perexfx.downsample(model, x).rewriting.changes}
+    assert changes["flatten"] == "the same, of images grown to 12 x 12"
+
+
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda t: t.mean(1),
+    "largest": lambda t: t.amax(1),
+    "attention by hand": lambda t: ((t @ t.transpose(1, 2)).softmax(-1) @ t).mean(1),
+    "attention": lambda t: F.scaled_dot_product_attention(t, t, t).mean(1),
+    "heads": lambda t: t.reshape(t.shape[0], t.shape[1], 2, 4).transpose(1, 2).mean((1, 2)),
+    "layer norm": lambda t: F.layer_norm(t, (8,)).mean(1),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_does_not_stays_coarse(name: str) -> None:
+    model, x = _OfTokens(PLAIN[name]), torch.randn(2, 3, 48, 48)
+    reduced = perexfx.downsample(model, x)
+    changes = {c.place.node: c.after for c in reduced.rewriting.changes}
+    assert changes["flatten"] == "tokens of 6 x 6"
+    assert reduced(x).shape == model(x).shape

@@ -207,3 +207,21 @@ def test_mistakes() -> None:
         perexfx.downsample(nn.Linear(3, 2), torch.randn(4, 3))
     with pytest.raises(perexfx.RefusedError, match="several coarse images at once"):
         perexfx.downsample(_TakesBoth(), x)
+
+
+def test_a_check_is_not_led_astray_by_draws_that_agree() -> None:
+    """With one convolution two of four draws are the same by chance."""
+    x = torch.randn(4, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    gm = perexfx.transform(perexfx.downsample(model, x), x)
+    for seed in range(12):
+        torch.manual_seed(seed)
+        result = perexfx.check(gm, x)
+        assert result, result
+
+
+def test_statistics_of_instances_are_left_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.InstanceNorm2d(4, track_running_stats=True), nn.ReLU())
+    before = copy.deepcopy(model.state_dict())
+    perexfx.downsample(model, torch.randn(2, 3, 8, 8))(torch.randn(2, 3, 8, 8))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "running" in name)

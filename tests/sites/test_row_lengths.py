@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,7 @@ from perexfx.ir.site import Site
 from perexfx.kernels.pooled import pooled_kernel
 from tests.support.cases import BY_NAME
 from tests.support.cases_maps import JOINED, MAPS, SLIDES
-from tests.support.oracle import assert_close, norms_of, one_at_a_time, train_step, weighted
+from tests.support.oracle import Batch, assert_close, norms_of, one_at_a_time, train_step, weighted
 
 
 def site_of(name: str) -> Site:
@@ -63,8 +66,8 @@ def test_lengths_are_those_of_the_maps_jacobian(name: str) -> None:
     if expression.lengths.function is not None:
         scale, *vectors = expression.lengths.function(*values, *constants)
         for axis, vector in zip(expression.lengths.axes, vectors, strict=True):
-            found = found * vector.reshape(-1, *[1] * (value.dim() - 1 - axis))
-        found = found * scale
+            found = found * vector.square().reshape(-1, *[1] * (value.dim() - 1 - axis))
+        found = found * scale.square()
     torch.testing.assert_close(L @ L.T, torch.diag(found.flatten()), rtol=1e-12, atol=1e-12)
 
 
@@ -130,3 +133,89 @@ def test_pooled_kernels_are_sums_of_taps() -> None:
     rows = torch.stack([weight[:, :, 0], weight[:, :, 1] + weight[:, :, 2]], 2)
     expected = torch.stack([rows[..., 0] + rows[..., 1], rows[..., 2]], 3)
     torch.testing.assert_close(found, expected)
+
+
+class _Weighted(nn.Module):
+    """A layer whose weight is a function of this module."""
+
+    def __init__(self, make: Callable[[_Weighted], Tensor], c: Tensor) -> None:
+        super().__init__()
+        self.w, self.v = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6, 4))
+        self.make = make
+        self.register_buffer("c", c)
+
+    c: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.make(self))
+
+
+@torch.fx.wrap
+def flip(w: Tensor) -> Tensor:
+    """Has the name of a move, and is none."""
+    return w * 3
+
+
+class clone(torch.autograd.Function):
+    """The same, by its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        return w.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return grad_outputs[0] * 7
+
+
+def _parts(m: _Weighted, *places: int) -> Tensor:
+    parts = m.w.chunk(2)
+    return torch.cat([parts[at] for at in places])
+
+
+NEAR_MISSES: dict[str, tuple[Callable[[_Weighted], Tensor], Tensor]] = {
+    "another function of that name": (lambda m: flip(m.w), torch.ones(1)),
+    "a custom function of that name": (lambda m: clone.apply(m.w), torch.ones(1)),
+    "one part by two numbers": (lambda m: _parts(m, 1, -1), torch.ones(1)),
+    "one part by a number and a boolean": (lambda m: _parts(m, 1, True), torch.ones(1)),
+    "a constant seen in the shape of a parameter": (lambda m: m.v + m.c.view_as(m.w), torch.randn(6, 4)),
+    "alpha": (lambda m: torch.add(m.w, m.v, alpha=3), torch.ones(1)),
+    "a number whose square is out of range": (lambda m: m.w * 1e-9, torch.ones(1)),
+}
+
+
+def _assert_exact(model: nn.Module, x: Tensor) -> str:
+    """Norms and clipped sums against one example at a time. Returns: why there was no choice."""
+    batch = Batch((x,), torch.zeros(len(x), dtype=x.dtype))
+    truth = one_at_a_time(model, batch, BY_NAME["map_rows_scaled"].loss)
+    norms = norms_of(truth)
+    gm = perexfx.transform(model, x, clip_norm=1e-3)
+    found = train_step(gm, batch, BY_NAME["map_rows_scaled"].loss)
+    assert_close({"norms": gm.perexfx.norms}, {"norms": norms}, 1e-9, "norms")
+    assert_close(found, weighted(truth, (1e-3 / norms).clamp(max=1) / len(x)), 1e-9, "sums")
+    assert gm.perexfx.plan is not None
+    return gm.perexfx.plan.decisions[0].reason
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses_are_pulled_back(name: str) -> None:
+    torch.manual_seed(0)
+    make, constant = NEAR_MISSES[name]
+    x = torch.randn(5, 4, dtype=torch.float64)
+    assert _assert_exact(_Weighted(make, constant).double(), x) == "pulled back to its parameters"
+
+
+@pytest.mark.parametrize("constant", [torch.tensor(0.1), torch.tensor(100003), torch.rand(6, 1) + 0.5])
+def test_constants_of_other_dtypes_lose_no_digits(constant: Tensor) -> None:
+    model = _Weighted(lambda m: m.w / m.c, torch.ones(1)).double()
+    model.c = constant
+    assert _assert_exact(model, torch.randn(5, 4, dtype=torch.float64)) == ""
+
+
+@pytest.mark.parametrize("make", [lambda m: m.w * m.c, lambda m: m.w + m.c])
+def test_a_constant_of_another_shape_is_an_error(make: Callable[[_Weighted], Tensor]) -> None:
+    model, x = _Weighted(make, torch.rand(6, 1)), torch.randn(5, 4)
+    gm = perexfx.transform(model, x)
+    gm.c = torch.rand(4)
+    with pytest.raises(perexfx.ShapeError, match=r"was of shape \[6, 1\] when the model was transformed. Found \[4\]"):
+        gm(x).sum().backward()

@@ -28,11 +28,13 @@ class _Mapped(nn.Module):
         self.register_buffer("columns", torch.rand(6) + 0.5)
         self.register_buffer("mask", (torch.rand(4, 6) > 0.4).float())
         self.register_buffer("gain", torch.tensor(0.3))
+        self.register_buffer("places", torch.tensor([0, 1, 1, 3]))
 
     rows: Tensor
     columns: Tensor
     mask: Tensor
     gain: Tensor
+    places: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(torch.tanh(x), self.make(self))
@@ -68,7 +70,7 @@ JOINED: dict[str, tuple[Callable[[_Mapped], Tensor], tuple[tuple[int, ...], ...]
     "standardised": (lambda m: m.parts[0] - m.parts[0].mean(1, keepdim=True), ((4, 6),)),
     "repeated": (lambda m: m.parts[0].repeat(2, 1), ((2, 6),)),
     "with_constant_rows": (lambda m: torch.cat([m.parts[0], m.mask[:2]]), ((2, 6),)),
-    "taken": (lambda m: m.parts[0].index_select(0, torch.tensor([0, 1, 1, 3])), ((4, 6),)),
+    "taken": (lambda m: m.parts[0].index_select(0, m.places), ((4, 6),)),
     "multiplied": (lambda m: m.parts[0] * m.parts[1], ((4, 6), (4, 6))),
     "squared": (lambda m: m.parts[0] * m.parts[0], ((4, 6),)),
     "weighed_and_summed": (lambda m: (m.parts[0] * m.rows[:, :, None]).sum(1), ((4, 3, 6),)),
