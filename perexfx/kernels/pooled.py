@@ -212,8 +212,8 @@ def _places_of(side: Tensor, slides: Slides) -> Tensor:
 
 def _one_axis(side: Tensor, slides: Slides, at: int) -> Tensor:
     axis = coarse_axis(*slides[at])
-    rows = [[[float(place == to) for to in range(axis.size)] for place in axis.places[b]] for b in SIDES]
-    return torch.tensor(rows, device=side.device).index_select(0, side[at : at + 1])[0]
+    places = torch.tensor(axis.places, device=side.device).index_select(0, side[at : at + 1])[0]
+    return (places[:, None] == torch.arange(axis.size, device=side.device)).to(torch.float32)
 
 
 __all__ = [
