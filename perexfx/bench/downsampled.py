@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,8 @@ from perexfx.bench.results import Sheet, progress_bar, publish
 from perexfx.bench.steps import set_up, training_step
 from perexfx.bench.workloads import Workload, numbers
 
-FULL, CHEAP, GALERKIN = "full", "side", "galerkin"
-STEPS = (FULL, CHEAP, GALERKIN)
+FULL = "full"
+SIDE, GALERKIN = KERNELS = ("side", "galerkin")
 
 
 def small_resnet(channels: Sequence[int]) -> nn.Module:
@@ -48,21 +48,21 @@ class Measured:
 
     Attributes:
         name: Of the network and batch.
-        timing: Of the ordinary steps by name, and of the private ones as "private NAME".
+        timings: Kernel -> of the steps "full" and "reduced", "private full" and "private reduced", in turn.
         predicted: The r that the report predicts for side kernels.
     """
 
     name: str
-    timing: Timing
+    timings: Mapping[str, Timing]
     predicted: float
 
-    def ratio(self, step: str) -> float:
+    def ratio(self, kernel: str) -> float:
         """Ordinary reduced step / full one."""
-        return self.timing.ratio(step, FULL)
+        return self.timings[kernel].ratio("reduced", FULL)
 
-    def private_ratio(self, step: str) -> float:
+    def private_ratio(self, kernel: str) -> float:
         """Private reduced step / private full one."""
-        return self.timing.ratio(f"private {step}", f"private {FULL}")
+        return self.timings[kernel].ratio("private reduced", f"private {FULL}")
 
 
 def run(rounds: int, device: torch.device, out: Path | None, nets: Sequence[Workload] = NETS) -> list[Measured]:
@@ -86,16 +86,18 @@ def run(rounds: int, device: torch.device, out: Path | None, nets: Sequence[Work
 
 
 def measured(net: Workload, rounds: int, device: torch.device) -> Measured:
-    """One network: all steps train the same parameters, in turn."""
+    """One network: all steps train the same parameters, those of one kernel in turn."""
     setup = set_up(net, device)
-    reduced = {kernel: perexfx.downsample(setup.model, setup.inputs, kernel=kernel) for kernel in (CHEAP, GALERKIN)}
-    modules = {FULL: setup.model, **reduced}
-    steps = {name: training_step(setup, module) for name, module in modules.items()}
-    for name, module in modules.items():
-        steps[f"private {name}"] = training_step(setup, perexfx.transform(module, setup.inputs))
-    report = perexfx.report(reduced[CHEAP])
+    reduced = {kernel: perexfx.downsample(setup.model, setup.inputs, kernel=kernel) for kernel in KERNELS}
+    timings = {}
+    for kernel, module in reduced.items():
+        modules = {FULL: setup.model, "reduced": module}
+        private = {f"private {name}": perexfx.transform(m, setup.inputs) for name, m in modules.items()}
+        steps = {name: training_step(setup, m) for name, m in (modules | private).items()}
+        timings[kernel] = timed(steps, rounds, device)
+    report = perexfx.report(reduced[SIDE])
     assert report.ratio is not None
-    return Measured(net.name, timed(steps, rounds, device), report.ratio)
+    return Measured(net.name, timings, report.ratio)
 
 
 def _sheet(found: Sequence[Measured], rounds: int) -> Sheet:
@@ -106,8 +108,8 @@ def _sheet(found: Sequence[Measured], rounds: int) -> Sheet:
             "network",
             "full\nms",
             "private full\nms",
-            *(f"{step} /\nfull" for step in (CHEAP, GALERKIN)),
-            *(f"private {step} /\nprivate full" for step in (CHEAP, GALERKIN)),
+            *(f"{step} /\nfull" for step in KERNELS),
+            *(f"private {step} /\nprivate full" for step in KERNELS),
             "r predicted\n(side)",
         ),
         [_row(m) for m in found],
@@ -122,23 +124,23 @@ def _sheet(found: Sequence[Measured], rounds: int) -> Sheet:
 def _row(m: Measured) -> list[str]:
     return [
         m.name,
-        *(f"{m.timing.median(step) * 1e3:.1f}" for step in (FULL, f"private {FULL}")),
-        *(f"{m.ratio(step):.2f}" for step in (CHEAP, GALERKIN)),
-        *(f"{m.private_ratio(step):.2f}" for step in (CHEAP, GALERKIN)),
+        *(f"{m.timings[SIDE].median(step) * 1e3:.1f}" for step in (FULL, f"private {FULL}")),
+        *(f"{m.ratio(step):.2f}" for step in KERNELS),
+        *(f"{m.private_ratio(step):.2f}" for step in KERNELS),
         f"{m.predicted:.2f}",
     ]
 
 
 def _raw(m: Measured) -> dict[str, Any]:
-    ratios = {step: m.ratio(step) for step in (CHEAP, GALERKIN)}
+    ratios = {step: m.ratio(step) for step in KERNELS}
     return {**asdict(m), "ratios": ratios, "private_ratios": {step: m.private_ratio(step) for step in ratios}}
 
 
 def _draw(found: Sequence[Measured], figure: Figure) -> None:
     figure.set_size_inches(9, 4)
     series = {
-        "side": [m.ratio(CHEAP) for m in found],
-        "side, private": [m.private_ratio(CHEAP) for m in found],
+        "side": [m.ratio(SIDE) for m in found],
+        "side, private": [m.private_ratio(SIDE) for m in found],
         "galerkin": [m.ratio(GALERKIN) for m in found],
     }
     axes = figure.subplots()

@@ -311,7 +311,10 @@ def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixt
     said = capsys.readouterr().err
     assert message in said
     if "no " in message and "takes" not in message:
-        assert "The tables are suite, peers, layers, scale, rochette, leekifer; the workloads are mlp, " in said
+        assert (
+            "The tables are suite, peers, layers, scale, downsample, rochette, leekifer; the workloads are mlp, "
+            in said
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
