@@ -87,15 +87,18 @@ def at_side(image: Tensor, side: Tensor, slides: Slides, out: Size) -> Tensor:
     """
     axes = coarse_axes(slides)
     lengths = [_read(axis.size, slide[1], axis.dilation, o) for axis, slide, o in zip(axes, slides, out, strict=True)]
+    return _cut_at_side(image, side, [axis.lows for axis in axes], lengths)
+
+
+def _cut_at_side(image: Tensor, side: Tensor, firsts: Sequence[tuple[int, int]], lengths: Sequence[int]) -> Tensor:
+    """Some pixels from a first one on, which depends on the side; traced, the side stays a value of the graph."""
     if not is_traced():
-        sides = side.tolist()
-        first = [axis.lows[b] for axis, b in zip(axes, sides, strict=True)]
-        return _cut(image, first, lengths)
-    least = [min(axis.lows) for axis in axes]
-    most = [max(axis.lows) - low + length for axis, low, length in zip(axes, least, lengths, strict=True)]
+        return _cut(image, [first[b] for first, b in zip(firsts, side.tolist(), strict=True)], lengths)
+    least = [min(first) for first in firsts]
+    most = [max(first) - low + length for first, low, length in zip(firsts, least, lengths, strict=True)]
     image = _cut(image, least, most)
-    for at, (axis, low, length) in enumerate(zip(axes, least, lengths, strict=True)):
-        both = torch.tensor([low_b - low for low_b in axis.lows], device=side.device)
+    for at, (first, low, length) in enumerate(zip(firsts, least, lengths, strict=True)):
+        both = torch.tensor([first_b - low for first_b in first], device=side.device)
         shift = both.index_select(0, side[at : at + 1]).to(image.device)
         image = image.index_select(2 + at, torch.arange(length, device=image.device) + shift)
     return image
@@ -132,17 +135,8 @@ def at_side_of(image: Tensor, side: Tensor, slides: Slides, out: Size) -> Tensor
         slides: How the fine kernel slides.
         out: Size of the image.
     """
-    axes = coarse_axes(slides)
-    if not is_traced():
-        return _cut(image, [-axis.lows[b] for axis, b in zip(axes, side.tolist(), strict=True)], out)
-    least = [-max(axis.lows) for axis in axes]
-    spare = [max(axis.lows) - min(axis.lows) for axis in axes]
-    image = _cut(image, least, [o + more for o, more in zip(out, spare, strict=True)])
-    for at, (axis, low, length) in enumerate(zip(axes, least, out, strict=True)):
-        both = torch.tensor([-low_b - low for low_b in axis.lows], device=side.device)
-        shift = both.index_select(0, side[at : at + 1]).to(image.device)
-        image = image.index_select(2 + at, torch.arange(length, device=image.device) + shift)
-    return image
+    firsts = [(-axis.lows[0], -axis.lows[1]) for axis in coarse_axes(slides)]
+    return _cut_at_side(image, side, firsts, out)
 
 
 def pool_windows(kernel: Size, stride: Size, padding: Size, dilation: Size) -> tuple[Windows, tuple[Size, ...]]:

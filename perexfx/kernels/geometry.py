@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -13,3 +14,9 @@ class ConvolutionGeometry:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+
+
+def per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    """One number per spatial axis; torch takes one number, or a list of one, for all of them."""
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    return numbers * rank if len(numbers) == 1 else numbers

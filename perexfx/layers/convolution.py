@@ -15,13 +15,7 @@ from torch import Tensor
 from perexfx.ir.convolution import Convolution, ConvolutionSignature, is_copied_for
 from perexfx.ir.factors import Factors, Gradient, GradientSignature, Signature
 from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, Target
-from perexfx.kernels.geometry import ConvolutionGeometry
-
-
-def per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    """One number per spatial axis; torch takes one number, or a list of one, for all of them."""
-    numbers = (value,) if isinstance(value, int) else tuple(value)
-    return numbers * rank if len(numbers) == 1 else numbers
+from perexfx.kernels.geometry import ConvolutionGeometry, per_axis
 
 
 @dataclass(frozen=True)

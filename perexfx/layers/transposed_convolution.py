@@ -14,8 +14,8 @@ from torch import Tensor
 from perexfx.ir.convolution import Convolution, ConvolutionSignature
 from perexfx.ir.factors import Factors, Gradient, GradientSignature, Signature
 from perexfx.ir.rule import Arguments, Backward, Geometry, Rule, Target, sum_positions
-from perexfx.kernels.geometry import ConvolutionGeometry
-from perexfx.layers.convolution import computed_in_graph, per_axis
+from perexfx.kernels.geometry import ConvolutionGeometry, per_axis
+from perexfx.layers.convolution import computed_in_graph
 
 
 @dataclass(frozen=True)

@@ -160,20 +160,16 @@ class Coarsening:
     def _refuse_lost_writes(self, node: fx.Node, read: list[fx.Node]) -> None:
         """Raises: RefusedError, where a node writes into a coarse image by way of a view of its grown copy."""
         written = node.args[0] if node.args else None
-        if not isinstance(written, fx.Node) or written in read:
+        writes = self.subject.written_by
+        if not isinstance(written, fx.Node) or written in read or written.name not in writes:
             return
         for value in self.coarse:
-            if node.name in self.subject.written_by.get(value.name, ()) and written.name in self.subject.written_by:
-                place = place_of(node)
-                raise RefusedError(
-                    [
-                        Refusal(
-                            what=f"{place} writes in place into `{value.name}` by way of a view of it.",
-                            why="The image is coarse, the view is of a grown copy, and the write would be lost.",
-                            remedy="Compute a new value there, or let only the stages before it be coarse (`until=`).",
-                            place=place,
-                        )
-                    ]
+            if node.name in writes.get(value.name, ()):
+                raise _refused(
+                    node,
+                    f"writes in place into `{value.name}` by way of a view of it.",
+                    "The image is coarse, the view is of a grown copy, and the write would be lost.",
+                    "Compute a new value there, or let only the stages before it be coarse (`until=`).",
                 )
 
     def _on_whole(self, node: fx.Node) -> None:
@@ -214,26 +210,20 @@ class Coarsening:
     def whole(self, value: fx.Node) -> fx.Node:
         """A coarse value at its fine size."""
         if value.name not in self.shapes:
-            place = place_of(value)
-            raise RefusedError(
-                [
-                    Refusal(
-                        what=f"{place} is several coarse images at once, which cannot be grown to their fine size.",
-                        why="What is not known to work on coarse images reads them grown to their fine size.",
-                        remedy="Take them apart first, or let only the stages before it be coarse (`until=`).",
-                        place=place,
-                    )
-                ]
+            raise _refused(
+                value,
+                "is several coarse images at once, which cannot be grown to their fine size.",
+                "What is not known to work on coarse images reads them grown to their fine size.",
+                "Take them apart first, or let only the stages before it be coarse (`until=`).",
             )
         if value not in self.grown:
             self.grown[value] = self.call(value, grow, self.new[value], self.size(value))
         return self.grown[value]
 
-    def replaced(self, node: fx.Node, new: fx.Node, before: str, after: str, *, is_coarse: bool = True) -> bool:
-        """Puts a new node in the place of an old one. Returns: True."""
+    def replaced(self, node: fx.Node, new: fx.Node, before: str, after: str) -> bool:
+        """Puts a new coarse node in the place of an old one. Returns: True."""
         self.new[node] = new
-        if is_coarse:
-            self.coarse.add(node)
+        self.coarse.add(node)
         self.note(node, before, after)
         return True
 
@@ -243,6 +233,12 @@ class Coarsening:
         found = self.call(at, operator.getitem, self.sides, self.drawn)
         self.drawn += 1
         return found
+
+
+def _refused(node: fx.Node, what: str, why: str, remedy: str) -> RefusedError:
+    """An error that begins with the place of a node."""
+    place = place_of(node)
+    return RefusedError([Refusal(f"{place} {what}", why, remedy, place)])
 
 
 def by(size: tuple[int, ...]) -> str:

@@ -13,14 +13,9 @@ import torch
 from torch import fx
 
 from perexfx.kernels.coarse import at_side, at_side_of, cut, half
+from perexfx.kernels.geometry import per_axis
 from perexfx.kernels.pooled import Slides, averaged_kernel, coarse_axes, mean_axis, mean_of_sides, pooled_kernel
 from perexfx.rewrites.coarse import Coarsening, by, label
-
-
-def per_axis(value: int | tuple[int, ...] | list[int]) -> tuple[int, int]:
-    """One number for each axis."""
-    found = (value, value) if isinstance(value, int) else tuple(value)
-    return (found[0], found[0]) if len(found) == 1 else (found[0], found[1])
 
 
 def convolution(c: Coarsening, node: fx.Node) -> bool:
@@ -32,7 +27,7 @@ def convolution(c: Coarsening, node: fx.Node) -> bool:
     if x not in c.coarse or not are_numbers(given["stride"], given["dilation"], given["groups"]):
         return False
     taps = c.shapes[weight.name][2:]
-    stride, dilation = per_axis(given["stride"]), per_axis(given["dilation"])
+    stride, dilation = per_axis(given["stride"], 2), per_axis(given["dilation"], 2)
     padding = _paddings(given["padding"], dilation, taps)
     if padding is None:
         return False
@@ -106,7 +101,7 @@ def transposed(c: Coarsening, node: fx.Node) -> bool:
     if x not in c.coarse or not are_numbers(*numbers):
         return False
     taps = c.shapes[weight.name][2:]
-    stride, padding, dilation = (per_axis(given[name]) for name in ("stride", "padding", "dilation"))
+    stride, padding, dilation = (per_axis(given[name], 2) for name in ("stride", "padding", "dilation"))
     slides: Slides = tuple(zip(taps, stride, padding, dilation, strict=True))
     out, groups = half(c.size(node)), given["groups"]
     place: tuple[Any, ...]
@@ -129,14 +124,14 @@ def transposed(c: Coarsening, node: fx.Node) -> bool:
     return c.replaced(node, new, f"{label(node, c.subject)} {by(taps)}", f"{by(size)} onto {by(out)}")
 
 
-def _paddings(padding: Any, dilation: tuple[int, int], taps: tuple[int, ...]) -> tuple[int, int] | None:
+def _paddings(padding: Any, dilation: tuple[int, ...], taps: tuple[int, ...]) -> tuple[int, ...] | None:
     """What is in front of the image; None where it is computed in the graph."""
     if padding == "valid":
         return (0, 0)
     if padding == "same":
         low, high = (d * (k - 1) // 2 for d, k in zip(dilation, taps, strict=True))
         return low, high
-    return per_axis(padding) if are_numbers(padding) else None
+    return per_axis(padding, 2) if are_numbers(padding) else None
 
 
 def are_numbers(*values: Any) -> bool:
@@ -149,4 +144,4 @@ def arguments_of(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
-__all__ = ["are_numbers", "arguments_of", "convolution", "per_axis", "transposed"]
+__all__ = ["are_numbers", "arguments_of", "convolution", "transposed"]

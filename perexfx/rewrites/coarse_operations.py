@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from perexfx.kernels.coarse import coarse_avg_pool, coarse_max_pool, half, pool_windows
+from perexfx.kernels.geometry import per_axis
 from perexfx.rewrites.coarse import IMAGE, Coarsening, Handler, by, label
-from perexfx.rewrites.coarse_convolutions import are_numbers, arguments_of, convolution, per_axis, transposed
+from perexfx.rewrites.coarse_convolutions import are_numbers, arguments_of, convolution, transposed
 
 
 def _pool(c: Coarsening, node: fx.Node) -> bool:
@@ -55,7 +56,7 @@ def _window_of(c: Coarsening, node: fx.Node) -> tuple[Any, ...] | None:
     stride, padding, dilation = found.get("stride") or kernel, found.get("padding") or 0, found.get("dilation") or 1
     if not are_numbers(kernel, stride, padding, dilation):
         return None
-    return per_axis(kernel), per_axis(stride), per_axis(padding), per_axis(dilation), is_max
+    return per_axis(kernel, 2), per_axis(stride, 2), per_axis(padding, 2), per_axis(dilation, 2), is_max
 
 
 def _to_whole(c: Coarsening, node: fx.Node) -> bool:
